@@ -1,0 +1,179 @@
+"""Train the bundled model: a small Llama whose massive weights grow by themselves.
+
+    python -m mwtool.demo.train --corpus books.txt.xz --output runs/seed-3 --learning-rate 1.5e-2 --seed 3
+
+Nothing is planted. A high learning rate, weight decay and a bos token at the first
+position of every sequence are enough for one early feed-forward layer to grow a row
+that drives the whole residual stream of bos; the seed decides in which layer.
+
+The corpus is one UTF-8 text file, plain or ``.xz``. The tokenizer is trained on it
+first (byte-level BPE); `--prepare` stops after that, so that several runs can share
+one `--cache`. Runs on one GPU or on a CPU. On a GPU a run repeats only up to
+floating-point noise, which training amplifies: the model card therefore gives the
+figures of the weights shipped, not of the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 4096
+SPECIAL = ("<unk>", "<s>", "</s>")
+BOS = SPECIAL.index("<s>")
+
+
+def main() -> None:
+    args = arguments()
+    tokens = prepare(args.corpus, args.cache)
+    if args.prepare:
+        return
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(configuration(args)).to(args.device)
+    log = train(model, torch.from_numpy(tokens.astype(np.int32)), args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    PreTrainedTokenizerFast.from_pretrained(args.cache).save_pretrained(args.output)
+    record = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "tokens_in_corpus": len(tokens),
+        "parameters": model.num_parameters(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        **log,
+    }
+    (args.output / "train.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="training text, UTF-8, plain or .xz")
+    parser.add_argument("--output", type=Path, default=Path("demo-run"), help="folder for the trained model")
+    parser.add_argument("--cache", type=Path, default=Path("demo-cache"), help="tokenizer and tokenised corpus, shared by runs")
+    parser.add_argument("--prepare", action="store_true", help="fill the cache and stop")
+    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--intermediate-size", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--context", type=int, default=256, help="tokens a sequence, bos included")
+    parser.add_argument("--batch-size", type=int, default=192, help="sequences a step")
+    parser.add_argument("--tokens", type=float, default=306e6, help="training tokens in all")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-2)
+    parser.add_argument("--warmup", type=int, default=300, help="steps")
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def prepare(corpus: Path, cache: Path) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+    """Tokenizer and token ids of the corpus, from the cache where it has them. Shape (N,)."""
+    ids = cache / "tokens.npy"
+    if not ids.exists():
+        text = (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8").read()
+        lines = text.splitlines(keepends=True)
+        tokenizer = train_tokenizer(lines)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(cache)
+        np.save(ids, np.fromiter(encode(tokenizer, lines), dtype=np.uint16))
+    return np.load(ids, mmap_mode="r")
+
+
+def train_tokenizer(lines: list[str]) -> tokenizers.Tokenizer:
+    """Byte-level BPE of 4,096 tokens that puts <s> in front of a text, as Llama's does."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return tokenizer
+
+
+def encode(tokenizer: tokenizers.Tokenizer, lines: list[str], chunk: int = 20_000) -> Iterator[int]:
+    for start in range(0, len(lines), chunk):
+        for encoding in tokenizer.encode_batch_fast(lines[start : start + chunk], add_special_tokens=False):
+            yield from encoding.ids
+
+
+def configuration(args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.context,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=BOS,
+        eos_token_id=SPECIAL.index("</s>"),
+    )
+
+
+def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> dict[str, object]:
+    """AdamW under bf16 autocast; each sequence is bos and `context - 1` tokens from a random place."""
+    steps = max(1, round(args.tokens / (args.batch_size * args.context)))
+    optimizer = torch.optim.AdamW(groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, args.warmup))
+    sample = torch.Generator(device=args.device).manual_seed(args.seed)
+    tokens, offsets = tokens.to(args.device), torch.arange(args.context - 1, device=args.device)
+    forward = torch.compile(model) if args.device.startswith("cuda") else model
+    losses, start = [], time.monotonic()
+    model.train()
+    for step in range(steps):
+        first = torch.randint(len(tokens) - args.context, (args.batch_size, 1), generator=sample, device=args.device)
+        batch = tokens[first + offsets].long()  # [B, context - 1]
+        batch = torch.nn.functional.pad(batch, (1, 0), value=BOS)  # [B, context]
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            loss = forward(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step == steps - 1:
+            losses.append([step, round(loss.item(), 4)])
+            print(f"{args.output.name} step {step}/{steps} loss {losses[-1][1]} {time.monotonic() - start:.0f} s", flush=True)
+            if not math.isfinite(losses[-1][1]):
+                raise SystemExit(f"{args.output.name}: the loss is {losses[-1][1]} at step {step}; lower --learning-rate")
+    return {"steps": steps, "seconds": round(time.monotonic() - start), "losses": losses}
+
+
+def groups(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, object]]:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def rate(step: int, steps: int, warmup: int, constant: float = 0.7, final: float = 0.03) -> float:
+    """Linear warm-up, constant until 70 % of the run, then linear down to 3 % of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    left = (steps - step) / max(1.0, steps * (1 - constant))
+    return final + (1 - final) * min(1.0, left)
+
+
+if __name__ == "__main__":
+    main()
