@@ -1,0 +1,46 @@
+"""mwtool: find, ablate and train against massive weights in large language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mwtool.analysis import Thresholds
+    from mwtool.errors import MwtoolError
+    from mwtool.massive import MassiveWeights
+    from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
+_HOMES = {
+    "MassiveWeights": "mwtool.massive",
+    "MwtoolError": "mwtool.errors",
+    "Scan": "mwtool.scan",
+    "Settings": "mwtool.scan",
+    "Thresholds": "mwtool.analysis",
+    "scan_checkpoint": "mwtool.scan",
+    "scan_model": "mwtool.scan",
+}
+
+__all__ = [
+    "MassiveWeights",
+    "MwtoolError",
+    "Scan",
+    "Settings",
+    "Thresholds",
+    "__version__",
+    "scan_checkpoint",
+    "scan_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

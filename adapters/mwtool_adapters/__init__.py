@@ -1,0 +1,1 @@
+"""mwtool's own adapters, one module a family, registered as any third party's would be."""

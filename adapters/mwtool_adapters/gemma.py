@@ -1,0 +1,29 @@
+"""Gemma, Gemma 2, and Gemma 3 as text and as multimodal model.
+
+From Gemma 2 on a norm stands behind the FFN: it rescales what `down_proj` gives before
+the residual stream receives it, which is why these models hardly react to losing rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mwtool.layout import DecoderLayer, gated_mlp
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Gemma:
+    def __init__(self, layers: str, act: str, adds: str) -> None:
+        self.layers, self.act, self.adds = layers, act, adds
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        path = f"{self.layers}.{index}"
+        act = getattr(config.get_text_config(), self.act)
+        return DecoderLayer(path, (gated_mlp(f"{path}.mlp", act),), adds=f"{path}.{self.adds}")
+
+
+GEMMA = Gemma("model.layers", act="hidden_act", adds="mlp")
+GEMMA2 = Gemma("model.layers", act="hidden_activation", adds="post_feedforward_layernorm")
+GEMMA3 = Gemma("model.language_model.layers", act="hidden_activation", adds="post_feedforward_layernorm")

@@ -1,0 +1,48 @@
+"""The command line: one module a subcommand. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from mwtool import __version__
+from mwtool.cli.adapters import adapters
+from mwtool.cli.scan import scan
+from mwtool.errors import MwtoolError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(scan)
+app.command()(adapters)
+
+
+def _version(on: bool) -> None:  # noqa: FBT001 - the signature Typer calls back with
+    if on:
+        typer.echo(f"mwtool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mwtool(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")] = False,
+) -> None:
+    """Find, ablate and train against massive weights in large language models."""
+
+
+def main() -> None:
+    """Run a command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except MwtoolError as fault:
+        if os.environ.get("MWTOOL_DEBUG"):
+            raise
+        from mwtool.cli.terminal import fail
+
+        fail(str(fault))
+        sys.exit(1)

@@ -1,0 +1,72 @@
+"""Options that several commands share, under the names the ecosystem uses."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _debug(on: bool) -> None:  # noqa: FBT001 - the signature Typer calls back with
+    if on:
+        os.environ["MWTOOL_DEBUG"] = "1"
+
+
+def _config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's entries the defaults of this command; flags still win."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(fault).split())}") from fault
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")
+    names = [str(p.name) for p in context.command.params if p.name not in ("config", "help")]
+    context.default_map = {**(context.default_map or {}), **_known(path, values, names)}
+    return path
+
+
+def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, Any]:
+    known = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"did you mean {near[0].replace('_', '-')}?" if near else f"known are {', '.join(sorted(names))}"
+            raise typer.BadParameter(f"{path} has an unknown key {key!r}; {advice}")
+        known[name] = value
+    return known
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]", help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model."
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", is_eager=True, callback=_config, help="YAML file of option values; flags win.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", is_eager=True, expose_value=True, callback=_debug, help="Show the traceback of an error.")
+]

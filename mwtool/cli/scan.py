@@ -1,0 +1,89 @@
+"""`mwtool scan`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.options import DType
+
+if TYPE_CHECKING:
+    from mwtool.scan import Scan, Settings
+
+
+def scan(
+    model: options.Model = "demo",
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = 5,
+    bos: Annotated[
+        str, typer.Option(help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id.")
+    ] = "auto",
+    prompt: Annotated[
+        str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
+    ] = None,
+    magnitude: Annotated[float, typer.Option(min=0, help="Massive: an entry of the residual stream above this ...")] = 100,
+    ratio: Annotated[float, typer.Option(min=0, help="... and above this many times the median.")] = 50,
+    sun_ratio: Annotated[float, typer.Option(min=0, help="The same for the strict published test.")] = 1000,
+    spike: Annotated[float, typer.Option(min=0, help="Super weights: down_proj input and output above this.")] = 50,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")] = False,
+    revision: options.Revision = None,
+    dtype: options.Precision = DType.auto,
+    device: options.Device = "cpu",
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: options.Output = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Find the massive weights of a model, one decoder layer in memory at a time."""
+    from mwtool.analysis import Thresholds
+    from mwtool.bos import PROMPT
+    from mwtool.cli.terminal import command_line, note
+    from mwtool.document import check_writable, scan_document, text_of, write
+    from mwtool.scan import Settings
+
+    if prompt is not None and bos != "never":
+        raise typer.BadParameter("--prompt goes with --bos never")
+    if output is not None:
+        check_writable(output)
+    limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
+    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
+    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
+    for line in found.notes:
+        note(line)
+    text = text_of(scan_document(found, command_line()))
+    if output is not None:
+        write(output, text)
+    if json:
+        sys.stdout.write(text)
+    else:
+        _show(found)
+
+
+def _scan(
+    model: str, settings: Settings, revision: str | None, dtype: str, device: str, trust: bool  # noqa: FBT001 - passed on
+) -> Scan:
+    from mwtool.cli.terminal import layer_progress
+    from mwtool.scan import scan_checkpoint
+
+    with layer_progress() as on_layer:
+        return scan_checkpoint(
+            model,
+            settings,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust,
+            on_layer=on_layer,
+        )
+
+
+def _show(found: Scan) -> None:
+    from rich.console import Console
+
+    from mwtool.report import scan_report
+
+    console = Console()
+    console.print(scan_report(found, console.width))

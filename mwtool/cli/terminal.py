@@ -1,0 +1,46 @@
+"""What goes to stderr: progress, notes, errors."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+_stderr = Console(stderr=True, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    _stderr.print(Text.assemble(("note: ", "dim"), line))
+
+
+def fail(line: str) -> None:
+    """One line, whatever the message holds."""
+    _stderr.print(Text.assemble(("error: ", "bold red"), " ".join(line.split())))
+
+
+def command_line() -> str:
+    return shlex.join(["mwtool", *sys.argv[1:]])
+
+
+@contextmanager
+def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
+    """A bar over layers with the bytes read; nothing where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers, {task.fields[read]} read"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+        task = progress.add_task("scanning", total=None, read="0 MB")
+
+        def on_layer(done: int, total: int, read: int) -> None:
+            progress.update(task, completed=done, total=total, read=f"{read / 1e6:,.0f} MB")
+
+        yield on_layer

@@ -1,0 +1,39 @@
+"""What can go wrong, in words for the person at the terminal.
+
+Each message is one line: what was found, what was expected, what to do next. The
+command line prints it and exits with 1; a library caller catches `MwtoolError`.
+"""
+
+from __future__ import annotations
+
+
+class MwtoolError(Exception):
+    """Any failure mwtool foresees."""
+
+
+class ModelNotFound(MwtoolError):
+    """MODEL names nothing that can be opened: no folder, no Hub repository, no access."""
+
+
+class UnsupportedModel(MwtoolError):
+    """The model opens but its type, architecture or quantization is not one mwtool can read."""
+
+
+class BadCheckpoint(MwtoolError):
+    """The weights are damaged: files cut short or absent, tensors absent, misshapen or non-finite."""
+
+
+class NoBos(MwtoolError):
+    """No beginning-of-sequence token can be determined, or the one given is not in the vocabulary."""
+
+
+class BadPlugin(MwtoolError):
+    """An adapter plugin cannot be loaded, or contradicts another one."""
+
+
+class BadValue(MwtoolError):
+    """An option or a field of a file has a value the model at hand does not allow."""
+
+
+class OutputError(MwtoolError):
+    """The result cannot be written where it was asked for."""

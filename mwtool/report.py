@@ -1,0 +1,197 @@
+"""Results as text for people, with Rich. Knows results only; computes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mwtool.analysis import median
+from mwtool.published import published
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mwtool.massive import MassiveWeights
+    from mwtool.registry import Plugin
+    from mwtool.scan import Scan
+
+
+def scan_report(scan: Scan, width: int) -> RenderableType:
+    """All a scan found: what was fed, the layers, the rows, and what to do with them."""
+    parts: list[RenderableType] = [_heading(scan), _layers(scan, width), Text("█ median  ─● top-1, on one log scale a column\n", "dim")]
+    if scan.massive is None:
+        parts.extend(_nothing(scan))
+    else:
+        parts.extend([_verdict(scan, scan.massive), _rows(scan, scan.massive), *_consequences(scan, scan.massive)])
+    return Group(*parts)
+
+
+def adapters_table(plugins: Sequence[Plugin]) -> Table:
+    """Installed adapters: model type, the object that serves it, and the distribution it came with."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("model type", "adapter", "distribution", "version"):
+        table.add_column(column)
+    for plugin in plugins:
+        table.add_row(plugin.model_type, plugin.value, plugin.distribution, plugin.version)
+    return table
+
+
+def _heading(scan: Scan) -> RenderableType:
+    one, bos = scan.identity, scan.bos
+    revision = f" at {one.revision[:12]}" if one.revision else ""
+    origin = {"tokenizer": "from the tokenizer", "config": "from config.json", "given": "as given", "none": "not a bos"}
+    return Text.from_markup(
+        f"[bold]{escape(one.model)}[/]{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
+        f"FFN {one.intermediate_size:,}, {scan.parameters:,} parameters, {scan.dtype} on {scan.device}\n"
+        f"fed: {escape(bos.token or '(no tokenizer)')} (id {bos.id}, {origin[bos.how]}) alone at the first position\n"
+    )
+
+
+def _layers(scan: Scan, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    bar = max(6, min(24, (width - 58) // 2))
+    table.add_column("layer", justify="right")
+    for state in ("hidden", "intermediate"):
+        table.add_column(state, no_wrap=True)
+        table.add_column("top-1", justify="right")
+        table.add_column("median", justify="right")
+    table.add_column("share", justify="right")
+    hidden = [_measures(state.hidden) for state in scan.states]
+    intermediate = [_measures(state.intermediate) for state in scan.states]
+    for state, h, z in zip(scan.states, hidden, intermediate, strict=True):
+        share = f"{scan.attribution[state.layer]:.1%}" if state.layer < len(scan.attribution) else ""
+        marked = scan.massive is not None and state.layer == scan.massive.layer
+        table.add_row(
+            f"{'▶ ' if marked else ''}{state.layer}",
+            _bar(*h, hidden, bar),
+            _number(h[0]),
+            _number(h[1]),
+            _bar(*z, intermediate, bar),
+            _number(z[0]),
+            _number(z[1]),
+            share,
+            style="bold yellow" if marked else None,
+        )
+    return table
+
+
+def _measures(vector: Tensor) -> tuple[float, float]:
+    return float(vector.abs().max()), median(vector)
+
+
+def _bar(top: float, middle: float, column: list[tuple[float, float]], width: int) -> str:
+    """A log-scaled bar: solid up to the median, a line up to top-1."""
+    present = [value for pair in column for value in pair if value > 0]
+    low, high = math.log10(min(present, default=1.0)), math.log10(max(present, default=1.0))
+
+    def cells(value: float) -> int:
+        return 0 if value <= 0 else 1 + round((width - 1) * (math.log10(value) - low) / max(high - low, 1e-9))
+
+    solid, end = min(cells(middle), width - 1), cells(top)
+    return "█" * solid + ("─" * (end - solid - 1) + "●" if end > solid else "")
+
+
+def _nothing(scan: Scan) -> Iterator[Text]:
+    largest = max((state for state in scan.states if state.layer < scan.identity.layers - 1), default=scan.states[-1],
+                  key=lambda state: float(state.hidden.abs().max()))
+    top, middle = _measures(largest.hidden)
+    limits = scan.settings.thresholds
+    yield Text("No massive activations at this token.", "bold")
+    yield Text(
+        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} the median, after layer "
+        f"{largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
+    )
+
+
+def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
+    where = "settles at" if scan.settled is not None else "never settles; it is largest at"
+    at = len(scan.attribution) - 1
+    text = Text.from_markup(
+        f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): its FFN "
+        f"writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, which {where} layer {at} "
+        f"with {_number(massive.value)}.\n"
+        f"[bold]{massive.count} of {scan.identity.intermediate_size:,} rows[/] make up 90 % of it."
+    )
+    if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
+        text.append(f" Later layers take it to {_number(scan.growth[1])} (layer {scan.growth[0]}).")
+    return text
+
+
+def _rows(scan: Scan, massive: MassiveWeights) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("row", justify="right")
+    table.add_column("|z|", justify="right")
+    table.add_column("x median", justify="right")
+    table.add_column(f"share of output {massive.dimension}", justify="right")
+    ranked = zip(massive.indices, massive.magnitudes, massive.shares, strict=True)
+    for rank, (index, magnitude, share) in enumerate(ranked, start=1):
+        style = "bold yellow" if rank <= massive.count else None
+        table.add_row(
+            str(rank), str(index), _number(magnitude), _times(magnitude, massive.median), f"{share:.2%}", style=style
+        )
+    return table
+
+
+def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableType]:
+    k = len(massive.indices)
+    yield Text(f"\nThe {k} row{'s are' if k > 1 else ' is'} {massive.share_of_parameters:.4%} of all parameters.")
+    if scan.sun:
+        layers = sorted({layer for layer, _, _ in scan.sun})
+        yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is passed after layers {_ranges(layers)}.")
+    else:
+        yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is not passed.")
+    if scan.super_weights:
+        coordinates = ", ".join(f"({w.layer}; {w.hidden_dim}; {w.ffn_index})" for w in scan.super_weights)
+        yield Text(f"Super weights (layer; hidden dimension; FFN index): {coordinates}.")
+    known = published(scan.identity.model)
+    if known is not None:
+        expert = "" if known.expert is None else f", expert {known.expert}"
+        rows = ", ".join(map(str, known.indices))
+        yield Text(f"Published (layer {known.layer}{expert}: {rows}): {known.agreement(massive.layer, massive.indices)}.")
+    yield Text("\nKeep in high precision when quantizing:", "bold")
+    yield _protected(scan)
+    if scan.stopped:
+        yield Text(f"\nRead {len(scan.states)} of {scan.identity.layers} layers: the answer had settled (--all-layers goes on).", "dim")
+
+
+def _protected(scan: Scan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("parameter")
+    table.add_column("dim", justify="right")
+    table.add_column("indices")
+    for place in scan.protect:
+        name = place.parameter
+        if place.checkpoint_name not in (None, name):
+            name += f"\n  in the files: {place.checkpoint_name}"
+        table.add_row(name, str(place.dim), ", ".join(map(str, place.indices)))
+    return table
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 5 -> `1-3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _times(value: float, middle: float) -> str:
+    return f"{value / middle:,.0f}" if middle > 0 else "∞"
+
+
+def _number(value: float) -> str:
+    """Four significant digits, thousands grouped."""
+    magnitude = abs(value)
+    if magnitude >= 1000:  # noqa: PLR2004 - four digits
+        return f"{value:,.0f}"
+    return f"{value:.4g}"

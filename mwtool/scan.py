@@ -1,0 +1,281 @@
+"""Find a model's massive weights: run bos, see which layer writes the massive dimension, rank its rows.
+
+Definitions follow the paper (Oh, Shin, Oh, "House of Cards", arXiv 2410.01866v2) with
+the choices it leaves open made explicit; docs/definitions.md has them all. Layers count
+from 0. h_l is the residual stream after layer l, z_l the FFN's intermediate state, w_l
+what the FFN adds to the stream, all for bos at the first position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mwtool.analysis import (
+    Origin,
+    Thresholds,
+    attribution,
+    growth,
+    largest_origin,
+    median,
+    peak_layer,
+    settled_origin,
+    sun,
+)
+from mwtool.bos import PROMPT, Bos, find_bos
+from mwtool.errors import BadPlugin, BadValue
+from mwtool.layout import FFN, Adapter, DecoderLayer
+from mwtool.massive import Identity, MassiveWeights
+from mwtool.registry import adapter_for
+from mwtool.source import Source, locate
+from mwtool.states import LayerState, SuperWeight, dense, walk
+from mwtool.stream import Stream, open_stream
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+OnLayer = Callable[[int, int, int], None]
+"""Called after each layer with: layers done, layers in all, bytes of weights read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to scan.
+
+    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token stands in for bos under `never`.
+    all_layers: walk on to the end after the answer has settled; adds later growth, changes nothing else.
+    """
+
+    k: int = 5
+    bos: str = "auto"
+    prompt: str = PROMPT
+    thresholds: Thresholds = Thresholds()
+    all_layers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """Entries of one parameter that belong to the massive rows: keep them in high precision when quantizing."""
+
+    parameter: str
+    checkpoint_name: str | None
+    dim: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a scan found. `massive` is None where the model has no massive dimension.
+
+    settled: the layer l* where the massive dimension stands; None where it never settles.
+    attribution: share of h_l*[d] that each layer's FFN wrote, for l <= l*.
+    growth: (layer, value) of the largest |h_l[d]| after l*, the last layer excepted.
+    sun: (layer, dimension, value) of each largest entry that passes the strict published test.
+    """
+
+    identity: Identity
+    dtype: str
+    device: str
+    bos: Bos
+    settings: Settings
+    states: tuple[LayerState, ...]
+    massive: MassiveWeights | None
+    settled: int | None
+    attribution: tuple[float, ...]
+    growth: tuple[int, float] | None
+    intermediate_peak_layer: int | None
+    sun: tuple[tuple[int, int, float], ...]
+    protect: tuple[Protected, ...]
+    parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the walk ended before the last layer because the answer had settled."""
+        return len(self.states) < self.identity.layers
+
+    @property
+    def super_weights(self) -> tuple[SuperWeight, ...]:
+        return tuple(weight for state in self.states for weight in state.super_weights)
+
+
+def scan_checkpoint(
+    model: str | Source = "demo",
+    settings: Settings | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_layer: OnLayer | None = None,
+) -> Scan:
+    """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
+
+    model: Hub id, folder, PEFT adapter folder (its base model is scanned) or ``demo``.
+    dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+    Raises MwtoolError, saying what was found and expected.
+    """
+    settings = settings or Settings()
+    source = model if isinstance(model, Source) else locate(model, revision, trust_remote_code=trust_remote_code)
+    config = source.config()
+    layers = decoder_layers(adapter_for(config.model_type), config)
+    bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
+    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device)
+    notes = (*source.notes, *stream.checkpoint.notes)
+    return _scan(_Subject(stream.model, layers, bos, source.name, source.revision, notes, stream), settings, on_layer)
+
+
+def scan_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: Settings | None = None,
+    *,
+    adapter: Adapter | None = None,
+) -> Scan:
+    """Scan a model in memory, wrapped by PEFT or not; its weights, hooks and mode stay as they are.
+
+    adapter: where its matrices are; by default the one installed for its model type.
+    """
+    settings = settings or Settings()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = decoder_layers(adapter or adapter_for(base.config.model_type), base.config)
+    bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
+    name = base.config.name_or_path or type(base).__name__
+    training = base.training
+    base.eval()
+    try:
+        return _scan(_Subject(base, layers, bos, name), settings)
+    finally:
+        base.train(training)
+
+
+def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
+    """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
+    layers = [adapter.layer(config, index) for index in range(config.get_text_config().num_hidden_layers)]
+    for layer in layers:
+        if not isinstance(layer, DecoderLayer) or not layer.ffns:
+            raise BadPlugin(f"the adapter for {config.model_type!r} gave {layer!r}; expected a DecoderLayer with FFNs")
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model ready to run; `stream` where its weights come from disk."""
+
+    model: PreTrainedModel
+    layers: list[DecoderLayer]
+    bos: Bos
+    name: str
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    stream: Stream | None = None
+
+
+def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
+    model, stream, thresholds, total = subject.model, subject.stream, settings.thresholds, len(subject.layers)
+    width = model.config.get_text_config().intermediate_size
+    if not 1 <= settings.k <= width:
+        raise BadValue(f"k is {settings.k}; the intermediate state has {width} entries: k must be from 1 to {width}")
+
+    def enough(states: Sequence[LayerState]) -> bool:
+        return not settings.all_layers and settled_origin(states, total, thresholds) is not None
+
+    def done(state: LayerState) -> None:
+        if on_layer is not None:
+            on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
+
+    with nullcontext(model) if stream is None else stream.flowing() as running:
+        states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+    origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
+    massive, protect = (None, ()) if origin is None else _rows(subject, states, origin, settings.k)
+    first = states[0]
+    return Scan(
+        identity=Identity(
+            model=subject.name,
+            revision=subject.revision,
+            model_type=model.config.model_type,
+            layers=total,
+            hidden_size=first.hidden.numel(),
+            intermediate_size=first.intermediate.numel(),
+        ),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device if stream is None else stream.device),
+        bos=subject.bos,
+        settings=settings,
+        states=tuple(states),
+        massive=massive,
+        settled=origin.layer if origin is not None and origin.settled else None,
+        attribution=attribution(states, origin),
+        growth=growth(states, total, origin),
+        intermediate_peak_layer=None if origin is None else peak_layer(states[: origin.layer + 1]),
+        sun=tuple(sun(states, thresholds)),
+        protect=protect,
+        parameters=_parameters(subject),
+        notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
+    )
+
+
+def _rows(
+    subject: _Subject, states: Sequence[LayerState], origin: Origin, k: int
+) -> tuple[MassiveWeights, tuple[Protected, ...]]:
+    """Rank the rows of the massive layer, the one with the largest share; a streamed layer is read once more."""
+    shares = attribution(states, origin)
+    at = max(range(len(shares)), key=lambda index: shares[index])
+    layer = subject.layers[at]
+    with nullcontext() if subject.stream is None else subject.stream.layer(layer.path):
+        massive = rank(dense(layer), subject.model, states[at], origin, k, _parameters(subject))
+        return massive, to_protect(dense(layer), subject.model, massive.indices, subject.stream)
+
+
+def _parameters(subject: _Subject) -> int:
+    """All parameters, tied ones once."""
+    return subject.model.num_parameters() if subject.stream is None else subject.stream.parameters
+
+
+def rank(
+    ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, k: int, parameters: int
+) -> MassiveWeights:
+    """The rows of the massive layer by |z|, and how much each contributes to ``down_proj`` at d."""
+    z = state.intermediate  # (I,)
+    order = z.abs().argsort(descending=True, stable=True)
+    parts = ffn.down.read(model)[origin.dimension].to("cpu", z.dtype) * z  # (I,): W_down[d, i] z_i
+    whole = float(parts.sum())
+    running = (parts[order].cumsum(0) / whole).tolist() if whole else []
+    count = next((n for n, share in enumerate(running, start=1) if share >= 0.9), len(running))  # noqa: PLR2004 - the definition
+    indices = tuple(int(i) for i in order[:k])
+    entries = sum(k * matrix.read(model).shape[1] for matrix in ffn.inputs)
+    return MassiveWeights(
+        layer=state.layer,
+        module=ffn.module,
+        expert=ffn.expert,
+        indices=indices,
+        magnitudes=tuple(abs(float(z[i])) for i in indices),
+        shares=tuple(float(parts[i]) / whole if whole else 0.0 for i in indices),
+        median=median(z),
+        count=count,
+        share_of_parameters=entries / parameters,
+        dimension=origin.dimension,
+        value=origin.value,
+    )
+
+
+def to_protect(ffn: FFN, model: nn.Module, indices: Sequence[int], stream: Stream | None) -> tuple[Protected, ...]:
+    """Rows of up and gate and columns of down, as places in the model's parameters; fused matrices are merged."""
+    places: dict[tuple[str, int], list[int]] = {}
+    for matrix in ffn.inputs:
+        dim, rows = matrix.rows(list(indices), _shape(model, matrix.param))
+        places.setdefault((matrix.param, dim), []).extend(rows)
+    dim, columns = ffn.down.columns(list(indices), _shape(model, ffn.down.param))
+    places.setdefault((ffn.down.param, dim), []).extend(columns)
+    return tuple(
+        Protected(name, name if stream is None else stream.checkpoint_name(name), dim, tuple(entries))
+        for (name, dim), entries in places.items()
+    )
+
+
+def _shape(model: nn.Module, parameter: str) -> tuple[int, ...]:
+    module, _, name = parameter.rpartition(".")
+    return tuple(getattr(model.get_submodule(module), name).shape)

@@ -1,0 +1,258 @@
+"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, or `demo`.
+
+Everything is turned into a local folder with at least the small files (configuration,
+tokenizer, weight index). Weight files of a Hub repository are fetched when they are
+first read, so that a scan that stops at layer 6 does not download layer 79.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO = Path(__file__).parent / "demo"
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that has been located but not loaded.
+
+    name: what the user asked for, or the base model an adapter folder points to.
+    folder: where its small files are.
+    repo: Hub id the weight files are fetched from; None for a local folder.
+    revision: commit hash on the Hub; None for a local folder.
+    notes: what was decided on the user's behalf, one sentence each.
+    """
+
+    name: str
+    folder: Path
+    repo: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    notes: tuple[str, ...] = ()
+
+    def path(self, file: str) -> Path | None:
+        """Where a file of the model is, fetched from the Hub if need be; None if the model has no such file.
+
+        Raises ModelNotFound if the Hub refuses it or cannot be reached.
+        """
+        local = self.folder / file
+        if local.exists():
+            return local
+        return None if self.repo is None else _fetch(self.repo, file, self.revision)
+
+    def config(self) -> PretrainedConfig:
+        """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
+        from transformers import AutoConfig
+
+        raw = read_json(self.folder / "config.json")
+        _refuse_foreign(self.name, raw)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+            )
+        except (ValueError, KeyError, TypeError, ImportError, OSError) as fault:
+            advice = ""
+            if "auto_map" in raw and not self.trust_remote_code:
+                advice = "; it ships code of its own, which runs only with --trust-remote-code"
+            raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {_line(fault)}{advice}") from fault
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the folder has none.
+
+        Raises BadCheckpoint if it has one that cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
+            return None
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+            )
+        except (ValueError, KeyError, TypeError, ImportError, OSError) as fault:
+            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {_line(fault)}") from fault
+        return tokenizer
+
+
+def locate(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+    """Find MODEL and fetch its small files.
+
+    Raises ModelNotFound, naming what was looked for and where.
+    """
+    if model == "demo":
+        return Source("demo", DEMO)
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
+    source = _local(model, path) if path.is_dir() else _hub(model, revision)
+    source = replace(source, trust_remote_code=trust_remote_code)
+    if revision is not None and source.repo is None:
+        source = _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
+    return _follow_adapter(source, revision)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises BadCheckpoint if it is absent or is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path.parent} has no {path.name}; expected a model in Hugging Face format") from None
+    except (OSError, ValueError) as fault:
+        raise BadCheckpoint(f"{path} cannot be read: {_line(fault)}") from fault
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _local(model: str, folder: Path) -> Source:
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        sibling = folder.with_name(f"{folder.name}-hf")
+        if _original_format(folder) and (sibling / "config.json").exists():
+            return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
+        hint = "it is in the original format, convert it or use its -hf version" if _original_format(folder) else (
+            "expected a model in Hugging Face format"
+        )
+        raise ModelNotFound(f"{model} has no config.json; {hint}")
+    return Source(model, folder)
+
+
+def _original_format(folder: Path) -> bool:
+    return (folder / "params.json").exists() or any(folder.glob("consolidated.*"))
+
+
+def _hub(model: str, revision: str | None) -> Source:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelNotFound(f"no such folder: {model}")
+    try:
+        validate_repo_id(model)
+    except HFValidationError as fault:
+        raise ModelNotFound(f"{model} is neither a folder nor a Hub id: {_line(fault)}") from None
+    source = _snapshot(model, revision)
+    if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
+        return source
+    try:
+        sibling = _snapshot(f"{model}-hf", revision)
+    except ModelNotFound:
+        sibling = None
+    if sibling is None or not (sibling.folder / "config.json").exists():
+        raise ModelNotFound(f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format")
+    return _noted(sibling, f"{model} is in the original format; using {model}-hf")
+
+
+def _snapshot(repo: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # a dozen small files; the weights show their own progress
+    folder = _asking_hub(repo, revision, lambda: snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES))
+    return Source(repo, Path(folder), repo=repo, revision=Path(folder).name)
+
+
+def _fetch(repo: str, file: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub.utils import enable_progress_bars
+
+    def download() -> str | None:
+        try:
+            return hf_hub_download(repo, file, revision=revision)
+        except LocalEntryNotFoundError:  # the Hub could not be asked: not the same as "no such file"
+            raise
+        except RemoteEntryNotFoundError:
+            return None
+
+    enable_progress_bars()
+    path = _asking_hub(repo, revision, download)
+    return None if path is None else Path(path)
+
+
+def _asking_hub(repo: str, revision: str | None, ask: Any) -> Any:
+    """Call the Hub and turn its refusals into one line each."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # the HTTP client's own base class, whichever client the Hub uses
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        return ask()
+    except errors.GatedRepoError as fault:
+        raise ModelNotFound(
+            f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
+        ) from fault
+    except errors.RevisionNotFoundError as fault:
+        raise ModelNotFound(f"{repo} has no revision {revision!r}") from fault
+    except errors.RepositoryNotFoundError as fault:
+        raise ModelNotFound(
+            f"{repo} is neither a local folder nor a repository on {constants.ENDPOINT} "
+            f"(if it is private: `hf auth login`)"
+        ) from fault
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
+        raise ModelNotFound(
+            f"{constants.ENDPOINT} cannot be reached and {repo}{at} is not in the cache; "
+            f"give a local folder instead, such as one made by `hf download {repo} --local-dir DIR`"
+        ) from fault
+    except HTTPError as fault:
+        raise ModelNotFound(f"{constants.ENDPOINT} failed to give {repo}{at}: {_line(fault)}") from fault
+
+
+def _follow_adapter(source: Source, revision: str | None) -> Source:
+    """A PEFT adapter's folder stands for its base model."""
+    if (source.folder / "config.json").exists():
+        return source
+    base = read_json(source.folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BadCheckpoint(f"{source.folder / 'adapter_config.json'} names no base_model_name_or_path")
+    try:
+        found = locate(base, trust_remote_code=source.trust_remote_code)
+    except ModelNotFound as fault:
+        raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
+    return _noted(found, f"{source.name} is a PEFT adapter; this is its base model {base}, without the adapter")
+
+
+def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
+    """Stop early where the configuration says that this is not a causal language model."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if causal is None and model_type in MODEL_MAPPING_NAMES:
+        raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")
+    if causal is None:
+        return  # a type transformers does not know: the adapter lookup and --trust-remote-code decide
+    fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
+    architectures = raw.get("architectures") or [causal]
+    if "auto_map" not in raw and not fitting.intersection(architectures):
+        raise UnsupportedModel(f"{name} is a {architectures[0]}, not a causal language model; expected {causal}")
+
+
+def _causal_like(model_type: str) -> tuple[str | None, ...]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type),)
+
+
+def _noted(source: Source, note: str) -> Source:
+    return replace(source, notes=(*source.notes, note))
+
+
+def _line(fault: BaseException) -> str:
+    """An exception's first line, for messages that fit on one."""
+    return str(fault).strip().partition("\n")[0] or type(fault).__name__

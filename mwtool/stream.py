@@ -1,0 +1,318 @@
+"""A model whose weights come and go with its forward: one decoder layer in memory at a time.
+
+The model is built without weights (accelerate), and each decoder layer reads its own
+from the checkpoint when its forward begins and drops them when it ends. Renaming,
+conversion, casting and dequantization are transformers' own, so a layer holds what
+`from_pretrained` would have given it. Of an embedding only the rows asked for are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mwtool.checkpoint import Checkpoint, open_checkpoint
+from mwtool.errors import BadCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from mwtool.source import Source
+
+DEQUANTIZABLE = ("fp8", "mxfp4")
+"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
+
+
+@dataclass
+class Stream:
+    """A model without weights and the checkpoint to take them from.
+
+    names: in-memory module path of a decoder layer, or parameter name outside the layers -> checkpoint names.
+    bytes_read: bytes taken from the checkpoint so far, in the dtype they are computed in.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    layers: list[str]
+    parameters: int
+    device: torch.device
+    load_config: Any
+    names: dict[str, list[str]]
+    bytes_read: int = 0
+    on_read: Callable[[int], None] | None = None
+    _handles: list[Any] = field(default_factory=list)
+
+    @contextmanager
+    def flowing(self) -> Iterator[PreTrainedModel]:
+        """The model, fit for a forward: weights are read as they are needed and dropped after use."""
+        layers = set(self.layers)
+        inside = tuple(f"{path}." for path in self.layers)
+        for name, module in self.model.named_modules():
+            if name in layers:
+                self._hook(module, self._enter_layer(name), self._leave)
+            elif not name.startswith(inside) and any(p.is_meta for p in module.parameters(recurse=False)):
+                if isinstance(module, nn.Embedding):
+                    self._hook(module, self._enter_embedding(name), self._leave_embedding)
+                else:
+                    self._hook(module, self._enter_other(name), self._leave)
+        try:
+            yield self.model
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+            _drop(self.model)  # an interrupted forward leaves a layer behind
+
+    @contextmanager
+    def layer(self, path: str) -> Iterator[nn.Module]:
+        """One decoder layer with its weights, outside a forward."""
+        module = self.model.get_submodule(path)
+        self._load(path, module)
+        try:
+            yield module
+        finally:
+            _drop(module)
+
+    def checkpoint_name(self, parameter: str) -> str | None:
+        """What the checkpoint calls a parameter; None where it is put together from several tensors."""
+        sources = self.names.get(parameter, [])
+        return sources[0] if len(sources) == 1 else None
+
+    def _hook(self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(enter))
+        self._handles.append(module.register_forward_hook(leave))
+
+    def _enter_layer(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, _args: Any) -> None:
+            self._load(path, module)
+
+        return enter
+
+    def _enter_other(self, name: str) -> Callable[..., None]:
+        """For modules outside the layers with weights of their own: norms behind an embedding, projections."""
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            wanted = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+            self._convert([source for parameter in wanted for source in self.names.get(parameter, [])])
+            self._check(module, name)
+
+        return enter
+
+    def _enter_embedding(self, name: str) -> Callable[..., Any]:
+        """Read the rows the ids ask for and number the ids anew: a table of 128k rows is never in memory."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            assert isinstance(module, nn.Embedding)
+            ids, *rest = args
+            rows, renumbered = torch.unique(ids, return_inverse=True)
+            shape = (module.num_embeddings, module.embedding_dim)
+            module.weight = nn.Parameter(self._rows(f"{name}.weight", shape, rows.tolist()), requires_grad=False)
+            return (renumbered, *rest)
+
+        return enter
+
+    def _rows(self, parameter: str, expected: tuple[int, int], rows: list[int]) -> Tensor:
+        """Rows of an embedding table, (len(rows), H), on the device and in the dtype of the model."""
+        name = self.checkpoint_name(parameter)
+        if name is None:
+            raise BadCheckpoint(f"the checkpoint has no tensor for {parameter}; it is incomplete")
+        with self.checkpoint.tensors([name]) as tensors:
+            found = _shape(tensors[name])
+            if found != expected:
+                raise BadCheckpoint(f"tensor {name} has shape {found}; the configuration expects {expected}")
+            table = torch.cat([tensors[name][row : row + 1] for row in rows]).clone()
+        if not table.isfinite().all():
+            raise BadCheckpoint(f"tensor {name} holds NaN or inf in the rows read ({rows}); the checkpoint is damaged")
+        self._count(table)
+        return table.to(self.device, self.model.dtype)
+
+    def _load(self, path: str, module: nn.Module) -> None:
+        self._convert(self.names.get(path, []))
+        self._check(module, path)
+
+    def _convert(self, sources: list[str]) -> None:
+        """Have transformers read, rename, convert, cast and place these tensors."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.load_config)
+        for name, found, expected in info.mismatched_keys:
+            raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")
+        for name, fault in info.conversion_errors.items():
+            raise BadCheckpoint(f"tensor {name} cannot be converted: {str(fault).strip().splitlines()[-1]}")
+
+    def _check(self, module: nn.Module, path: str) -> None:
+        """Every weight is there and finite. A sum costs a hundredth of an elementwise test and shows any NaN or inf."""
+        for name, tensor in module.named_parameters():
+            if tensor.is_meta:
+                raise BadCheckpoint(f"the checkpoint has no tensor for {path}.{name}; it is incomplete")
+            if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                raise BadCheckpoint(f"tensor {path}.{name} holds NaN or inf; the checkpoint is damaged")
+            self._count(tensor)
+
+    def _count(self, tensor: Tensor) -> None:
+        self.bytes_read += tensor.nbytes
+        if self.on_read is not None:
+            self.on_read(self.bytes_read)
+
+    @staticmethod
+    def _leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        _drop(module)
+
+    @staticmethod
+    def _leave_embedding(module: nn.Module, _args: Any, _output: Any) -> None:
+        assert isinstance(module, nn.Embedding)
+        whole = torch.empty(module.num_embeddings, module.embedding_dim, dtype=module.weight.dtype, device="meta")
+        module.weight = nn.Parameter(whole, requires_grad=False)
+
+
+def open_stream(
+    source: Source, config: PretrainedConfig, layers: list[str], dtype: str = "auto", device: str = "cpu"
+) -> Stream:
+    """A model of this configuration without weights, and the way to them.
+
+    layers: module paths of the decoder layers, as the adapter gives them.
+    Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    checkpoint = open_checkpoint(source)
+    torch_dtype = resolve_dtype(dtype, config, checkpoint)
+    quantizer = _dequantizer(source, config)
+    with _without_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code)
+        model.tie_weights()
+        parameters = model.num_parameters()
+        if quantizer is not None:
+            quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
+    model.eval().requires_grad_(requires_grad=False)
+    for name, buffer in model.named_buffers():
+        _set_buffer(model, name, buffer.to(device))
+    load_config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=torch_dtype,
+        dtype_plan=model._get_dtype_plan(torch_dtype),  # noqa: SLF001 - the only way to the fp32 exceptions of a model class
+        hf_quantizer=quantizer,
+        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+    )
+    names = _group(model, checkpoint, layers, load_config.weight_mapping or [])
+    return Stream(model, checkpoint, layers, parameters, torch.device(device), load_config, names)
+
+
+def resolve_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
+    if dtype != "auto":
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    stated = config.dtype or config.get_text_config().dtype
+    if isinstance(stated, torch.dtype):
+        return stated
+    for name in checkpoint.files:
+        with checkpoint.tensors([name]) as tensors:
+            stored: torch.dtype = tensors[name][:1].dtype
+        if stored.is_floating_point and stored.itemsize > 1:
+            return stored
+    return torch.float32
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Build modules with parameters on the meta device; buffers (rotary frequencies) are computed for real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for every load, which would be one for every layer."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
+    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(stated.quant_method)
+    if method not in DEQUANTIZABLE:
+        raise UnsupportedModel(
+            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
+            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
+        )
+    if isinstance(stated, dict):
+        stated["dequantize"] = True
+    quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
+    return quantizer
+
+
+def _group(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: list[str], mapping: list[Any]
+) -> dict[str, list[str]]:
+    """Checkpoint names by decoder layer, and by parameter for what takes part alone.
+
+    Both are in one dictionary: a layer's path never equals a parameter's name.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+    owner = re.compile("|".join(re.escape(path) for path in sorted(layers, key=len, reverse=True)) + r"(?=\.)")
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in checkpoint.files:
+        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if parameter not in own and name in own:
+            parameter = name
+        names[parameter].append(name)
+        found = owner.match(parameter)
+        if found:
+            names[found.group()].append(name)
+    return _with_ties(model, names)
+
+
+def _with_ties(model: PreTrainedModel, names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A tied parameter absent from the checkpoint is read from the one it is tied to."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for absent, present in ((target, source), (source, target)):
+            if absent not in names and present in names:
+                names[absent] = names[present]
+    return dict(names)
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._buffers[leaf] = value  # noqa: SLF001 - keeps it non-persistent, as register_buffer would not
+
+
+def _drop(module: nn.Module) -> None:
+    """Give the memory back; the module is as it was before it was loaded."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
+            if parameter is not None and not parameter.is_meta:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
