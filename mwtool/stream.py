@@ -190,9 +190,10 @@ def open_stream(
     quantizer = _dequantizer(source, config)
     with _without_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code)
-        model.tie_weights()
-        parameters = model.num_parameters()
-        if quantizer is not None:
+    model.tie_weights()  # not inside the block, which gives every module a parameter of its own
+    parameters = model.num_parameters()
+    if quantizer is not None:
+        with _without_weights():
             quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
     model.eval().requires_grad_(requires_grad=False)
     for name, buffer in model.named_buffers():
