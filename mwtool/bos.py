@@ -47,9 +47,7 @@ def find_bos(
     return bos
 
 
-def _choose(
-    choice: str, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, prompt: str
-) -> Bos:
+def _choose(choice: str, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, prompt: str) -> Bos:
     if choice == "never":
         return _first_of(prompt, tokenizer)
     if choice not in ("auto", "always"):

@@ -59,7 +59,9 @@ class Checkpoint:
     def _open(self, file: str) -> Any:
         path = self.source.path(file)
         if path is None:
-            raise BadCheckpoint(f"{self.source.name}: {SAFETENSORS_INDEX} names {file}, which is not there; get it again")
+            raise BadCheckpoint(
+                f"{self.source.name}: {SAFETENSORS_INDEX} names {file}, which is not there; get it again"
+            )
         return open_safetensors(path)
 
 

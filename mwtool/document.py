@@ -26,7 +26,9 @@ TOP = 3
 """Entries listed for each layer's hidden and intermediate state."""
 
 
-def envelope(schema: str, *, model: str, revision: str | None, model_type: str, dtype: str, device: str) -> dict[str, Any]:
+def envelope(
+    schema: str, *, model: str, revision: str | None, model_type: str, dtype: str, device: str
+) -> dict[str, Any]:
     """What every document begins with: enough to tell what was run on what."""
     return {
         "schema": schema,
@@ -37,7 +39,11 @@ def envelope(schema: str, *, model: str, revision: str | None, model_type: str, 
         "dtype": dtype,
         "device": device,
         "seed": None,
-        "versions": {"python": platform.python_version(), "torch": version("torch"), "transformers": version("transformers")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
         "command": None,
     }
 
@@ -48,7 +54,12 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
     known = published(one.model)
     return {
         **envelope(
-            SCHEMA, model=one.model, revision=one.revision, model_type=one.model_type, dtype=scan.dtype, device=scan.device
+            SCHEMA,
+            model=one.model,
+            revision=one.revision,
+            model_type=one.model_type,
+            dtype=scan.dtype,
+            device=scan.device,
         ),
         "command": command,
         "shape": {

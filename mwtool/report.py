@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 def scan_report(scan: Scan, width: int) -> RenderableType:
     """All a scan found: what was fed, the layers, the rows, and what to do with them."""
-    parts: list[RenderableType] = [_heading(scan), _layers(scan, width), Text("█ median  ─● top-1, on one log scale a column\n", "dim")]
+    parts: list[RenderableType] = [
+        _heading(scan),
+        _layers(scan, width),
+        Text("█ median  ─● top-1, on one log scale a column\n", "dim"),
+    ]
     if scan.massive is None:
         parts.extend(_nothing(scan))
     else:
@@ -98,8 +102,11 @@ def _bar(top: float, middle: float, column: list[tuple[float, float]], width: in
 
 
 def _nothing(scan: Scan) -> Iterator[Text]:
-    largest = max((state for state in scan.states if state.layer < scan.identity.layers - 1), default=scan.states[-1],
-                  key=lambda state: float(state.hidden.abs().max()))
+    largest = max(
+        (state for state in scan.states if state.layer < scan.identity.layers - 1),
+        default=scan.states[-1],
+        key=lambda state: float(state.hidden.abs().max()),
+    )
     top, middle = _measures(largest.hidden)
     limits = scan.settings.thresholds
     yield Text("No massive activations at this token.", "bold")
@@ -144,7 +151,9 @@ def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableTyp
     yield Text(f"\nThe {k} row{'s are' if k > 1 else ' is'} {massive.share_of_parameters:.4%} of all parameters.")
     if scan.sun:
         layers = sorted({layer for layer, _, _ in scan.sun})
-        yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is passed after layers {_ranges(layers)}.")
+        yield Text(
+            f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is passed after layers {_ranges(layers)}."
+        )
     else:
         yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is not passed.")
     if scan.super_weights:
@@ -154,11 +163,16 @@ def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableTyp
     if known is not None:
         expert = "" if known.expert is None else f", expert {known.expert}"
         rows = ", ".join(map(str, known.indices))
-        yield Text(f"Published (layer {known.layer}{expert}: {rows}): {known.agreement(massive.layer, massive.indices)}.")
+        yield Text(
+            f"Published (layer {known.layer}{expert}: {rows}): {known.agreement(massive.layer, massive.indices)}."
+        )
     yield Text("\nKeep in high precision when quantizing:", "bold")
     yield _protected(scan)
     if scan.stopped:
-        yield Text(f"\nRead {len(scan.states)} of {scan.identity.layers} layers: the answer had settled (--all-layers goes on).", "dim")
+        yield Text(
+            f"\nRead {len(scan.states)} of {scan.identity.layers} layers: the answer had settled (--all-layers goes on).",
+            "dim",
+        )
 
 
 def _protected(scan: Scan) -> Table:

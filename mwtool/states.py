@@ -127,7 +127,9 @@ def _hooks(
 def dense(layer: DecoderLayer) -> FFN:
     """The layer's only FFN; raises UnsupportedModel where there are several."""
     if len(layer.ffns) != 1 or layer.ffns[0].hook is None:
-        raise UnsupportedModel(f"{layer.path} has {len(layer.ffns)} feed-forward networks; only dense layers are scanned")
+        raise UnsupportedModel(
+            f"{layer.path} has {len(layer.ffns)} feed-forward networks; only dense layers are scanned"
+        )
     return layer.ffns[0]
 
 

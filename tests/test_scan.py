@@ -83,7 +83,9 @@ def test_what_the_ffn_adds_is_the_difference_of_the_streams(tmp_path: Path, mode
         hook = model.get_submodule(layer.adds).register_forward_hook(lambda _m, _a, output: torch.zeros_like(output))
         silenced = scan_model(model, settings=WHOLE).states[state.layer].hidden
         hook.remove()
-        torch.testing.assert_close(state.hidden - silenced, state.added, rtol=0, atol=1e-5 * float(state.hidden.abs().max()))
+        torch.testing.assert_close(
+            state.hidden - silenced, state.added, rtol=0, atol=1e-5 * float(state.hidden.abs().max())
+        )
 
 
 @pytest.mark.parametrize("model_type", tiny.TYPES)
@@ -221,7 +223,9 @@ def test_a_checkpoint_of_the_base_model_is_read_too(tmp_path: Path, prefix: str)
 
     folder = tiny.saved(tmp_path, tiny.model("llama", torch.bfloat16))
     expected = scan_checkpoint(str(folder)).states[-1].hidden
-    tensors = {name.replace("model.", prefix, 1): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {
+        name.replace("model.", prefix, 1): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(scan_checkpoint(str(folder)).states[-1].hidden, expected)
 

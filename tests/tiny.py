@@ -103,7 +103,9 @@ def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, st
 def _input_of(made: PreTrainedModel, place: DecoderLayer, module: str) -> torch.Tensor:
     """What the FFN of this layer receives for bos, (H,)."""
     seen: list[torch.Tensor] = []
-    hook = made.get_submodule(module).register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])[0]))
+    hook = made.get_submodule(module).register_forward_pre_hook(
+        lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])[0])
+    )
     made(input_ids=torch.tensor([[BOS]]), use_cache=False)
     hook.remove()
     return seen[0]

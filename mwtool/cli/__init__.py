@@ -30,7 +30,9 @@ def _version(on: bool) -> None:  # noqa: FBT001 - the signature Typer calls back
 
 @app.callback()
 def _mwtool(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")
+    ] = False,
 ) -> None:
     """Find, ablate and train against massive weights in large language models."""
 

@@ -55,7 +55,8 @@ def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, An
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]", help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model."
+        metavar="[MODEL]",
+        help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model.",
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -65,8 +66,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]
 Config = Annotated[
-    Path | None, typer.Option("--config", is_eager=True, callback=_config, help="YAML file of option values; flags win.")
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=_config, help="YAML file of option values; flags win."),
 ]
 Debug = Annotated[
-    bool, typer.Option("--debug", is_eager=True, expose_value=True, callback=_debug, help="Show the traceback of an error.")
+    bool,
+    typer.Option("--debug", is_eager=True, expose_value=True, callback=_debug, help="Show the traceback of an error."),
 ]

@@ -18,16 +18,23 @@ def scan(
     model: options.Model = "demo",
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = 5,
     bos: Annotated[
-        str, typer.Option(help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id.")
+        str,
+        typer.Option(
+            help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id."
+        ),
     ] = "auto",
     prompt: Annotated[
         str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
     ] = None,
-    magnitude: Annotated[float, typer.Option(min=0, help="Massive: an entry of the residual stream above this ...")] = 100,
+    magnitude: Annotated[
+        float, typer.Option(min=0, help="Massive: an entry of the residual stream above this ...")
+    ] = 100,
     ratio: Annotated[float, typer.Option(min=0, help="... and above this many times the median.")] = 50,
     sun_ratio: Annotated[float, typer.Option(min=0, help="The same for the strict published test.")] = 1000,
     spike: Annotated[float, typer.Option(min=0, help="Super weights: down_proj input and output above this.")] = 50,
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
+    ] = False,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -63,7 +70,12 @@ def scan(
 
 
 def _scan(
-    model: str, settings: Settings, revision: str | None, dtype: str, device: str, trust: bool  # noqa: FBT001 - passed on
+    model: str,
+    settings: Settings,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    trust: bool,  # noqa: FBT001 - passed on
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan import scan_checkpoint

@@ -51,7 +51,11 @@ def main() -> None:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "tokens_in_corpus": len(tokens),
         "parameters": model.num_parameters(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         **log,
     }
@@ -59,10 +63,14 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True, help="training text, UTF-8, plain or .xz")
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="folder for the trained model")
-    parser.add_argument("--cache", type=Path, default=Path("demo-cache"), help="tokenizer and tokenised corpus, shared by runs")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("demo-cache"), help="tokenizer and tokenised corpus, shared by runs"
+    )
     parser.add_argument("--prepare", action="store_true", help="fill the cache and stop")
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=10)
@@ -155,9 +163,14 @@ def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> 
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps - 1:
             losses.append([step, round(loss.item(), 4)])
-            print(f"{args.output.name} step {step}/{steps} loss {losses[-1][1]} {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{args.output.name} step {step}/{steps} loss {losses[-1][1]} {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
             if not math.isfinite(losses[-1][1]):
-                raise SystemExit(f"{args.output.name}: the loss is {losses[-1][1]} at step {step}; lower --learning-rate")
+                raise SystemExit(
+                    f"{args.output.name}: the loss is {losses[-1][1]} at step {step}; lower --learning-rate"
+                )
     return {"steps": steps, "seconds": round(time.monotonic() - start), "losses": losses}
 
 
