@@ -125,6 +125,11 @@ def scan_checkpoint(
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
     stream = open_stream(source, config, [layer.path for layer in layers], dtype, device)
     notes = (*source.notes, *stream.checkpoint.notes)
+    if source.adapter is not None:
+        notes = (
+            *notes,
+            f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
+        )
     return _scan(_Subject(stream.model, layers, bos, source.name, source.revision, notes, stream), settings, on_layer)
 
 
@@ -235,9 +240,7 @@ def _parameters(subject: _Subject) -> int:
     return subject.model.num_parameters() if subject.stream is None else subject.stream.parameters
 
 
-def rank(
-    ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, k: int, parameters: int
-) -> MassiveWeights:
+def rank(ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, k: int, parameters: int) -> MassiveWeights:
     """The rows of the massive layer by |z|, and how much each contributes to ``down_proj`` at d."""
     z = state.intermediate  # (I,)
     order = z.abs().argsort(descending=True, stable=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "adapter_model.safetensors"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
@@ -30,6 +30,7 @@ class Source:
     folder: where its small files are.
     repo: Hub id the weight files are fetched from; None for a local folder.
     revision: commit hash on the Hub; None for a local folder.
+    adapter: folder of the PEFT adapter that was asked for, where this is its base model.
     notes: what was decided on the user's behalf, one sentence each.
     """
 
@@ -38,6 +39,7 @@ class Source:
     repo: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
     notes: tuple[str, ...] = ()
 
     def path(self, file: str) -> Path | None:
@@ -120,8 +122,10 @@ def _local(model: str, folder: Path) -> Source:
         sibling = folder.with_name(f"{folder.name}-hf")
         if _original_format(folder) and (sibling / "config.json").exists():
             return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
-        hint = "it is in the original format, convert it or use its -hf version" if _original_format(folder) else (
-            "expected a model in Hugging Face format"
+        hint = (
+            "it is in the original format, convert it or use its -hf version"
+            if _original_format(folder)
+            else ("expected a model in Hugging Face format")
         )
         raise ModelNotFound(f"{model} has no config.json; {hint}")
     return Source(model, folder)
@@ -219,7 +223,8 @@ def _follow_adapter(source: Source, revision: str | None) -> Source:
         found = locate(base, trust_remote_code=source.trust_remote_code)
     except ModelNotFound as fault:
         raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
-    return _noted(found, f"{source.name} is a PEFT adapter; this is its base model {base}, without the adapter")
+    # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
+    return replace(found, adapter=str(source.folder))
 
 
 def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:

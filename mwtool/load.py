@@ -1,0 +1,167 @@
+"""A whole model in memory with the places of its FFNs: what ablation, fine-tuning and evaluation work on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
+from mwtool.layout import FFN, DecoderLayer
+from mwtool.massive import Identity, MassiveWeights, load_massive
+from mwtool.registry import adapter_for
+from mwtool.scan import Settings, decoder_layers, scan_model
+from mwtool.source import Source, locate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+On = Literal["base", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to run.
+
+    model: what to call; a PeftModel where an adapter is kept apart from the pre-trained weights.
+    base: the module whose parameters `layers` names; the same object as `model` without PEFT.
+    on: where attacks act on an adapter folder's model, `base` (pre-trained weights under the
+        adapter) or `merged` (the sum of both); None without an adapter.
+    """
+
+    model: PreTrainedModel | PeftModel
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: Source
+    layers: tuple[DecoderLayer, ...]
+    on: On | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        """Name and shape, to be compared with those of a saved scan."""
+        first, experts = self.layers[0].ffns[0], [f.expert for layer in self.layers for f in layer.ffns]
+        routed = [expert for expert in experts if expert is not None]
+        return Identity(
+            model=self.source.name,
+            revision=self.source.revision,
+            model_type=self.base.config.model_type,
+            layers=len(self.layers),
+            hidden_size=self.base.config.get_text_config().hidden_size,
+            intermediate_size=width_of(first, self.base),
+            experts=max(routed) + 1 if routed else None,
+        )
+
+    def ffn(self, massive: MassiveWeights) -> FFN:
+        """The feed-forward network that holds these rows; raises BadValue where there is none."""
+        return ffn_at(self.layers, massive.layer, massive.expert)
+
+
+def load(  # noqa: PLR0913 - keyword options, named as from_pretrained names them
+    model: str,
+    *,
+    on: On = "base",
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    model_options: dict[str, Any] | None = None,
+) -> Loaded:
+    """Load a Hub id, a folder, a PEFT adapter folder or `demo` whole, in evaluation mode.
+
+    dtype: ``auto`` (as stored) or a torch dtype's name. device_map: ``auto`` spreads over devices (accelerate).
+    model_options: further arguments of `from_pretrained`, such as a quantization_config.
+    Raises MwtoolError where it cannot be opened or a weight is absent or misshapen.
+    """
+    source = locate(model, revision, trust_remote_code=trust_remote_code)
+    config = source.config()
+    layers = tuple(decoder_layers(adapter_for(config.model_type), config))
+    options = {"dtype": dtype, "device_map": device_map or {"": device}, **(model_options or {})}
+    base = _from_pretrained(source, config, options)
+    tokenizer = source.tokenizer()
+    if source.adapter is None:
+        return Loaded(base, base, tokenizer, source, layers, notes=source.notes)
+    wrapped: Any = _with_adapter(base, source.adapter)
+    if on == "merged":
+        merged = wrapped.merge_and_unload().eval()
+        return Loaded(merged, merged, tokenizer, source, layers, on, source.notes)
+    return Loaded(wrapped, wrapped.get_base_model(), tokenizer, source, layers, on, source.notes)
+
+
+def massive_for(
+    loaded: Loaded, file: Path | None = None, settings: Settings | None = None
+) -> tuple[MassiveWeights | None, tuple[str, ...]]:
+    """The massive weights of a saved scan, or of a scan done now, and what the user should know about them.
+
+    Under `on="base"` the pre-trained model is scanned, its adapter switched off.
+    """
+    if file is not None:
+        massive, notes = load_massive(file, loaded.identity)
+        return massive, tuple(notes)
+    plain = loaded.model.disable_adapter() if loaded.on == "base" else nullcontext()  # type: ignore[operator] # a PeftModel then
+    with plain:
+        scan = scan_model(loaded.base, loaded.tokenizer, settings)
+    return scan.massive, scan.notes
+
+
+def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
+    """The FFN of a decoder layer, or one of its routed experts; raises BadValue where there is none."""
+    if not 0 <= layer < len(layers):
+        raise BadValue(f"layer {layer} does not exist; the model has layers 0 to {len(layers) - 1}")
+    found = [ffn for ffn in layers[layer].ffns if ffn.expert == expert]
+    if not found:
+        experts = sorted(ffn.expert for ffn in layers[layer].ffns if ffn.expert is not None)
+        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network"
+        raise BadValue(f"layer {layer} has no expert {expert}; it has {has}")
+    return found[0]
+
+
+def width_of(ffn: FFN, model: PreTrainedModel) -> int:
+    """I, the width of the intermediate state; 4-bit weights do not show it in their shape, their module does."""
+    module = None if ffn.hook is None else model.get_submodule(ffn.hook)
+    stated = getattr(module, "in_features", None)
+    return stated if isinstance(stated, int) else int(ffn.up.read(model).shape[0])
+
+
+def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    place = source.folder if source.repo is None else source.repo
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            revision=source.revision or "main",
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=source.repo is None,
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as fault:  # a quantization library that is not installed
+        raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
+    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
+        raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+    # transformers fills what is absent with random numbers and goes on
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]} and {len(absent) - 1} more; it is incomplete")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(base, adapter).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
+        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {_line(fault)}") from fault
+
+
+def _line(fault: BaseException) -> str:
+    return str(fault).strip().partition("\n")[0] or type(fault).__name__
