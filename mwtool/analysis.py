@@ -108,7 +108,7 @@ def peak_layer(states: Sequence[LayerState]) -> int:
 
 
 def sun(states: Sequence[LayerState], thresholds: Thresholds) -> list[tuple[int, int, float]]:
-    """(layer, dimension, value) of every entry above the magnitude and `sun_ratio` times the median (Sun et al. 2024)."""
+    """(layer, dimension, value) of entries above the magnitude and `sun_ratio` times the median (Sun et al. 2024)."""
     found = []
     for state in states:
         limit = max(thresholds.magnitude, thresholds.sun_ratio * median(state.hidden))

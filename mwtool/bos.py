@@ -75,7 +75,7 @@ def _given(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
         raise NoBos(f"--bos {choice}: there is no tokenizer to look it up in; give an id")
     if choice not in tokenizer.get_vocab():
         raise NoBos(f"--bos {choice}: the tokenizer has no such token; give a token of its vocabulary, or an id")
-    return Bos(int(tokenizer.convert_tokens_to_ids(choice)), choice, "given")
+    return Bos(tokenizer.get_vocab()[choice], choice, "given")
 
 
 def _first_of(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:

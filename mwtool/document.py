@@ -144,7 +144,7 @@ def write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
+        Path(temporary).replace(target)
         temporary = None
     except OSError as fault:
         raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault

@@ -59,7 +59,7 @@ class Loaded:
         return ffn_at(self.layers, massive.layer, massive.expert)
 
 
-def load(  # noqa: PLR0913 - keyword options, named as from_pretrained names them
+def load(
     model: str,
     *,
     on: On = "base",
@@ -132,7 +132,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
 
     place = source.folder if source.repo is None else source.repo
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
             revision=source.revision or "main",
@@ -145,12 +145,13 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
     except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
         raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+    model, info = loaded
     # transformers fills what is absent with random numbers and goes on
     absent = sorted(info["missing_keys"])
     if absent:
         raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]} and {len(absent) - 1} more; it is incomplete")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:

@@ -32,7 +32,7 @@ def scan_report(scan: Scan, width: int) -> RenderableType:
     if scan.massive is None:
         parts.extend(_nothing(scan))
     else:
-        parts.extend([_verdict(scan, scan.massive), _rows(scan, scan.massive), *_consequences(scan, scan.massive)])
+        parts.extend([_verdict(scan, scan.massive), _rows(scan.massive), *_consequences(scan, scan.massive)])
     return Group(*parts)
 
 
@@ -61,8 +61,8 @@ def _layers(scan: Scan, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     bar = max(6, min(24, (width - 58) // 2))
     table.add_column("layer", justify="right")
-    for state in ("hidden", "intermediate"):
-        table.add_column(state, no_wrap=True)
+    for column in ("hidden", "intermediate"):
+        table.add_column(column, no_wrap=True)
         table.add_column("top-1", justify="right")
         table.add_column("median", justify="right")
     table.add_column("share", justify="right")
@@ -120,9 +120,9 @@ def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     where = "settles at" if scan.settled is not None else "never settles; it is largest at"
     at = len(scan.attribution) - 1
     text = Text.from_markup(
-        f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): its FFN "
-        f"writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, which {where} layer {at} "
-        f"with {_number(massive.value)}.\n"
+        f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): "
+        f"its FFN writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, "
+        f"which {where} layer {at} with {_number(massive.value)}.\n"
         f"[bold]{massive.count} of {scan.identity.intermediate_size:,} rows[/] make up 90 % of it."
     )
     if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
@@ -130,7 +130,7 @@ def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     return text
 
 
-def _rows(scan: Scan, massive: MassiveWeights) -> Table:
+def _rows(massive: MassiveWeights) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     table.add_column("rank", justify="right")
     table.add_column("row", justify="right")
@@ -149,13 +149,9 @@ def _rows(scan: Scan, massive: MassiveWeights) -> Table:
 def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableType]:
     k = len(massive.indices)
     yield Text(f"\nThe {k} row{'s are' if k > 1 else ' is'} {massive.share_of_parameters:.4%} of all parameters.")
-    if scan.sun:
-        layers = sorted({layer for layer, _, _ in scan.sun})
-        yield Text(
-            f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is passed after layers {_ranges(layers)}."
-        )
-    else:
-        yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is not passed.")
+    layers = sorted({layer for layer, _, _ in scan.sun})
+    passed = f"passed after layers {_ranges(layers)}" if layers else "not passed"
+    yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is {passed}.")
     if scan.super_weights:
         coordinates = ", ".join(f"({w.layer}; {w.hidden_dim}; {w.ffn_index})" for w in scan.super_weights)
         yield Text(f"Super weights (layer; hidden dimension; FFN index): {coordinates}.")
@@ -169,10 +165,8 @@ def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableTyp
     yield Text("\nKeep in high precision when quantizing:", "bold")
     yield _protected(scan)
     if scan.stopped:
-        yield Text(
-            f"\nRead {len(scan.states)} of {scan.identity.layers} layers: the answer had settled (--all-layers goes on).",
-            "dim",
-        )
+        read = f"{len(scan.states)} of {scan.identity.layers} layers"
+        yield Text(f"\nRead {read}: the answer had settled (--all-layers goes on).", "dim")
 
 
 def _protected(scan: Scan) -> Table:

@@ -99,6 +99,7 @@ class Scan:
 
     @property
     def super_weights(self) -> tuple[SuperWeight, ...]:
+        """Those of all layers walked, first layer first."""
         return tuple(weight for state in self.states for weight in state.super_weights)
 
 
@@ -145,11 +146,12 @@ def scan_model(
     adapter: where its matrices are; by default the one installed for its model type.
     """
     settings = settings or Settings()
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     layers = decoder_layers(adapter or adapter_for(base.config.model_type), base.config)
     bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
-    name = base.config.name_or_path or type(base).__name__
-    training = base.training
+    name: str = base.config.name_or_path or type(base).__name__
+    training: bool = base.training
     base.eval()
     try:
         return _scan(_Subject(base, layers, bos, name), settings)
@@ -231,7 +233,7 @@ def _rows(
     at = max(range(len(shares)), key=lambda index: shares[index])
     layer = subject.layers[at]
     with nullcontext() if subject.stream is None else subject.stream.layer(layer.path):
-        massive = rank(dense(layer), subject.model, states[at], origin, k, _parameters(subject))
+        massive = rank(dense(layer), subject.model, states[at], origin, k=k, parameters=_parameters(subject))
         return massive, to_protect(dense(layer), subject.model, massive.indices, subject.stream)
 
 
@@ -240,7 +242,7 @@ def _parameters(subject: _Subject) -> int:
     return subject.model.num_parameters() if subject.stream is None else subject.stream.parameters
 
 
-def rank(ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, k: int, parameters: int) -> MassiveWeights:
+def rank(ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, *, k: int, parameters: int) -> MassiveWeights:
     """The rows of the massive layer by |z|, and how much each contributes to ``down_proj`` at d."""
     z = state.intermediate  # (I,)
     order = z.abs().argsort(descending=True, stable=True)

@@ -101,7 +101,7 @@ def locate(model: str, revision: str | None = None, *, trust_remote_code: bool =
     source = replace(source, trust_remote_code=trust_remote_code)
     if revision is not None and source.repo is None:
         source = _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
-    return _follow_adapter(source, revision)
+    return _follow_adapter(source)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _asking_hub(repo: str, revision: str | None, ask: Any) -> Any:
         raise ModelNotFound(f"{constants.ENDPOINT} failed to give {repo}{at}: {_line(fault)}") from fault
 
 
-def _follow_adapter(source: Source, revision: str | None) -> Source:
+def _follow_adapter(source: Source) -> Source:
     """A PEFT adapter's folder stands for its base model."""
     if (source.folder / "config.json").exists():
         return source

@@ -198,14 +198,15 @@ def open_stream(
     model.eval().requires_grad_(requires_grad=False)
     for name, buffer in model.named_buffers():
         _set_buffer(model, name, buffer.to(device))
+    mapping: Any = get_model_conversion_mapping(model, None, quantizer)
     load_config = LoadStateDictConfig(
         device_map={"": device},
         dtype=torch_dtype,
         dtype_plan=model._get_dtype_plan(torch_dtype),  # noqa: SLF001 - the only way to the fp32 exceptions of a model class
         hf_quantizer=quantizer,
-        weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        weight_mapping=mapping,
     )
-    names = _group(model, checkpoint, layers, load_config.weight_mapping or [])
+    names = _group(model, checkpoint, layers, mapping or [])
     return Stream(model, checkpoint, layers, parameters, torch.device(device), load_config, names)
 
 

@@ -26,8 +26,10 @@ Mode = Literal["none", "zero", "retain", "scale", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What is done to the top-k rows: `none`; `zero` them; `retain` only them (zero all others);
-    `scale` them by `factor`; fix their intermediate values at their `mean`.
+    """What is done to the top-k rows.
+
+    `none`; `zero` them; `retain` only them (zero all others); `scale` them by `factor`; fix
+    their intermediate values at their `mean`.
 
     k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
     """

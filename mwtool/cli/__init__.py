@@ -22,7 +22,7 @@ app.command()(scan)
 app.command()(adapters)
 
 
-def _version(on: bool) -> None:  # noqa: FBT001 - the signature Typer calls back with
+def _version(on: bool) -> None:
     if on:
         typer.echo(f"mwtool {__version__}")
         raise typer.Exit

@@ -12,13 +12,15 @@ import typer
 
 
 class DType(StrEnum):
+    """Precisions a model can be computed in."""
+
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
 
 
-def _debug(on: bool) -> None:  # noqa: FBT001 - the signature Typer calls back with
+def _debug(on: bool) -> None:
     if on:
         os.environ["MWTOOL_DEBUG"] = "1"
 

@@ -75,7 +75,7 @@ def _scan(
     revision: str | None,
     dtype: str,
     device: str,
-    trust: bool,  # noqa: FBT001 - passed on
+    trust: bool,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan import scan_checkpoint

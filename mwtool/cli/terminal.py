@@ -15,6 +15,7 @@ _stderr = Console(stderr=True, soft_wrap=True)
 
 
 def note(line: str) -> None:
+    """Something decided on the user's behalf, or worth knowing."""
     _stderr.print(Text.assemble(("note: ", "dim"), line))
 
 
@@ -24,6 +25,7 @@ def fail(line: str) -> None:
 
 
 def command_line() -> str:
+    """What was typed, fit to be typed again."""
     return shlex.join(["mwtool", *sys.argv[1:]])
 
 

@@ -98,7 +98,8 @@ def prepare(corpus: Path, cache: Path) -> np.ndarray[tuple[int], np.dtype[np.uin
             tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
         ).save_pretrained(cache)
         np.save(ids, np.fromiter(encode(tokenizer, lines), dtype=np.uint16))
-    return np.load(ids, mmap_mode="r")
+    tokens: np.ndarray[tuple[int], np.dtype[np.uint16]] = np.load(ids, mmap_mode="r")
+    return tokens
 
 
 def train_tokenizer(lines: list[str]) -> tokenizers.Tokenizer:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 RIVAL = """
 import sys, torch
@@ -76,7 +77,7 @@ def make(folder: Path, layers: int, *, planted: bool) -> None:
     model.save_pretrained(folder)
 
 
-def plant(model, layer: int = 1, row: int = 1234, dim: int = 77) -> None:  # type: ignore[no-untyped-def]
+def plant(model: Any, layer: int = 1, row: int = 1234, dim: int = 77) -> None:
     """Make one row answer bos with z of about 400 and write it to one dimension."""
     import torch
 
@@ -97,9 +98,7 @@ def compare(folder: Path, runs: int, *, cold: bool) -> None:
         [sys.executable, "-c", RIVAL, str(folder)],
         [sys.executable, "-c", IMPORTS],
     )
-    rounds = []
-    for _ in range(runs + 1):
-        rounds.append([measure(command, folder if cold else None) for command in commands])
+    rounds = [[measure(command, folder if cold else None) for command in commands] for _ in range(runs + 1)]
     rounds = rounds[1:]  # the first round warms the page cache
     median = statistics.median
     seconds = [median(one[side][0] for one in rounds) for side in range(3)]
