@@ -238,8 +238,12 @@ def _rows(
 
 
 def _parameters(subject: _Subject) -> int:
-    """All parameters, tied ones once."""
-    return subject.model.num_parameters() if subject.stream is None else subject.stream.parameters
+    """All parameters, tied ones once, without those of a PEFT adapter."""
+    if subject.stream is not None:
+        return subject.stream.parameters
+    tuners = [getattr(m, name) for m in subject.model.modules() for name in getattr(m, "adapter_layer_names", ())]
+    added: int = sum(p.numel() for tuner in tuners for p in tuner.parameters())
+    return subject.model.num_parameters() - added
 
 
 def rank(ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, *, k: int, parameters: int) -> MassiveWeights:

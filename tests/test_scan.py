@@ -136,7 +136,7 @@ def test_row_shares_and_count_agree_with_a_plain_recomputation(tmp_path: Path) -
     found = scan_model(model, settings=Settings(k=64))
     assert found.massive is not None
     z = found.states[1].intermediate
-    parts = model.model.layers[1].mlp.down_proj.weight[5].double() * z
+    parts = model.model.layers[1].mlp.down_proj.weight[5].detach().double() * z
     order = sorted(range(64), key=lambda i: -abs(float(z[i])))
     assert list(found.massive.indices) == order
     assert found.massive.shares == pytest.approx([float(parts[i] / parts.sum()) for i in order], rel=1e-12)
