@@ -11,8 +11,11 @@ Nothing here imports torch or transformers: adapters stay cheap to import.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from mwtool.errors import UnsupportedModel as UnsupportedModel  # re-exported: adapters import this module alone
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,8 +74,9 @@ class FFN:
 
     up, gate: read as (I, H), the biases as (I,); down: (H, I), its bias (H,).
     act: the activation's name in ``transformers.activations.ACT2FN``.
-    expert: index among the layer's routed experts; None for a dense MLP.
-    hook: module whose input is the intermediate state, (..., I); None for fused experts.
+    expert: index among the layer's routed experts; None for a dense MLP or a shared expert.
+    hook: the module that applies `down`: its input is the intermediate state, (..., I); None for fused experts.
+    combine: what makes the intermediate state of ``(gate x, up x)`` where ``act(gate x) * up x`` is not it.
     """
 
     up: WeightSlice
@@ -84,31 +88,64 @@ class FFN:
     down_bias: WeightSlice | None = None
     expert: int | None = None
     hook: str | None = None
+    combine: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def module(self) -> str:
         """The innermost module that holds both `up` and `down`, such as ``model.layers.1.mlp``."""
-        return ".".join(os.path.commonprefix([self.up.param.split("."), self.down.param.split(".")]))
+        parts = self.up.param.split("."), self.down.param.split(".")
+        return ".".join(os.path.commonprefix(parts))  # noqa: RUF071 - of lists it compares whole parts
 
     @property
     def inputs(self) -> tuple[WeightSlice, ...]:
         """The matrices whose row i produces intermediate entry i: up, then gate if there is one."""
         return (self.up,) if self.gate is None else (self.up, self.gate)
 
+    def width(self, model: nn.Module) -> int:
+        """I, the width of the intermediate state; packed weights do not show it in their shape, their module does."""
+        module = None if self.hook is None else model.get_submodule(self.hook)
+        stated = getattr(module, "in_features", None)
+        return stated if isinstance(stated, int) else self.up.read(model).shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of one layer.
+
+    module: called as ``(hidden_states, top_k_index, top_k_weights)``, (T, H), (T, k), (T, k); gives their weighted
+        sum. The parameters in it have the experts as their first dimension. The module around it adds
+        the shared expert, if there is one.
+    router: module whose output is, or begins with, the logits over all experts, (T, E).
+    scores: what turns logits into probabilities.
+    """
+
+    module: str
+    router: str
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+
+    @property
+    def block(self) -> str:
+        """The module whose output is the sum of routed and shared experts."""
+        return self.module.rpartition(".")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """One decoder layer.
 
-    path: the module whose output is the residual stream after this layer.
-    ffns: its feed-forward networks; one in a dense layer.
-    adds: the module whose output is added to the residual stream as the FFN's part: the MLP
-        itself, or the norm behind it (gemma2, olmo2).
+    path: the module whose output is, or begins with, the residual stream after this layer.
+    ffns: its feed-forward networks: one if dense, else the routed experts in order, then at most one shared.
+    adds: the module whose output the residual stream receives as the FFN's part: the MLP itself, the
+        norm behind it (gemma2, olmo2), or only its last matrix where the MLP adds the residual (bloom).
+    scale: what that output is multiplied by before it is added (granite).
+    experts: how bos is routed; None in a dense layer.
     """
 
     path: str
     ffns: tuple[FFN, ...]
     adds: str
+    scale: float = 1.0
+    experts: Experts | None = None
 
 
 @runtime_checkable
@@ -122,20 +159,48 @@ class Adapter(Protocol):
 
 def gated_mlp(mlp: str, act: str, *, bias: bool = False) -> FFN:
     """The FFN most models have: ``gate_proj`` and ``up_proj`` (I, H) and ``down_proj`` (H, I) in module `mlp`."""
+    ffn = plain_mlp(mlp, "up_proj", "down_proj", act, bias=bias)
+    gate_bias = WeightSlice(f"{mlp}.gate_proj.bias") if bias else None
+    return replace(ffn, gate=WeightSlice(f"{mlp}.gate_proj.weight"), gate_bias=gate_bias)
 
-    def weight(name: str) -> WeightSlice:
-        return WeightSlice(f"{mlp}.{name}_proj.weight")
 
-    def bias_of(name: str) -> WeightSlice | None:
-        return WeightSlice(f"{mlp}.{name}_proj.bias") if bias else None
+def plain_mlp(  # noqa: PLR0913 - keyword options
+    mlp: str, up: str, down: str, act: str, *, bias: bool = True, transposed: bool = False
+) -> FFN:
+    """An FFN of two matrices and no gate: modules `up` and `down` in module `mlp`.
 
+    transposed: stored as (in, out), in a Conv1D.
+    """
     return FFN(
-        up=weight("up"),
-        gate=weight("gate"),
-        down=weight("down"),
+        up=WeightSlice(f"{mlp}.{up}.weight", transposed=transposed),
+        down=WeightSlice(f"{mlp}.{down}.weight", transposed=transposed),
         act=act,
-        up_bias=bias_of("up"),
-        gate_bias=bias_of("gate"),
-        down_bias=bias_of("down"),
+        up_bias=WeightSlice(f"{mlp}.{up}.bias") if bias else None,
+        down_bias=WeightSlice(f"{mlp}.{down}.bias") if bias else None,
+        hook=f"{mlp}.{down}",
+    )
+
+
+def fused_mlp(mlp: str, width: int, act: str) -> FFN:
+    """Gate and up in one ``gate_up_proj`` (2I, H): rows 0..I-1 the gate, rows I..2I-1 up. `width` is I."""
+    return FFN(
+        up=WeightSlice(f"{mlp}.gate_up_proj.weight", (slice(width, None),)),
+        gate=WeightSlice(f"{mlp}.gate_up_proj.weight", (slice(width),)),
+        down=WeightSlice(f"{mlp}.down_proj.weight"),
+        act=act,
         hook=f"{mlp}.down_proj",
+    )
+
+
+def fused_experts(experts: str, count: int, width: int, act: str) -> tuple[FFN, ...]:
+    """Routed experts in two parameters: ``gate_up_proj`` (E, 2I, H), gate first, and ``down_proj`` (E, H, I)."""
+    return tuple(
+        FFN(
+            up=WeightSlice(f"{experts}.gate_up_proj", (expert, slice(width, None))),
+            gate=WeightSlice(f"{experts}.gate_up_proj", (expert, slice(width))),
+            down=WeightSlice(f"{experts}.down_proj", (expert,)),
+            act=act,
+            expert=expert,
+        )
+        for expert in range(count)
     )

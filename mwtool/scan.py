@@ -28,9 +28,10 @@ from mwtool.bos import PROMPT, Bos, find_bos
 from mwtool.errors import BadPlugin, BadValue
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
+from mwtool.ranking import Protected, Router, carrier, rank, routing, to_protect
 from mwtool.registry import adapter_for
 from mwtool.source import Source, locate
-from mwtool.states import LayerState, SuperWeight, dense, walk
+from mwtool.states import LayerState, SuperWeight, walk
 from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
@@ -57,16 +58,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Protected:
-    """Entries of one parameter that belong to the massive rows: keep them in high precision when quantizing."""
-
-    parameter: str
-    checkpoint_name: str | None
-    dim: int
-    indices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Scan:
     """What a scan found. `massive` is None where the model has no massive dimension.
 
@@ -74,6 +65,7 @@ class Scan:
     attribution: share of h_l*[d] that each layer's FFN wrote, for l <= l*.
     growth: (layer, value) of the largest |h_l[d]| after l*, the last layer excepted.
     sun: (layer, dimension, value) of each largest entry that passes the strict published test.
+    router: how bos is routed at the massive layer; None where that layer is dense.
     """
 
     identity: Identity
@@ -91,6 +83,7 @@ class Scan:
     protect: tuple[Protected, ...]
     parameters: int
     notes: tuple[str, ...]
+    router: Router | None = None
 
     @property
     def stopped(self) -> bool:
@@ -124,7 +117,8 @@ def scan_checkpoint(
     config = source.config()
     layers = decoder_layers(adapter_for(config.model_type), config)
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
-    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device)
+    experts = [layer.experts.module for layer in layers if layer.experts is not None]
+    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device, experts=experts)
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (
@@ -163,9 +157,33 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
     """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
     layers = [adapter.layer(config, index) for index in range(config.get_text_config().num_hidden_layers)]
     for layer in layers:
-        if not isinstance(layer, DecoderLayer) or not layer.ffns:
-            raise BadPlugin(f"the adapter for {config.model_type!r} gave {layer!r}; expected a DecoderLayer with FFNs")
+        fault = _fault(layer)
+        if fault:
+            raise BadPlugin(f"the adapter for {config.model_type!r} gave {fault}")
     return layers
+
+
+def _fault(layer: object) -> str | None:
+    """What is wrong with an adapter's description of a layer, before any model is looked at."""
+    if not isinstance(layer, DecoderLayer) or not layer.ffns:
+        return f"{layer!r}; expected a DecoderLayer with FFNs"
+    experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
+    others = [ffn for ffn in layer.ffns if ffn.expert is None]
+    if any(ffn.hook is None for ffn in others):
+        return f"an FFN without a hook in {layer.path}; only routed experts have none"
+    if experts != list(range(len(experts))):
+        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
+    if (layer.experts is None) == bool(experts) or len(others) > 1:
+        return (
+            f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
+            f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
+        )
+    return None
+
+
+def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
+    """One FFN of each kind a layer has: a routed expert stands for all."""
+    return [ffn for layer in layers for ffn in layer.ffns if not ffn.expert]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +201,10 @@ class _Subject:
 
 def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
     model, stream, thresholds, total = subject.model, subject.stream, settings.thresholds, len(subject.layers)
-    width = model.config.get_text_config().intermediate_size
-    if not 1 <= settings.k <= width:
-        raise BadValue(f"k is {settings.k}; the intermediate state has {width} entries: k must be from 1 to {width}")
+    width = subject.layers[0].ffns[0].width(model)
+    largest = max(ffn.width(model) for ffn in _kinds(subject.layers))
+    if not 1 <= settings.k <= largest:
+        raise BadValue(f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}")
 
     def enough(states: Sequence[LayerState]) -> bool:
         return not settings.all_layers and settled_origin(states, total, thresholds) is not None
@@ -197,16 +216,16 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
     with nullcontext(model) if stream is None else stream.flowing() as running:
         states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
-    massive, protect = (None, ()) if origin is None else _rows(subject, states, origin, settings.k)
-    first = states[0]
+    massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
     return Scan(
         identity=Identity(
             model=subject.name,
             revision=subject.revision,
             model_type=model.config.model_type,
             layers=total,
-            hidden_size=first.hidden.numel(),
-            intermediate_size=first.intermediate.numel(),
+            hidden_size=states[0].hidden.numel(),
+            intermediate_size=width,
+            experts=max((f.expert + 1 for layer in subject.layers for f in layer.ffns if f.expert is not None), default=None),
         ),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device if stream is None else stream.device),
@@ -220,6 +239,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
         intermediate_peak_layer=None if origin is None else peak_layer(states[: origin.layer + 1]),
         sun=tuple(sun(states, thresholds)),
         protect=protect,
+        router=router,
         parameters=_parameters(subject),
         notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
     )
@@ -227,14 +247,18 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
 
 def _rows(
     subject: _Subject, states: Sequence[LayerState], origin: Origin, k: int
-) -> tuple[MassiveWeights, tuple[Protected, ...]]:
+) -> tuple[MassiveWeights, Router | None, tuple[Protected, ...]]:
     """Rank the rows of the massive layer, the one with the largest share; a streamed layer is read once more."""
     shares = attribution(states, origin)
     at = max(range(len(shares)), key=lambda index: shares[index])
-    layer = subject.layers[at]
-    with nullcontext() if subject.stream is None else subject.stream.layer(layer.path):
-        massive = rank(dense(layer), subject.model, states[at], origin, k=k, parameters=_parameters(subject))
-        return massive, to_protect(dense(layer), subject.model, massive.indices, subject.stream)
+    layer, part = subject.layers[at], carrier(states[at], origin.dimension)
+    whole = part.intermediate.numel()
+    if k > whole:
+        raise BadValue(f"k is {k}; {part.ffn.module} in layer {at} has {whole} rows: k must be from 1 to {whole}")
+    with nullcontext(part.ffn) if subject.stream is None else subject.stream.holding(layer, part.ffn) as held:
+        massive = rank(part, held, subject.model, origin, layer=at, k=k, parameters=_parameters(subject))
+    protect = to_protect(part.ffn, subject.model, massive.indices, subject.stream)
+    return massive, routing(states[at], origin.dimension), protect
 
 
 def _parameters(subject: _Subject) -> int:
@@ -244,47 +268,3 @@ def _parameters(subject: _Subject) -> int:
     tuners = [getattr(m, name) for m in subject.model.modules() for name in getattr(m, "adapter_layer_names", ())]
     added: int = sum(p.numel() for tuner in tuners for p in tuner.parameters())
     return subject.model.num_parameters() - added
-
-
-def rank(ffn: FFN, model: nn.Module, state: LayerState, origin: Origin, *, k: int, parameters: int) -> MassiveWeights:
-    """The rows of the massive layer by |z|, and how much each contributes to ``down_proj`` at d."""
-    z = state.intermediate  # (I,)
-    order = z.abs().argsort(descending=True, stable=True)
-    parts = ffn.down.read(model)[origin.dimension].to("cpu", z.dtype) * z  # (I,): W_down[d, i] z_i
-    whole = float(parts.sum())
-    running = (parts[order].cumsum(0) / whole).tolist() if whole else []
-    count = next((n for n, share in enumerate(running, start=1) if share >= 0.9), len(running))  # noqa: PLR2004 - the definition
-    indices = tuple(int(i) for i in order[:k])
-    entries = sum(k * matrix.read(model).shape[1] for matrix in ffn.inputs)
-    return MassiveWeights(
-        layer=state.layer,
-        module=ffn.module,
-        expert=ffn.expert,
-        indices=indices,
-        magnitudes=tuple(abs(float(z[i])) for i in indices),
-        shares=tuple(float(parts[i]) / whole if whole else 0.0 for i in indices),
-        median=median(z),
-        count=count,
-        share_of_parameters=entries / parameters,
-        dimension=origin.dimension,
-        value=origin.value,
-    )
-
-
-def to_protect(ffn: FFN, model: nn.Module, indices: Sequence[int], stream: Stream | None) -> tuple[Protected, ...]:
-    """Rows of up and gate and columns of down, as places in the model's parameters; fused matrices are merged."""
-    places: dict[tuple[str, int], list[int]] = {}
-    for matrix in ffn.inputs:
-        dim, rows = matrix.rows(list(indices), _shape(model, matrix.param))
-        places.setdefault((matrix.param, dim), []).extend(rows)
-    dim, columns = ffn.down.columns(list(indices), _shape(model, ffn.down.param))
-    places.setdefault((ffn.down.param, dim), []).extend(columns)
-    return tuple(
-        Protected(name, name if stream is None else stream.checkpoint_name(name), dim, tuple(entries))
-        for (name, dim), entries in places.items()
-    )
-
-
-def _shape(model: nn.Module, parameter: str) -> tuple[int, ...]:
-    module, _, name = parameter.rpartition(".")
-    return tuple(getattr(model.get_submodule(module), name).shape)

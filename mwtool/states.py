@@ -1,21 +1,22 @@
 """What a forward of bos leaves behind in each decoder layer, captured with hooks as it runs.
 
 The walk works on any transformers model, whole in memory or streamed from disk, and can
-stop between layers.
+stop between layers. Routed experts have no module of their own to hook: their states are
+computed again from the experts' input and their slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mwtool.errors import BadCheckpoint, BadPlugin, UnsupportedModel
-from mwtool.layout import FFN, DecoderLayer
+from mwtool.errors import BadCheckpoint, BadPlugin
+from mwtool.layout import FFN, DecoderLayer, Experts
 
 SUPER_WEIGHT_ROUNDS = 10
 
@@ -28,6 +29,23 @@ class SuperWeight:
     hidden_dim: int
     ffn_index: int
     value: float
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one feed-forward network of a layer did, in float64 on the CPU.
+
+    intermediate: its state, the input of its ``W_down``, (I,).
+    output: what it gives to the layer's sum, (H,); a routed expert's is weighted by the router.
+    probability, weight: the router's probability for a routed expert, and the weight of its output.
+    """
+
+    ffn: FFN
+    intermediate: Tensor
+    output: Tensor
+    probability: float | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +53,9 @@ class LayerState:
     """One decoder layer at the first position, in float64 on the CPU.
 
     hidden: the residual stream after the layer, (H,).
-    intermediate: the input of ``W_down``, (I,).
+    intermediate: the input of ``W_down``, (I,); in an MoE layer, of the network that gives the largest output entry.
     added: what the FFN adds to the residual stream, (H,).
+    parts: its networks one by one: the only one if dense, else those that bos was routed to, and the shared one.
     """
 
     layer: int
@@ -44,6 +63,7 @@ class LayerState:
     intermediate: Tensor
     added: Tensor
     super_weights: tuple[SuperWeight, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 class _Stop(Exception):
@@ -73,10 +93,12 @@ def walk(
         if enough(states) or len(states) == len(layers):  # the head is never needed
             raise _Stop
 
-    with _capturing(model, layers, spike, seen), torch.no_grad():
+    with _capturing(model, layers, spike, seen), torch.inference_mode():
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        with suppress(_Stop):
+        try:
             model(input_ids=torch.tensor([[token]], device=device), use_cache=False)
+        except _Stop:
+            pass
     return states
 
 
@@ -87,48 +109,128 @@ def _capturing(
     handles: list[Any] = []
     try:
         for index, layer in enumerate(layers):
-            handles.extend(_hooks(model, index, layer, spike, seen))
+            handles.extend(_Watch(model, index, layer, spike, seen).hooks())
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hooks(
-    model: nn.Module, index: int, layer: DecoderLayer, spike: float, seen: Callable[[LayerState], None]
-) -> list[Any]:
-    ffn = dense(layer)
-    assert ffn.hook is not None
-    caught: dict[str, Tensor] = {}
+@dataclass(slots=True)
+class _Watch:
+    """The hooks of one decoder layer, and what they have seen of the forward in progress."""
 
-    def at_down(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        caught["intermediate"], caught["down"] = first(args[0]), first(output)
+    model: nn.Module
+    index: int
+    layer: DecoderLayer
+    spike: float
+    seen: Callable[[LayerState], None]
+    parts: list[Part] = field(default_factory=list)
+    supers: list[SuperWeight] = field(default_factory=list)
+    caught: dict[str, Tensor] = field(default_factory=dict)
 
-    def at_added(_module: nn.Module, _args: Any, output: Any) -> None:
-        caught["added"] = first(output)
+    def hooks(self) -> list[Any]:
+        """Registered before any hook that is there already: a streamed layer drops its weights in one."""
+        places: list[tuple[str, Callable[..., None]]] = [
+            (ffn.hook, self._at_down(ffn)) for ffn in self.layer.ffns if ffn.hook is not None
+        ]
+        places += [(self.layer.adds, self._at("added")), (self.layer.path, self._at_layer)]
+        handles = []
+        if self.layer.experts is not None:
+            experts = submodule(self.model, self.layer.experts.module)
+            handles.append(experts.register_forward_pre_hook(self._before_experts, prepend=True))
+            places += self._around(self.layer.experts)
+        return handles + [
+            submodule(self.model, path).register_forward_hook(hook, prepend=True) for path, hook in places
+        ]
 
-    def at_layer(_module: nn.Module, _args: Any, output: Any) -> None:
+    def _around(self, experts: Experts) -> list[tuple[str, Callable[..., None]]]:
+        return [
+            (experts.router, self._at("logits")),
+            (experts.module, self._at_experts),
+            (experts.block, self._at("block")),
+        ]
+
+    def _at(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.caught[name] = first(output)
+
+        return hook
+
+    def _at_down(self, ffn: FFN) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._take(Part(ffn, first(args[0]), first(output)), ffn)
+
+        return hook
+
+    def _before_experts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) != 3:  # noqa: PLR2004 - the interface `layout.Experts` states
+            raise BadPlugin(
+                f"{type(module).__name__} takes {len(args)} arguments; expected (hidden_states, top_k_index, top_k_weights)"
+            )
+        self.caught["chosen"] = args[1][0].cpu()  # (k,): a streamed layer numbers them anew after this
+
+    def _at_experts(self, _module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        x, places, weights = args[0].reshape(-1, args[0].shape[-1])[0], args[1][0].tolist(), args[2][0].tolist()
+        self.caught["routed"] = first(output)
+        probabilities = self._probabilities()
+        for expert, place, weight in zip(self.caught["chosen"].tolist(), places, weights, strict=True):
+            z, out = recompute(self.layer.ffns[place], self.model, x)
+            part = Part(self.layer.ffns[expert], wide(z), wide(out), float(probabilities[expert]), weight)
+            self._take(part, self.layer.ffns[place])
+
+    def _probabilities(self) -> Tensor:
+        """The router's, for every expert, (E,)."""
+        assert self.layer.experts is not None
+        logits = self.caught["logits"]
+        return logits.sigmoid() if self.layer.experts.scores == "sigmoid" else logits.softmax(-1)
+
+    def _take(self, part: Part, readable: FFN) -> None:
+        """Keep a part, its output not yet weighted. readable: the FFN whose slices hold its weights now."""
+        found = super_weights(self.index, readable.down.read(self.model), part.intermediate, part.output, self.spike)
+        self.supers += [
+            SuperWeight(one.layer, one.hidden_dim, one.ffn_index, one.value, part.ffn.expert) for one in found
+        ]
+        self.parts.append(part)
+
+    def _at_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden = first(output)
         if not hidden.isfinite().all():
             raise BadCheckpoint(
-                f"the residual stream after layer {index} is not finite although its weights are; "
+                f"the residual stream after layer {self.index} is not finite although its weights are; "
                 f"float16 overflows above 65,504: try --dtype bfloat16 or float32"
             )
-        supers = super_weights(index, ffn.down.read(model), caught["intermediate"], caught["down"], spike)
-        seen(LayerState(index, hidden, caught["intermediate"], caught["added"], supers))
+        parts, supers = self._weighted(), tuple(self.supers)
+        added = self.caught["added"] * self.layer.scale
+        self.parts, self.supers, self.caught = [], [], {}
+        main = max(parts, key=lambda part: float(part.output.abs().max()))
+        self.seen(LayerState(self.index, hidden, main.intermediate, added, supers, parts))
 
-    places = ((ffn.hook, at_down), (layer.adds, at_added), (layer.path, at_layer))
-    # Before any hook that is there already: a streamed layer drops its weights in one.
-    return [submodule(model, path).register_forward_hook(hook, prepend=True) for path, hook in places]
+    def _weighted(self) -> tuple[Part, ...]:
+        """Routed experts by falling weight; the shared one gives what they do not."""
+        if self.layer.experts is None:
+            return tuple(self.parts)
+        rest = self.caught["block"] - self.caught["routed"]  # (H,)
+        routed = [replace(part, output=part.output * part.weight) for part in self.parts if part.weight is not None]
+        shared = [replace(part, output=rest) for part in self.parts if part.weight is None]
+        return (*sorted(routed, key=lambda part: -(part.weight or 0)), *shared)
 
 
-def dense(layer: DecoderLayer) -> FFN:
-    """The layer's only FFN; raises UnsupportedModel where there are several."""
-    if len(layer.ffns) != 1 or layer.ffns[0].hook is None:
-        raise UnsupportedModel(
-            f"{layer.path} has {len(layer.ffns)} feed-forward networks; only dense layers are scanned"
-        )
-    return layer.ffns[0]
+def recompute(ffn: FFN, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The FFN by its formula, from its slices: the intermediate state, (..., I), and the output, (..., H).
+
+    x: (..., H), in the model's dtype.
+    """
+    from torch.nn.functional import linear
+    from transformers.activations import ACT2FN
+
+    up = linear(x, ffn.up.read(model), None if ffn.up_bias is None else ffn.up_bias.read(model))
+    if ffn.gate is None:
+        z = ACT2FN[ffn.act](up)
+    else:
+        gate = linear(x, ffn.gate.read(model), None if ffn.gate_bias is None else ffn.gate_bias.read(model))
+        z = ACT2FN[ffn.act](gate) * up if ffn.combine is None else ffn.combine(gate, up)
+    return z, linear(z, ffn.down.read(model), None if ffn.down_bias is None else ffn.down_bias.read(model))
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -142,10 +244,16 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 def first(output: Any) -> Tensor:
     """The first position's vector of a module's output, in float64 on the CPU.
 
-    Decoder layers return a tensor or a tuple that begins with one, shaped (1, 1, width) or (1, width).
+    Modules return a tensor or a tuple that begins with one, shaped (1, 1, width) or (1, width). Always a copy:
+    Falcon adds to its MLP's output in place afterwards.
     """
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor.detach().reshape(-1, tensor.shape[-1])[0].to("cpu", torch.float64, copy=True)
+    return wide(tensor.detach().reshape(-1, tensor.shape[-1])[0])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A copy in float64 on the CPU."""
+    return tensor.to("cpu", torch.float64, copy=True)
 
 
 def super_weights(layer: int, down: Tensor, z: Tensor, output: Tensor, spike: float) -> tuple[SuperWeight, ...]:

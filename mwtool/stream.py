@@ -8,9 +8,8 @@ conversion, casting and dequantization are transformers' own, so a layer holds w
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from mwtool.checkpoint import Checkpoint, open_checkpoint
 from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.layout import FFN, DecoderLayer
+from mwtool.mapping import ExpertTensors, Rows, tensor_map
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,7 +35,8 @@ DEQUANTIZABLE = ("fp8", "mxfp4")
 class Stream:
     """A model without weights and the checkpoint to take them from.
 
-    names: in-memory module path of a decoder layer, or parameter name outside the layers -> checkpoint names.
+    names: in-memory module path of a decoder layer, or parameter name -> checkpoint names.
+    experts: path of a module of routed experts -> the tensors each of its parameters is made of.
     bytes_read: bytes taken from the checkpoint so far, in the dtype they are computed in.
     """
 
@@ -45,6 +47,7 @@ class Stream:
     device: torch.device
     load_config: Any
     names: dict[str, list[str]]
+    experts: dict[str, ExpertTensors] = field(default_factory=dict)
     bytes_read: int = 0
     on_read: Callable[[int], None] | None = None
     _handles: list[Any] = field(default_factory=list)
@@ -57,8 +60,10 @@ class Stream:
         for name, module in self.model.named_modules():
             if name in layers:
                 self._hook(module, self._enter_layer(name), self._leave)
+            elif name in self.experts:
+                self._hook(module, self._enter_experts(name), self._leave_experts(name))
             elif not name.startswith(inside) and any(p.is_meta for p in module.parameters(recurse=False)):
-                if isinstance(module, nn.Embedding):
+                if isinstance(module, nn.Embedding) and _called_with_ids(module):
                     self._hook(module, self._enter_embedding(name), self._leave_embedding)
                 else:
                     self._hook(module, self._enter_other(name), self._leave)
@@ -68,11 +73,13 @@ class Stream:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            for path in self.experts:
+                self._resize(path, None)
             _drop(self.model)  # an interrupted forward leaves a layer behind
 
     @contextmanager
     def layer(self, path: str) -> Iterator[nn.Module]:
-        """One decoder layer with its weights, outside a forward."""
+        """One decoder layer with its weights but for routed experts, outside a forward."""
         module = self.model.get_submodule(path)
         self._load(path, module)
         try:
@@ -80,8 +87,28 @@ class Stream:
         finally:
             _drop(module)
 
-    def checkpoint_name(self, parameter: str) -> str | None:
-        """What the checkpoint calls a parameter; None where it is put together from several tensors."""
+    @contextmanager
+    def holding(self, layer: DecoderLayer, ffn: FFN) -> Iterator[FFN]:
+        """One FFN of a decoder layer with its weights, outside a forward; gives the FFN to read them through."""
+        if ffn.expert is None:
+            with self.layer(layer.path):
+                yield ffn
+            return
+        assert layer.experts is not None
+        path = layer.experts.module
+        self._load_experts(path, [ffn.expert])
+        try:
+            yield layer.ffns[0]  # the only expert in memory takes the first place
+        finally:
+            self._resize(path, None)
+
+    def checkpoint_name(self, parameter: str, expert: int | None = None) -> str | None:
+        """What the checkpoint calls a parameter; None where it is put together from several tensors.
+
+        Of one expert's part all tensors are named, joined by " + ": gate and up are often stored apart.
+        """
+        if expert is not None:
+            return " + ".join(self.experts[parameter.rpartition(".")[0]].names(parameter, expert)) or None
         sources = self.names.get(parameter, [])
         return sources[0] if len(sources) == 1 else None
 
@@ -100,7 +127,7 @@ class Stream:
 
         def enter(module: nn.Module, _args: Any) -> None:
             wanted = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-            self._convert([source for parameter in wanted for source in self.names.get(parameter, [])])
+            self._convert(dict.fromkeys(source for parameter in wanted for source in self.names.get(parameter, [])))
             self._check(module, name)
 
         return enter
@@ -133,16 +160,54 @@ class Stream:
         self._count(table)
         return table.to(self.device, self.model.dtype)
 
-    def _load(self, path: str, module: nn.Module) -> None:
-        self._convert(self.names.get(path, []))
+    def _enter_experts(self, path: str) -> Callable[..., Any]:
+        """Read the experts the router chose and number them anew, as is done for an embedding's rows."""
+
+        def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, chosen, *rest = args
+            experts, renumbered = torch.unique(chosen, return_inverse=True)
+            self._load_experts(path, experts.tolist())
+            return (hidden, renumbered, *rest)
+
+        return enter
+
+    def _leave_experts(self, path: str) -> Callable[..., None]:
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._resize(path, None)
+
+        return leave
+
+    def _load_experts(self, path: str, experts: list[int]) -> None:
+        """These experts alone, in this order, in parameters as small as that."""
+        module = self._resize(path, len(experts))
+        self._convert(self.experts[path].of(experts))
         self._check(module, path)
 
-    def _convert(self, sources: list[str]) -> None:
-        """Have transformers read, rename, convert, cast and place these tensors."""
+    def _resize(self, path: str, count: int | None) -> nn.Module:
+        """Empty an experts module and make room for `count` of its experts; None: for all, as it was built."""
+        module: Any = self.model.get_submodule(path)
+        total = self.experts[path].count
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - replaced in place, as in _drop
+            shape = (total if count is None else count, *parameter.shape[1:])
+            empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=False)  # noqa: SLF001 - likewise
+        module.num_experts = shape[0]  # the kernels count tokens for each expert
+        return module  # type: ignore[no-any-return] # an nn.Module whose attributes mypy does not know
+
+    def _load(self, path: str, module: nn.Module) -> None:
+        self._convert(dict.fromkeys(self.names.get(path, [])))
+        self._check(module, path)
+
+    def _convert(self, sources: Mapping[str, list[int] | None]) -> None:
+        """Have transformers read, rename, convert, cast and place these tensors.
+
+        sources: checkpoint name -> the entries to take along its first dimension, None for all.
+        """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.load_config)
+            lazy = {name: tensors[name] if rows is None else Rows(name, tensors[name], rows) for name, rows in sources.items()}
+            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, self.load_config)
         for name, found, expected in info.mismatched_keys:
             raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")
         for name, fault in info.conversion_errors.items():
@@ -152,6 +217,8 @@ class Stream:
         """Every weight is there and finite. A sum costs a hundredth of an elementwise test and shows any NaN or inf."""
         for name, tensor in module.named_parameters():
             if tensor.is_meta:
+                if f"{path}.{name}".rpartition(".")[0] in self.experts:
+                    continue  # read when the router has chosen
                 raise BadCheckpoint(f"the checkpoint has no tensor for {path}.{name}; it is incomplete")
             if not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise BadCheckpoint(f"tensor {path}.{name} holds NaN or inf; the checkpoint is damaged")
@@ -173,12 +240,18 @@ class Stream:
         module.weight = nn.Parameter(whole, requires_grad=False)
 
 
-def open_stream(
-    source: Source, config: PretrainedConfig, layers: list[str], dtype: str = "auto", device: str = "cpu"
+def open_stream(  # noqa: PLR0913 - two of them optional
+    source: Source,
+    config: PretrainedConfig,
+    layers: list[str],
+    dtype: str = "auto",
+    device: str = "cpu",
+    *,
+    experts: Sequence[str] = (),
 ) -> Stream:
     """A model of this configuration without weights, and the way to them.
 
-    layers: module paths of the decoder layers, as the adapter gives them.
+    layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
     from transformers import AutoModelForCausalLM
@@ -206,8 +279,9 @@ def open_stream(
         hf_quantizer=quantizer,
         weight_mapping=mapping,
     )
-    names = _group(model, checkpoint, layers, mapping or [])
-    return Stream(model, checkpoint, layers, parameters, torch.device(device), load_config, names)
+    tensors = tensor_map(model, list(checkpoint.files), layers, experts, mapping or [])
+    place = torch.device(device)
+    return Stream(model, checkpoint, layers, parameters, place, load_config, tensors.names, tensors.experts)
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -269,38 +343,10 @@ def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
     return quantizer
 
 
-def _group(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: list[str], mapping: list[Any]
-) -> dict[str, list[str]]:
-    """Checkpoint names by decoder layer, and by parameter for what takes part alone.
-
-    Both are in one dictionary: a layer's path never equals a parameter's name.
-    """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    own = model.state_dict()
-    owner = re.compile("|".join(re.escape(path) for path in sorted(layers, key=len, reverse=True)) + r"(?=\.)")
-    names: dict[str, list[str]] = defaultdict(list)
-    for name in checkpoint.files:
-        parameter, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if parameter not in own and name in own:
-            parameter = name
-        names[parameter].append(name)
-        found = owner.match(parameter)
-        if found:
-            names[found.group()].append(name)
-    return _with_ties(model, names)
-
-
-def _with_ties(model: PreTrainedModel, names: dict[str, list[str]]) -> dict[str, list[str]]:
-    """A tied parameter absent from the checkpoint is read from the one it is tied to."""
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        for absent, present in ((target, source), (source, target)):
-            if absent not in names and present in names:
-                names[absent] = names[present]
-    return dict(names)
+def _called_with_ids(embedding: nn.Embedding) -> bool:
+    """Whether its forward takes token ids first; OPT's positions, for one, take a mask and are read whole."""
+    name = next(iter(inspect.signature(embedding.forward).parameters))
+    return name in ("input", "input_ids")
 
 
 def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:

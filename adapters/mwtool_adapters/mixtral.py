@@ -1,0 +1,27 @@
+"""Mixtral and Phi-3.5-MoE: every layer has routed experts and nothing else. OLMoE: the same under other names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mwtool.layout import DecoderLayer, Experts, fused_experts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Mixtral:
+    """router: the router's name in the block."""
+
+    def __init__(self, router: str = "gate") -> None:
+        self.router = router
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        path = f"model.layers.{index}"
+        experts = Experts(f"{path}.mlp.experts", router=f"{path}.mlp.{self.router}")
+        ffns = fused_experts(experts.module, config.num_local_experts, config.intermediate_size, config.hidden_act)
+        return DecoderLayer(path, ffns, adds=f"{path}.mlp", experts=experts)
+
+
+MIXTRAL = Mixtral()
+PHIMOE = Mixtral(router="router")

@@ -1,0 +1,128 @@
+"""Which tensors of a checkpoint make which parameter of the model: by decoder layer, by parameter, by expert.
+
+The renaming is transformers' own. Routed experts are kept apart, so that a layer can be
+read without them and each of them alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mwtool.errors import BadCheckpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensors:
+    """What the parameters of one module of routed experts are made of.
+
+    count: experts in the module.
+    groups: for each parameter, groups of checkpoint names that are stacked or stored as one: a group has
+        one name an expert, in order, or one name for all of them.
+    """
+
+    count: int
+    groups: dict[str, list[list[str]]]
+
+    def of(self, experts: Sequence[int]) -> dict[str, list[int] | None]:
+        """Checkpoint names that hold these experts; the rows of those that hold all experts at once, else None.
+
+        Raises BadCheckpoint where some experts are absent.
+        """
+        wanted: dict[str, list[int] | None] = {}
+        for parameter, groups in self.groups.items():
+            for group in groups:
+                if len(group) == 1:
+                    wanted[group[0]] = list(experts)
+                elif len(group) == self.count:
+                    wanted |= dict.fromkeys(group[expert] for expert in experts)
+                else:
+                    raise BadCheckpoint(
+                        f"the checkpoint has {len(group)} tensors like {group[0]} for {parameter}; expected {self.count}, "
+                        f"one an expert"
+                    )
+        return wanted
+
+    def names(self, parameter: str, expert: int) -> list[str]:
+        """The checkpoint's tensors for one expert's part of a parameter."""
+        return [group[0 if len(group) == 1 else expert] for group in self.groups.get(parameter, [])]
+
+
+class Rows:
+    """Some entries of a lazy tensor along its first dimension, themselves lazy."""
+
+    def __init__(self, name: str, tensor: Any, rows: Sequence[int]) -> None:
+        self.name, self.tensor, self.rows = name, tensor, rows
+
+    def __getitem__(self, index: Any) -> Tensor:
+        import torch
+
+        return torch.cat([self.tensor[row : row + 1] for row in self.rows])[index]
+
+    def get_shape(self) -> list[int]:
+        shape = self.tensor.get_shape() if hasattr(self.tensor, "get_shape") else self.tensor.shape
+        return [len(self.rows), *shape[1:]]
+
+    def get_dtype(self) -> Any:
+        return self.tensor.get_dtype() if hasattr(self.tensor, "get_dtype") else self.tensor.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMap:
+    """names: path of a decoder layer, or parameter name -> checkpoint names. A path never equals a parameter's name.
+
+    experts: path of a module of routed experts -> its tensors; a layer's `names` leave them out.
+    """
+
+    names: dict[str, list[str]]
+    experts: dict[str, ExpertTensors]
+
+
+def tensor_map(
+    model: PreTrainedModel, files: Sequence[str], layers: Sequence[str], experts: Sequence[str], mapping: list[Any]
+) -> TensorMap:
+    """Sort the checkpoint's tensors, `files`, by the decoder layers and modules of routed experts they belong to.
+
+    mapping: transformers' conversions for this model.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+    owner = re.compile("|".join(re.escape(path) for path in sorted(layers, key=len, reverse=True)) + r"(?=\.)")
+    names: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, dict[str, dict[str | None, list[str]]]] = {path: {} for path in experts}
+    for name in sorted(files, key=dot_natural_key):  # the order in which transformers stacks them
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        if parameter not in own and name in own:
+            parameter = name
+        names[parameter].append(name)
+        module, found = parameter.rpartition(".")[0], owner.match(parameter)
+        if module in groups:
+            groups[module].setdefault(parameter, {}).setdefault(pattern, []).append(name)
+        elif found:
+            names[found.group()].append(name)
+    sorted_out = {path: _experts(model, path, groups[path]) for path in experts}
+    return TensorMap(_with_ties(model, names), sorted_out)
+
+
+def _experts(model: PreTrainedModel, path: str, groups: dict[str, dict[str | None, list[str]]]) -> ExpertTensors:
+    counts = {parameter.shape[0] for parameter in model.get_submodule(path).parameters(recurse=False)}
+    return ExpertTensors(counts.pop(), {parameter: list(made_of.values()) for parameter, made_of in groups.items()})
+
+
+def _with_ties(model: PreTrainedModel, names: dict[str, list[str]]) -> dict[str, list[str]]:
+    """A tied parameter absent from the checkpoint is read from the one it is tied to."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for absent, present in ((target, source), (source, target)):
+            if absent not in names and present in names:
+                names[absent] = names[present]
+    return dict(names)
