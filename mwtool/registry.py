@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-from mwtool.errors import BadPlugin, UnsupportedModel
-from mwtool.layout import Adapter
+from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
+from mwtool.layout import Adapter, DecoderLayer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 GROUP = "mwtool.adapters"
 
@@ -21,13 +26,37 @@ class Plugin:
     distribution: str
     version: str
 
+    def __str__(self) -> str:
+        return f"adapter {self.value!r} of {self.distribution} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An adapter and where it came from; whatever it raises is reported with that."""
+
+    adapter: Adapter
+    plugin: Plugin
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        with _blaming(f"{self.plugin} failed for layer {index}"):
+            return self.adapter.layer(config, index)
+
+    @property
+    def tiny(self) -> Mapping[str, Mapping[str, Any]]:
+        """Options of tiny configurations by model type, where the adapter gives any."""
+        return getattr(self.adapter, "tiny", {})
+
+    def __str__(self) -> str:
+        return str(self.plugin)
+
 
 def installed() -> list[Plugin]:
     """Every adapter entry point there is, by model type; imports none of them."""
-    return sorted((_plugin(entry) for entry in entry_points(group=GROUP)), key=lambda p: (p.model_type, p.distribution))
+    found = {_plugin(entry) for entry in entry_points(group=GROUP)}  # a distribution may be on the path twice
+    return sorted(found, key=lambda p: (p.model_type, p.distribution, p.value))
 
 
-def adapter_for(model_type: str) -> Adapter:
+def adapter_for(model_type: str) -> Installed:
     """The adapter registered under this ``config.model_type``.
 
     Raises UnsupportedModel if there is none, BadPlugin if it cannot be loaded or two lay claim to the type.
@@ -37,7 +66,7 @@ def adapter_for(model_type: str) -> Adapter:
     if not claims:
         raise UnsupportedModel(
             f"no adapter for model type {model_type!r}; installed are {_names(p.model_type for p in installed())}. "
-            f"An adapter is a few lines in a package of its own: see docs/adapters.md"
+            f"An adapter is a few lines in a package of its own: `mwtool adapters new` writes one"
         )
     if len(claims) > 1:
         named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))
@@ -45,16 +74,40 @@ def adapter_for(model_type: str) -> Adapter:
     return _load(next(iter(claims.values())))
 
 
-def _load(entry: EntryPoint) -> Adapter:
-    plugin = _plugin(entry)
-    named = f"adapter {plugin.value!r} of {plugin.distribution} {plugin.version}"
-    try:
+def load_object(value: str) -> Installed:
+    """An adapter that is not installed, as ``MODULE:OBJECT``; a class is called without arguments.
+
+    Raises BadPlugin if it cannot be imported or is no adapter.
+    """
+    entry = EntryPoint(name=value, value=value, group=GROUP)
+    with _blaming(f"adapter {value!r} cannot be imported"):
         adapter = entry.load()
-    except Exception as fault:  # a plugin may raise anything at all; it must not pass for a fault of ours
-        raise BadPlugin(f"{named} cannot be imported: {type(fault).__name__}: {fault}") from fault
+        adapter = adapter() if isinstance(adapter, type) else adapter
+    return _checked(adapter, Plugin("", value, "this environment", "(not installed)"))
+
+
+def _load(entry: EntryPoint) -> Installed:
+    plugin = _plugin(entry)
+    with _blaming(f"{plugin} cannot be imported"):
+        adapter = entry.load()
+    return _checked(adapter, plugin)
+
+
+def _checked(adapter: object, plugin: Plugin) -> Installed:
     if isinstance(adapter, type) or not isinstance(adapter, Adapter):
-        raise BadPlugin(f"{named} is {adapter!r}; expected an object with a method layer(config, index)")
-    return adapter
+        raise BadPlugin(f"{plugin} is {adapter!r}; expected an object with a method layer(config, index)")
+    return Installed(adapter, plugin)
+
+
+@contextmanager
+def _blaming(named: str) -> Iterator[None]:
+    """Turn whatever a plugin raises into BadPlugin, but for what it means to say: that a model is unsupported."""
+    try:
+        yield
+    except MwtoolError:
+        raise
+    except Exception as fault:  # a plugin may raise anything at all; it must not pass for a fault of ours
+        raise BadPlugin(f"{named}: {type(fault).__name__}: {fault}") from fault
 
 
 def _plugin(entry: EntryPoint) -> Plugin:

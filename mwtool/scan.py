@@ -26,6 +26,7 @@ from mwtool.analysis import (
 )
 from mwtool.bos import PROMPT, Bos, find_bos
 from mwtool.errors import BadPlugin, BadValue
+from mwtool.fitting import check_fit
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.ranking import Protected, Router, carrier, rank, routing, to_protect
@@ -115,10 +116,12 @@ def scan_checkpoint(
     settings = settings or Settings()
     source = model if isinstance(model, Source) else locate(model, revision, trust_remote_code=trust_remote_code)
     config = source.config()
-    layers = decoder_layers(adapter_for(config.model_type), config)
+    adapter = adapter_for(config.model_type)
+    layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
     stream = open_stream(source, config, [layer.path for layer in layers], dtype, device, experts=experts)
+    check_fit(adapter, layers, stream.model)
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (
@@ -142,7 +145,9 @@ def scan_model(
     settings = settings or Settings()
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-    layers = decoder_layers(adapter or adapter_for(base.config.model_type), base.config)
+    adapter = adapter or adapter_for(base.config.model_type)
+    layers = decoder_layers(adapter, base.config)
+    check_fit(adapter, layers, base)
     bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
     name: str = base.config.name_or_path or type(base).__name__
     training: bool = base.training
@@ -159,7 +164,7 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
     for layer in layers:
         fault = _fault(layer)
         if fault:
-            raise BadPlugin(f"the adapter for {config.model_type!r} gave {fault}")
+            raise BadPlugin(f"{adapter}, asked for {config.model_type!r}, gave {fault}")
     return layers
 
 
@@ -204,7 +209,9 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
     width = subject.layers[0].ffns[0].width(model)
     largest = max(ffn.width(model) for ffn in _kinds(subject.layers))
     if not 1 <= settings.k <= largest:
-        raise BadValue(f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}")
+        raise BadValue(
+            f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
+        )
 
     def enough(states: Sequence[LayerState]) -> bool:
         return not settings.all_layers and settled_origin(states, total, thresholds) is not None
@@ -225,7 +232,9 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
             layers=total,
             hidden_size=states[0].hidden.numel(),
             intermediate_size=width,
-            experts=max((f.expert + 1 for layer in subject.layers for f in layer.ffns if f.expert is not None), default=None),
+            experts=max(
+                (f.expert + 1 for layer in subject.layers for f in layer.ffns if f.expert is not None), default=None
+            ),
         ),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device if stream is None else stream.device),

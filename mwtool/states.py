@@ -8,7 +8,7 @@ computed again from the experts' input and their slices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,12 +93,10 @@ def walk(
         if enough(states) or len(states) == len(layers):  # the head is never needed
             raise _Stop
 
-    with _capturing(model, layers, spike, seen), torch.inference_mode():
+    with _capturing(model, layers, spike, seen), torch.no_grad():
         device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        try:
+        with suppress(_Stop):
             model(input_ids=torch.tensor([[token]], device=device), use_cache=False)
-        except _Stop:
-            pass
     return states
 
 

@@ -206,7 +206,10 @@ class Stream:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
-            lazy = {name: tensors[name] if rows is None else Rows(name, tensors[name], rows) for name, rows in sources.items()}
+            lazy = {
+                name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
+                for name, rows in sources.items()
+            }
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, self.load_config)
         for name, found, expected in info.mismatched_keys:
             raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported type, with or without a dominant row."""
+"""Tiny random models of every installed type, with or without a dominant row."""
 
 from __future__ import annotations
 
@@ -6,69 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from mwtool.layout import DecoderLayer
-from mwtool.registry import adapter_for
+from mwtool.layout import FFN, DecoderLayer
+from mwtool.registry import adapter_for, installed
 from mwtool.scan import decoder_layers
+from mwtool.states import recompute
+from mwtool.testing import random_model, tiny_config
 
 BOS = 1
-COMMON: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "bos_token_id": BOS,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GEMMA: dict[str, Any] = {**COMMON, "head_dim": 8, "query_pre_attn_scalar": 8}
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "llama": COMMON,
-    "mistral": COMMON,
-    "qwen2": COMMON,
-    "qwen3": {**COMMON, "head_dim": 8},
-    "olmo": COMMON,
-    "olmo2": COMMON,
-    "gemma": {**COMMON, "head_dim": 8},
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
-    "gemma3": {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4},
-    "phi": COMMON,
-    "phi3": COMMON,
-}
-TYPES = sorted(OPTIONS)
+LAYERS = 8
+"""A massive dimension settles over four further layers, and the last is never counted."""
+TYPES = "gemma gemma2 gemma3 gemma3_text llama mistral olmo olmo2 phi phi3 qwen2 qwen3".split()
+"""Enough of the dense types for what does not depend on the layout."""
+ALL_TYPES = [plugin.model_type for plugin in installed() if plugin.distribution == "mwtool"]
+MOE_TYPES = "deepseek_v3 gpt_oss mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next".split()
 
 
 def config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A tiny configuration; `changes` go to the text model's options."""
-    options = dict(OPTIONS[model_type])
-    if "text_config" in options:
-        options["text_config"] = {**options["text_config"], **changes}
-    else:
-        options |= changes
-    return AutoConfig.for_model(model_type, **options)
+    if model_type == "gpt_neo":  # one entry a layer
+        changes = {"attention_types": [[["global", "local"], LAYERS // 2]], **changes}
+    return tiny_config(model_type, adapter_for(model_type), **{"num_hidden_layers": LAYERS, **changes})
 
 
 def model(model_type: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny model whose every parameter is random, norms and biases included."""
-    torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(config(model_type, **changes), dtype=dtype).eval()
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return made
+    return random_model(config(model_type, **changes), dtype=dtype, seed=seed)
 
 
 def saved(folder: Path, made: PreTrainedModel, **options: Any) -> Path:
@@ -81,31 +45,35 @@ def layers_of(made: PreTrainedModel) -> list[DecoderLayer]:
 
 
 @torch.no_grad()
-def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, strength: float = 20.0) -> None:
+def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, strength: float = 20.0) -> FFN:
     """Make one row answer bos with a large z and write it to one dimension; what other layers write stays small.
 
-    A gate of `strength` and an up of `strength` give z of about strength squared, whatever the type.
+    A gate of `strength` and an up of `strength` give z of about strength squared, whatever the type; gpt_oss cuts
+    both off. In an MoE layer the row is one of the expert that bos goes to first, which is returned.
     """
     place = layers_of(made)[layer]
-    ffn = place.ffns[0]
     for parameter in made.parameters():
         parameter.mul_(0.2)
-    x = _input_of(made, place, ffn.module)
+    x, expert = _input_of(made, place)
+    ffn = next(ffn for ffn in place.ffns if ffn.expert == expert)
     direction = strength * x / x.square().sum()
     for matrix in ffn.inputs:
         matrix.read(made)[row] = direction if ffn.gate is not None else strength * direction
     ffn.down.read(made)[:, row] = 0
-    ffn.down.read(made)[dim, row] = 1.0
-    if place.adds != ffn.module:  # a norm behind the FFN: let it pass the dimension on
+    ffn.down.read(made)[dim, row] = 1.0 if expert is None else 2 * strength**2 / recompute(ffn, made, x)[0][row]
+    if (
+        place.adds not in (ffn.module, ffn.hook) and place.experts is None
+    ):  # a norm behind: let it pass the dimension on
         made.get_submodule(place.adds).weight[dim] = strength**2
+    return ffn
 
 
-def _input_of(made: PreTrainedModel, place: DecoderLayer, module: str) -> torch.Tensor:
-    """What the FFN of this layer receives for bos, (H,)."""
-    seen: list[torch.Tensor] = []
-    hook = made.get_submodule(module).register_forward_pre_hook(
-        lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1])[0])
-    )
+def _input_of(made: PreTrainedModel, place: DecoderLayer) -> tuple[torch.Tensor, int | None]:
+    """What the FFN of this layer receives for bos, (H,), and the expert it is sent to first."""
+    seen: list[Any] = []
+    module = place.ffns[0].up.param.rpartition(".")[0] if place.experts is None else place.experts.module
+    hook = made.get_submodule(module).register_forward_pre_hook(lambda _m, args: seen.extend(args))
     made(input_ids=torch.tensor([[BOS]]), use_cache=False)
     hook.remove()
-    return seen[0]
+    expert = None if place.experts is None else int(seen[1][0, seen[2][0].argmax()])
+    return seen[0].reshape(-1, seen[0].shape[-1])[0], expert

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, plain_mlp
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 class Falcon:
+    tiny: ClassVar = {"falcon": {"head_dim": None}}  # it computes its own and takes none
+
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"transformer.h.{index}"
         ffn = plain_mlp(f"{path}.mlp", "dense_h_to_4h", "dense_4h_to_h", config.activation, bias=config.bias)

@@ -6,7 +6,7 @@ the residual stream receives it, which is why these models hardly react to losin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, gated_mlp
 
@@ -15,6 +15,23 @@ if TYPE_CHECKING:
 
 
 class Gemma:
+    tiny: ClassVar = {
+        "gemma2": {"query_pre_attn_scalar": 8},
+        "gemma3_text": {"query_pre_attn_scalar": 8},
+        "gemma3": {
+            "text_config": {"query_pre_attn_scalar": 8},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    }
+
     def __init__(self, layers: str, act: str, adds: str) -> None:
         self.layers, self.act, self.adds = layers, act, adds
 

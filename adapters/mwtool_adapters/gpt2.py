@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, plain_mlp
 
@@ -12,6 +12,13 @@ if TYPE_CHECKING:
 
 class Gpt2:
     """up, down: names of the two modules; transposed: they are Conv1D."""
+
+    tiny: ClassVar = {
+        "gpt2": {"n_inner": 48},
+        "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+        "gptj": {"rotary_dim": 4},
+        "codegen": {"rotary_dim": 4},
+    }
 
     def __init__(self, up: str, down: str, *, transposed: bool = False) -> None:
         self.up, self.down, self.transposed = up, down, transposed

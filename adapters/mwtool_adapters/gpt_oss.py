@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import FFN, DecoderLayer, Experts, WeightSlice
 
@@ -21,6 +21,14 @@ def clamped_glu(gate: Tensor, up: Tensor, *, limit: float, alpha: float) -> Tens
 
 
 class GptOss:
+    tiny: ClassVar = {
+        "gpt_oss": {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    }
+
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"
         experts = Experts(f"{path}.mlp.experts", router=f"{path}.mlp.router")

@@ -1,8 +1,8 @@
-"""Llama and the families that share its decoder layer: Qwen2, Qwen3, OLMo, OLMo 2."""
+"""Llama and the many families that share its decoder layer, or differ in the norm behind the FFN alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, gated_mlp
 
@@ -11,16 +11,35 @@ if TYPE_CHECKING:
 
 
 class Llama:
-    """`adds` is what the residual stream receives: the MLP's output, or that of the norm behind it."""
+    """`adds` is what the residual stream receives: the MLP's output, or that of the norm behind it.
+
+    Where attention runs beside the MLP (Cohere, some StableLM), each is added by itself: nothing changes here.
+    """
+
+    tiny: ClassVar = {
+        "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "qwen3_5_text": {
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    }
 
     def __init__(self, adds: str = "mlp") -> None:
         self.adds = adds
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"
-        ffn = gated_mlp(f"{path}.mlp", config.hidden_act, bias=getattr(config, "mlp_bias", False))
+        ffn = gated_mlp(f"{path}.mlp", config.hidden_act, bias=_biased(config))
         return DecoderLayer(path, (ffn,), adds=f"{path}.{self.adds}")
 
 
+def _biased(config: PretrainedConfig) -> bool:
+    """ERNIE calls it `use_bias`; families without the option have no biases."""
+    named = "use_bias" if config.model_type == "ernie4_5" else "mlp_bias"
+    return bool(getattr(config, named, False))
+
+
 LLAMA = Llama()
-OLMO2 = Llama(adds="post_feedforward_layernorm")
+POST_NORM = Llama(adds="post_feedforward_layernorm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, Experts, fused_experts
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 class Mixtral:
     """router: the router's name in the block."""
+
+    tiny: ClassVar = {
+        "mixtral": {"num_local_experts": 4},
+        "phimoe": {"num_local_experts": 4},
+        "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    }
 
     def __init__(self, router: str = "gate") -> None:
         self.router = router

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, UnsupportedModel, plain_mlp
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 class Opt:
+    tiny: ClassVar = {"opt": {"ffn_dim": 64, "word_embed_proj_dim": 16}}
+
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         if not config.do_layer_norm_before:
             raise UnsupportedModel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, Experts, fused_experts, gated_mlp
 
@@ -10,7 +10,22 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+
+
 class QwenMoe:
+    tiny: ClassVar = {
+        "qwen2_moe": {**MOE, "mlp_only_layers": [2]},
+        "qwen3_moe": {**MOE, "decoder_sparse_step": 2},
+        "qwen3_next": {
+            **MOE,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    }
+
     def __init__(self, *, shared: bool) -> None:
         self.shared = shared
 

@@ -1,0 +1,76 @@
+"""Whether what an adapter says fits the model: every slice, hook and module exists, and the shapes go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mwtool.errors import BadPlugin
+from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module) -> None:
+    """Raise BadPlugin, naming the adapter and the first thing that does not fit.
+
+    Works on a model without weights too. Of routed experts the first and the last are looked at.
+    """
+    for layer in layers:
+        fault = next(_faults(layer, model), None)
+        if fault is not None:
+            raise BadPlugin(f"{adapter} does not fit {type(model).__name__}: {fault}")
+
+
+def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:
+    modules = [layer.path, layer.adds, *[ffn.hook for ffn in layer.ffns if ffn.hook is not None]]
+    if layer.experts is not None:
+        modules += [layer.experts.module, layer.experts.router]
+    for path in modules:
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            yield f"there is no module {path}"
+    routed = [ffn for ffn in layer.ffns if ffn.expert is not None]
+    for ffn in [*[ffn for ffn in layer.ffns if ffn.expert is None], *routed[:1], *routed[-1:]]:
+        yield from _misfits(ffn, model)
+
+
+def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("up", "gate", "down", "up_bias", "gate_bias", "down_bias"):
+        place: WeightSlice | None = getattr(ffn, name)
+        if place is None:
+            continue
+        try:
+            shapes[name] = tuple(place.read(model).shape)
+        except (AttributeError, IndexError, TypeError) as fault:
+            yield f"{name} is {place.param}{_brackets(place)}, which cannot be read: {fault}"
+            return
+    if _packed(ffn, model):
+        return  # 4-bit weights do not show their shape
+    rows, columns = (*shapes["up"], 0)[:2]
+    expected = {"up": (rows, columns), "gate": (rows, columns), "down": (columns, rows), "up_bias": (rows,)}
+    expected |= {"gate_bias": (rows,), "down_bias": (columns,)}
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            place = getattr(ffn, name)
+            yield f"{name}, {place.param}{_brackets(place)}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
+
+
+def _packed(ffn: FFN, model: nn.Module) -> bool:
+    weight = ffn.up.read(model)
+    return not (weight.is_floating_point() or weight.is_meta)
+
+
+def _brackets(place: WeightSlice) -> str:
+    if not place.index:
+        return ""
+    parts = [str(part) if isinstance(part, int) else _colons(part) for part in place.index]
+    return f"[{', '.join(parts)}]"
+
+
+def _colons(part: slice) -> str:
+    bounds = ["" if bound is None else str(bound) for bound in (part.start, part.stop)]
+    return ":".join([*bounds, *([] if part.step is None else [str(part.step)])])
