@@ -20,6 +20,7 @@ from mwtool.published import published
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mwtool.ranking import Router
     from mwtool.scan import Scan
 
 TOP = 3
@@ -77,6 +78,7 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
         },
         "bos": {"id": bos.id, "token": bos.token, "how": bos.how},
         "massive": None if scan.massive is None else scan.massive.document(),
+        "router": None if scan.router is None else _router(scan.router),
         "settled": scan.settled,
         "attribution": [{"layer": layer, "share": share} for layer, share in enumerate(scan.attribution)],
         "growth": None if scan.growth is None else {"layer": scan.growth[0], "value": scan.growth[1]},
@@ -88,11 +90,23 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
             for state in scan.states
         ],
         "super_weights": [
-            {"layer": w.layer, "hidden_dim": w.hidden_dim, "ffn_index": w.ffn_index, "value": w.value}
+            {
+                "layer": w.layer,
+                "hidden_dim": w.hidden_dim,
+                "ffn_index": w.ffn_index,
+                "value": w.value,
+                "expert": w.expert,
+            }
             for w in scan.super_weights
         ],
         "weights": [
-            {"parameter": p.parameter, "checkpoint_name": p.checkpoint_name, "dim": p.dim, "indices": list(p.indices)}
+            {
+                "parameter": p.parameter,
+                "checkpoint_name": p.checkpoint_name,
+                "expert": p.expert,
+                "dim": p.dim,
+                "indices": list(p.indices),
+            }
             for p in scan.protect
         ],
         "sun": {
@@ -109,6 +123,13 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
         },
         "notes": list(scan.notes),
     }
+
+
+def _router(router: Router) -> dict[str, Any]:
+    choices = [
+        {"expert": c.expert, "probability": c.probability, "weight": c.weight, "share": c.share} for c in router.choices
+    ]
+    return {"layer": router.layer, "probabilities": choices, "shared_share": router.shared_share}
 
 
 def text_of(document: dict[str, Any]) -> str:

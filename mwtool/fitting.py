@@ -56,7 +56,8 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
     for name, shape in shapes.items():
         if shape != expected[name]:
             place = getattr(ffn, name)
-            yield f"{name}, {place.param}{_brackets(place)}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
+            where = f"{place.param}{_brackets(place)}"
+            yield f"{name}, {where}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
 
 
 def _packed(ffn: FFN, model: nn.Module) -> bool:

@@ -164,9 +164,7 @@ def gated_mlp(mlp: str, act: str, *, bias: bool = False) -> FFN:
     return replace(ffn, gate=WeightSlice(f"{mlp}.gate_proj.weight"), gate_bias=gate_bias)
 
 
-def plain_mlp(  # noqa: PLR0913 - keyword options
-    mlp: str, up: str, down: str, act: str, *, bias: bool = True, transposed: bool = False
-) -> FFN:
+def plain_mlp(mlp: str, up: str, down: str, act: str, *, bias: bool = True, transposed: bool = False) -> FFN:
     """An FFN of two matrices and no gate: modules `up` and `down` in module `mlp`.
 
     transposed: stored as (in, out), in a Conv1D.

@@ -45,8 +45,8 @@ class ExpertTensors:
                     wanted |= dict.fromkeys(group[expert] for expert in experts)
                 else:
                     raise BadCheckpoint(
-                        f"the checkpoint has {len(group)} tensors like {group[0]} for {parameter}; expected {self.count}, "
-                        f"one an expert"
+                        f"the checkpoint has {len(group)} tensors like {group[0]} for {parameter}; "
+                        f"expected {self.count}, one an expert"
                     )
         return wanted
 
@@ -67,10 +67,12 @@ class Rows:
         return torch.cat([self.tensor[row : row + 1] for row in self.rows])[index]
 
     def get_shape(self) -> list[int]:
+        """As safetensors' slices have it."""
         shape = self.tensor.get_shape() if hasattr(self.tensor, "get_shape") else self.tensor.shape
         return [len(self.rows), *shape[1:]]
 
     def get_dtype(self) -> Any:
+        """As safetensors' slices have it."""
         return self.tensor.get_dtype() if hasattr(self.tensor, "get_dtype") else self.tensor.dtype
 
 

@@ -1,4 +1,4 @@
-"""The rows of the massive layer: which network carries the massive dimension, its rows by |z|, where they are stored."""
+"""The rows of the massive layer: the network that carries the massive dimension, its rows by |z|, where they are."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def routing(state: LayerState, dimension: int) -> Router | None:
     return Router(state.layer, tuple(choices), shared) if choices else None
 
 
-def rank(  # noqa: PLR0913 - keyword options
+def rank(
     part: Part, held: FFN, model: nn.Module, origin: Origin, *, layer: int, k: int, parameters: int
 ) -> MassiveWeights:
     """The rows by |z|, and how much each contributes to ``down_proj`` at d.

@@ -27,7 +27,7 @@ class Plugin:
     version: str
 
     def __str__(self) -> str:
-        return f"adapter {self.value!r} of {self.distribution} {self.version}"
+        return f"adapter {self.value!r} ({f'{self.distribution} {self.version}'.strip()})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class Installed:
     plugin: Plugin
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        """As the adapter says; raises BadPlugin, naming it, where it fails."""
         with _blaming(f"{self.plugin} failed for layer {index}"):
             return self.adapter.layer(config, index)
 
@@ -83,7 +84,7 @@ def load_object(value: str) -> Installed:
     with _blaming(f"adapter {value!r} cannot be imported"):
         adapter = entry.load()
         adapter = adapter() if isinstance(adapter, type) else adapter
-    return _checked(adapter, Plugin("", value, "this environment", "(not installed)"))
+    return _checked(adapter, Plugin("", value, "not installed", ""))
 
 
 def _load(entry: EntryPoint) -> Installed:

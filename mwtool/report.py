@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mwtool.massive import MassiveWeights
+    from mwtool.ranking import Router
     from mwtool.registry import Plugin
     from mwtool.scan import Scan
+    from mwtool.testing import Conformance
 
 
 def scan_report(scan: Scan, width: int) -> RenderableType:
@@ -43,6 +45,18 @@ def adapters_table(plugins: Sequence[Plugin]) -> Table:
         table.add_column(column)
     for plugin in plugins:
         table.add_row(plugin.model_type, plugin.value, plugin.distribution, plugin.version)
+    return table
+
+
+def conformance_table(results: Sequence[Conformance]) -> Table:
+    """One row a model type, one column a check; a check that was not tried is left empty."""
+    table = Table(box=None, pad_edge=False)
+    names = results[0].names if results else ()
+    for column in ("model type", *names, "from"):
+        table.add_column(column, justify="center" if column in names else "left")
+    for result in results:
+        marks = {check.name: "[green]✓[/]" if check.passed else "[bold red]✗[/]" for check in result.checks}
+        table.add_row(result.model_type, *[marks.get(name, "") for name in names], result.source)
     return table
 
 
@@ -123,11 +137,31 @@ def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
         f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): "
         f"its FFN writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, "
         f"which {where} layer {at} with {_number(massive.value)}.\n"
-        f"[bold]{massive.count} of {scan.identity.intermediate_size:,} rows[/] make up 90 % of it."
+        f"[bold]{massive.count} of {_width(scan, massive):,} rows[/] make up 90 % of it."
     )
     if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
         text.append(f" Later layers take it to {_number(scan.growth[1])} (layer {scan.growth[0]}).")
+    if scan.router is not None:
+        text.append(_routing(scan.router, massive.expert))
     return text
+
+
+def _width(scan: Scan, massive: MassiveWeights) -> int:
+    """I of the network that carries it; in an MoE model it may differ from layer to layer."""
+    parts = scan.states[massive.layer].parts
+    return next(part.intermediate.numel() for part in parts if part.ffn.expert == massive.expert)
+
+
+def _routing(router: Router, carrier: int | None) -> str:
+    """Which expert carries it, where the router sends bos, and what the shared expert writes."""
+    lines = ["The shared expert carries it." if carrier is None else f"Expert {carrier} carries it."]
+    lines += [
+        f"bos goes to expert {c.expert}: probability {c.probability:.1%}, weight {c.weight:.3g}, share {c.share:.1%}"
+        for c in router.choices
+    ]
+    if router.shared_share is not None:
+        lines.append(f"the shared expert: share {router.shared_share:.1%}")
+    return "\n" + "\n  ".join(lines)
 
 
 def _rows(massive: MassiveWeights) -> Table:
@@ -175,8 +209,8 @@ def _protected(scan: Scan) -> Table:
     table.add_column("dim", justify="right")
     table.add_column("indices")
     for place in scan.protect:
-        name = place.parameter
-        if place.checkpoint_name not in (None, name):
+        name = place.parameter if place.expert is None else f"{place.parameter}[{place.expert}]"
+        if place.checkpoint_name not in (None, place.parameter):
             name += f"\n  in the files: {place.checkpoint_name}"
         table.add_row(name, str(place.dim), ", ".join(map(str, place.indices)))
     return table

@@ -19,7 +19,6 @@ from mwtool.analysis import (
     attribution,
     growth,
     largest_origin,
-    median,
     peak_layer,
     settled_origin,
     sun,
@@ -36,7 +35,6 @@ from mwtool.states import LayerState, SuperWeight, walk
 from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OnLayer = Callable[[int, int, int], None]

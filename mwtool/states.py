@@ -163,9 +163,8 @@ class _Watch:
 
     def _before_experts(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if len(args) != 3:  # noqa: PLR2004 - the interface `layout.Experts` states
-            raise BadPlugin(
-                f"{type(module).__name__} takes {len(args)} arguments; expected (hidden_states, top_k_index, top_k_weights)"
-            )
+            expected = "(hidden_states, top_k_index, top_k_weights)"
+            raise BadPlugin(f"{type(module).__name__} takes {len(args)} arguments; expected {expected}")
         self.caught["chosen"] = args[1][0].cpu()  # (k,): a streamed layer numbers them anew after this
 
     def _at_experts(self, _module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:

@@ -243,7 +243,7 @@ class Stream:
         module.weight = nn.Parameter(whole, requires_grad=False)
 
 
-def open_stream(  # noqa: PLR0913 - two of them optional
+def open_stream(
     source: Source,
     config: PretrainedConfig,
     layers: list[str],

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mwtool.errors import BadPlugin, MwtoolError
 from mwtool.fitting import check_fit
 from mwtool.layout import FFN, Adapter, DecoderLayer
+from mwtool.registry import Installed
 from mwtool.scan import decoder_layers
 from mwtool.states import LayerState, Part, recompute, walk, wide
 from mwtool.surgery import Attack, edited
@@ -56,6 +57,34 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conformance:
+    """Every check of one model type; `source` is the distribution its adapter came with."""
+
+    model_type: str
+    source: str
+    checks: tuple[Check, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All checks there are, in order."""
+        return NAMES
+
+    @property
+    def fault(self) -> str | None:
+        """The first check that failed and why; None if all passed."""
+        return next((f"{check.name}: {check.detail}" for check in self.checks if not check.passed), None)
+
+
+def check_type(model_type: str, adapter: Installed) -> Conformance:
+    """Every check on a tiny model of this type, faults of the adapter among them."""
+    try:
+        checks = run_checks(adapter, tiny_config(model_type, adapter))
+    except MwtoolError as fault:
+        checks = (Check("shapes", passed=False, detail=str(fault)),)
+    return Conformance(model_type, f"{adapter.plugin.distribution} {adapter.plugin.version}", checks)
 
 
 def check_adapter(adapter: Adapter, config: PretrainedConfig) -> tuple[Check, ...]:
@@ -98,14 +127,31 @@ def tiny_config(model_type: str, adapter: Adapter | None = None, **options: Any)
 
     adapter: where ``adapter.tiny[model_type]`` is found, the options this type needs besides, None for one that it
     does not take; given `options` win. For a type made of several configurations they go to its text model.
+    Raises BadPlugin where no such configuration can be made.
     """
     from transformers import AutoConfig
 
     special = dict(getattr(adapter, "tiny", {}).get(model_type, {}))
-    if "text_config" in special:
-        text = _taken({**TINY, **special.pop("text_config"), **options})
-        return AutoConfig.for_model(model_type, **special, text_config=text)
-    return AutoConfig.for_model(model_type, **_taken({**TINY, **special, **options}))
+    inner = special.pop("text_config", None)
+    common = _taken({**TINY, **(special if inner is None else inner), **options})
+    try:
+        if inner is None:
+            return AutoConfig.for_model(model_type, **common)
+        return AutoConfig.for_model(model_type, **special, text_config=common)
+    except UNBUILDABLE as fault:
+        raise BadPlugin(_unbuildable(model_type, fault)) from fault
+
+
+UNBUILDABLE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError, ZeroDivisionError)
+"""What model code raises when options do not go together."""
+
+
+def _unbuildable(model_type: str, fault: BaseException) -> str:
+    line = str(fault).strip().partition("\n")[0] or type(fault).__name__
+    return (
+        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's "
+        f"`tiny`, and let its module register the type if it is not one of transformers'"
+    )
 
 
 def _taken(options: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +163,14 @@ def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[BOS]]), use_cache=False)
+    except UNBUILDABLE as fault:
+        raise BadPlugin(_unbuildable(config.model_type, fault)) from fault
     return model
 
 
@@ -144,8 +195,9 @@ def recomputed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None
     """The formula applied to the slices gives what the real networks give, on random tokens."""
     for layer, real in _calls(model, layers):
         for name, found, expected in real.compare(model, layer, _same):
-            if _apart(found, expected) > TOLERANCE:
-                return f"{name}: recomputed from the slices it differs by {_apart(found, expected):.1e} of its largest entry"
+            off = _apart(found, expected)
+            if off > TOLERANCE:
+                return f"{name}: recomputed from the slices it differs by {off:.1e} of its largest entry"
     return None
 
 
@@ -165,8 +217,9 @@ def captured(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
         for part in state.parts:
             x = real.input_of(part.ffn)
             z = wide(recompute(part.ffn, model, x)[0][0])
-            if _apart(part.intermediate, z) > TOLERANCE:
-                return f"{part.ffn.module}: the captured state differs from the recomputed one by {_apart(part.intermediate, z):.1e}"
+            off = _apart(part.intermediate, z)
+            if off > TOLERANCE:
+                return f"{part.ffn.module}: the captured state differs from the recomputed one by {off:.1e}"
         if layer.experts is not None and layer.adds == layer.experts.block:
             total = sum((part.output for part in state.parts), torch.zeros_like(state.added)) * layer.scale
             if _apart(total, state.added) > TOLERANCE:
@@ -183,12 +236,12 @@ def added(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
         state = states[index]
         off = float((state.hidden - without - state.added).abs().max() / state.hidden.abs().max())
         if off > TOLERANCE:
-            return f"{layer.adds} times {layer.scale:g} differs from what the stream receives by {off:.1e} of its largest entry"
+            return f"{layer.adds} times {layer.scale:g} is not what the stream receives: {off:.1e} of its largest off"
     return None
 
 
 def zeroed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """Rows that surgery zeroes, biases included, are the entries of the captured state that become zero, and no others."""
+    """Rows that surgery zeroes, biases included, are the entries of the state that become zero, and no others."""
     states = _walk(model, layers)
     for index in range(len(layers)):
         for part in states[index].parts:
@@ -257,13 +310,12 @@ def _calls(
 ) -> list[tuple[DecoderLayer, _Calls]]:
     """One forward, by default of 16 random tokens, and what each layer's networks received and gave."""
     seen: dict[str, tuple[tuple[Any, ...], Any]] = {}
-    hooks, paths = [], {path for layer in layers for path in _places(layer)}
+    paths = {path for layer in layers for path in _places(layer)}
 
     def keep(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen[path] = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args), output.detach().clone()
 
-    for path in paths:
-        hooks.append(model.get_submodule(path).register_forward_hook(partial(keep, path)))
+    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
     torch.manual_seed(1)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, 16)) if tokens is None else torch.tensor([tokens])

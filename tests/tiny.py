@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.registry import adapter_for, installed
@@ -14,13 +13,17 @@ from mwtool.scan import decoder_layers
 from mwtool.states import recompute
 from mwtool.testing import random_model, tiny_config
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 BOS = 1
 LAYERS = 8
 """A massive dimension settles over four further layers, and the last is never counted."""
-TYPES = "gemma gemma2 gemma3 gemma3_text llama mistral olmo olmo2 phi phi3 qwen2 qwen3".split()
+TYPES = ["gemma", "gemma2", "gemma3", "gemma3_text", "llama", "mistral"]
+TYPES += ["olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3"]
 """Enough of the dense types for what does not depend on the layout."""
 ALL_TYPES = [plugin.model_type for plugin in installed() if plugin.distribution == "mwtool"]
-MOE_TYPES = "deepseek_v3 gpt_oss mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next".split()
+MOE_TYPES = ["deepseek_v3", "gpt_oss", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
 
 
 def config(model_type: str, **changes: Any) -> PretrainedConfig:

@@ -14,7 +14,8 @@ class Bloom:
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         if config.pretraining_tp > 1 and config.slow_but_exact:
             raise UnsupportedModel(
-                "bloom with slow_but_exact cuts its last matrix into pieces and never calls it; set slow_but_exact to false"
+                "bloom with slow_but_exact cuts its last matrix into pieces and never calls it; "
+                "set slow_but_exact to false"
             )
         path = f"transformer.h.{index}"
         ffn = plain_mlp(f"{path}.mlp", "dense_h_to_4h", "dense_4h_to_h", "gelu_pytorch_tanh")

@@ -1,4 +1,4 @@
-"""GPT-2, whose matrices are stored as (in, out), and its relatives GPT-Neo, GPT-BigCode, StarCoder 2, GPT-J and CodeGen."""
+"""GPT-2, whose matrices are stored as (in, out), GPT-Neo, GPT-BigCode, StarCoder 2, GPT-J and CodeGen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpt-oss: experts stored as (in, out), gate and up interleaved (even columns gate, odd ones up), biases, a clamped GLU."""
+"""gpt-oss: experts stored as (in, out), gate and up interleaved (even columns gate), biases, a clamped GLU."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(scan)
-app.command()(adapters)
+app.add_typer(adapters, name="adapters")
 
 
 def _version(on: bool) -> None:

@@ -1,24 +1,106 @@
-"""`mwtool adapters`."""
+"""`mwtool adapters`: list them, check them, start a new one."""
 
 from __future__ import annotations
 
 import json as _json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from mwtool import __version__
 from mwtool.cli import options
+from mwtool.errors import BadPlugin
+
+if TYPE_CHECKING:
+    from mwtool.testing import Conformance
+
+adapters = typer.Typer()
 
 
-def adapters(json: options.Json = False, debug: options.Debug = False) -> None:
-    """List the model types that can be scanned, and which distribution serves each."""
+@adapters.callback(invoke_without_command=True)
+def _list(context: typer.Context, json: options.Json = False, debug: options.Debug = False) -> None:
+    """List the model types that can be scanned; check an adapter, or start a new one."""
+    if context.invoked_subcommand is not None:
+        return
     from mwtool.registry import installed
 
     plugins = installed()
     if json:
-        sys.stdout.write(_json.dumps([asdict(plugin) for plugin in plugins], indent=2) + "\n")
+        _print("mwtool.adapters/1", adapters=[asdict(plugin) for plugin in plugins])
         return
     from rich.console import Console
 
     from mwtool.report import adapters_table
 
     Console().print(adapters_table(plugins))
+
+
+@adapters.command()
+def check(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL_TYPE|MODULE:OBJECT]", help="What to check; every installed adapter by default."),
+    ] = None,
+    model_type: Annotated[
+        str | None,
+        typer.Option(help="With MODULE:OBJECT: the type to check it on, else all its `tiny` names."),
+    ] = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Prove on tiny random models that what adapters say about their model types is so."""
+    results = _check(target, model_type)
+    if json:
+        _print("mwtool.adapters.check/1", results=[asdict(result) for result in results])
+    else:
+        from rich.console import Console
+
+        from mwtool.report import conformance_table
+
+        Console().print(conformance_table(results))
+    failed = [result for result in results if result.fault is not None]
+    if failed:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise BadPlugin(f"{failed[0].model_type}: {failed[0].fault}{more}")
+
+
+@adapters.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model type it will serve, as in config.json.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it: a new or empty folder.")],
+    debug: options.Debug = False,
+) -> None:
+    """Write a package with an adapter for a model type: entry point, adapter, conformance test, README."""
+    from mwtool.scaffold import write_package
+
+    for path in write_package(name, folder):
+        typer.echo(str(path))
+
+
+def _check(target: str | None, model_type: str | None) -> list[Conformance]:
+    from mwtool.registry import adapter_for, installed, load_object
+    from mwtool.testing import Check, Conformance, check_type
+
+    if target is not None and ":" in target:
+        adapter = load_object(target)
+        types = [model_type] if model_type else list(adapter.tiny)
+        if not types:
+            raise typer.BadParameter(f"{target} names no model types in `tiny`; say which with --model-type")
+        return [check_type(name, adapter) for name in types]
+    if model_type is not None:
+        raise typer.BadParameter("--model-type goes with MODULE:OBJECT")
+    results = []
+    for name in [target] if target else sorted({plugin.model_type for plugin in installed()}):
+        try:
+            results.append(check_type(name, adapter_for(name)))
+        except BadPlugin as fault:  # it cannot be loaded: the others are checked all the same
+            results.append(Conformance(name, "", (Check("shapes", passed=False, detail=str(fault)),)))
+    return results
+
+
+def _print(schema: str, **content: Any) -> None:
+    document = {"schema": schema, "mwtool_version": __version__, **content}
+    sys.stdout.write(_json.dumps(document, indent=2) + "\n")

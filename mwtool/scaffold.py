@@ -1,0 +1,115 @@
+"""A new adapter package for others to own: what `mwtool adapters new` writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from string import Template
+
+from mwtool.errors import BadValue, OutputError
+
+PYPROJECT = Template("""\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "mwtool-$dashed"
+version = "0.1.0"
+description = "mwtool adapter for $name models"
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["mwtool"]
+
+[project.optional-dependencies]
+test = ["pytest"]
+
+[project.entry-points."mwtool.adapters"]
+$name = "mwtool_$module:ADAPTER"
+
+[tool.hatch.build.targets.wheel]
+packages = ["mwtool_$module"]
+""")
+
+ADAPTER = Template('''\
+"""Where $name keeps its feed-forward networks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mwtool.layout import DecoderLayer, gated_mlp
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class $class_:
+    tiny: ClassVar[dict[str, dict[str, Any]]] = {"$name": {}}
+    """Options a tiny configuration needs besides the common ones, for the checks."""
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        """As in Llama: change the names to those in the model's `named_parameters()`."""
+        path = f"model.layers.{index}"
+        return DecoderLayer(path, (gated_mlp(f"{path}.mlp", config.hidden_act),), adds=f"{path}.mlp")
+
+
+ADAPTER = $class_()
+''')
+
+TEST = Template("""\
+from mwtool_$module import ADAPTER
+
+from mwtool.testing import check_adapter, tiny_config
+
+
+def test_the_adapter_describes_the_model() -> None:
+    check_adapter(ADAPTER, tiny_config("$name", ADAPTER))
+""")
+
+README = Template("""\
+# mwtool-$dashed
+
+Lets [mwtool](https://pypi.org/project/mwtool/) read `$name` models.
+
+    pip install -e '.[test]'
+    mwtool adapters check $name    # every check, with what is wrong
+    pytest
+
+`mwtool_$module/__init__.py` starts out as Llama's layout. Change it until the checks pass; then
+`mwtool scan MODEL` works on any `$name` checkpoint.
+""")
+
+
+def write_package(name: str, folder: Path) -> list[Path]:
+    """Write a package with an adapter for model type `name` into `folder`, and return its files.
+
+    Raises BadValue if the name cannot be a model type, OutputError if the folder is in use or cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
+        raise BadValue(f"{name!r} cannot be a model type; expected letters, digits, '_', '-' or '.', as in config.json")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and is not an empty folder; name another")
+    module = re.sub(r"[.-]", "_", name).lower()
+    words = {
+        "name": name,
+        "module": module,
+        "dashed": module.replace("_", "-"),
+        "class_": "".join(word.capitalize() for word in module.split("_")),
+    }
+    files = {
+        "pyproject.toml": PYPROJECT,
+        "README.md": README,
+        f"mwtool_{module}/__init__.py": ADAPTER,
+        "tests/test_adapter.py": TEST,
+    }
+    return [_write(folder / path, template.substitute(words)) for path, template in files.items()]
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as fault:
+        raise OutputError(f"{path} cannot be written: {fault.strerror or fault}") from fault
+    return path
