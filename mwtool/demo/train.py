@@ -46,7 +46,7 @@ def main() -> None:
     log = train(model, torch.from_numpy(tokens.astype(np.int32)), args)
     args.output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.output)
-    PreTrainedTokenizerFast.from_pretrained(args.cache).save_pretrained(args.output)
+    PreTrainedTokenizerFast.from_pretrained(args.cache, model_max_length=args.context).save_pretrained(args.output)
     record = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "tokens_in_corpus": len(tokens),
