@@ -2,26 +2,31 @@
 
 Row i of ``W_up`` and ``W_gate``, with its biases, makes intermediate entry i. Weights are
 edited in place through the adapter's views, so fused, transposed and expert matrices
-are served alike, and restored bit for bit when the block ends, however it ends.
+are served alike, and restored bit for bit when the block ends, however it ends. Where
+rows cannot be written, what they give is overridden instead (`mwtool.override`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.layout import FFN
+from mwtool.layout import FFN, WeightSlice
+from mwtool.override import expert_output_with, state_with, with_outputs_scaled, without_nan
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
 
 Mode = Literal["none", "zero", "retain", "scale", "mean"]
+WRITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Other types are packed, or scaled by a factor kept elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,21 @@ class Attack:
     factor: float | None = None
 
     def __str__(self) -> str:
-        if self.mode == "none":
-            return "none"
-        factor = "" if self.factor is None else f":{self.factor:g}"
-        return f"{self.mode}{factor}:{self.k}"
+        return self.name if self.mode == "none" else f"{self.name}:{self.k}"
+
+    @property
+    def name(self) -> str:
+        """The mode with its factor, without k: `zero`, `scale:0.5`."""
+        return self.mode if self.factor is None else f"{self.mode}:{self.factor:g}"
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing."""
+        return self.mode == "none" or (self.k == 0 and self.mode != "retain")
+
+    def at(self, k: int) -> Attack:
+        """The same on k rows."""
+        return replace(self, k=k)
 
 
 def parse_attack(text: str) -> Attack:
@@ -50,41 +66,33 @@ def parse_attack(text: str) -> Attack:
 
     Raises BadValue, saying what was expected.
     """
-    mode, *values = text.split(":")
-    if mode == "none" and not values:
+    expected = "expected none, zero:K, retain:K, mean:K or scale:X:K"
+    if text == "none":
         return Attack()
-    expected = {"zero": 1, "retain": 1, "mean": 1, "scale": 2}
+    mode, _, k = text.rpartition(":")
+    parsed = _mode(mode)
+    if parsed is None or not (k.isascii() and k.isdigit()):
+        raise BadValue(f"attack {text!r} is not understood; {expected}")
+    return parsed.at(int(k))
+
+
+def parse_mode(text: str) -> Attack:
+    """`zero`, `retain`, `mean` or `scale:X`, as an attack on no rows yet. Raises BadValue."""
+    parsed = _mode(text)
+    if parsed is None:
+        raise BadValue(f"mode {text!r} is not understood; expected zero, retain, mean or scale:X, X a finite number")
+    return parsed
+
+
+def _mode(text: str) -> Attack | None:
+    mode, _, factor = text.partition(":")
+    if text in ("zero", "retain", "mean"):
+        return Attack(cast("Mode", text))
     try:
-        if mode in expected and len(values) == expected[mode] and int(values[-1]) >= 0:
-            return Attack(mode, int(values[-1]), float(values[0]) if mode == "scale" else None)  # type: ignore[arg-type] # checked above
+        value = float(factor)
     except ValueError:
-        pass
-    raise BadValue(f"attack {text!r} is not understood; expected none, zero:K, retain:K, mean:K or scale:X:K")
-
-
-@contextmanager
-def edited(model: nn.Module, ffn: FFN, rows: Sequence[int], attack: Attack) -> Iterator[None]:
-    """The model with `rows` of `ffn` attacked inside the block.
-
-    model: the module whose parameters the adapter names (under PEFT its base model).
-    rows: indices into the intermediate state; the caller takes the first k of the ranked ones.
-    Raises BadValue for an index out of range, UnsupportedModel where rows cannot be written.
-    """
-    if attack.mode == "none":
-        yield
-        return
-    with torch.no_grad():
-        views = [_writable(model, ffn, place) for place in (*ffn.inputs, ffn.up_bias, ffn.gate_bias) if place]
-        selected = _selected(rows, views[0].shape[0], attack, views[0].device)
-        kept = [view[selected].clone() for view in views]
-    factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
-    try:
-        with torch.no_grad():
-            for view in views:
-                view[selected] = view[selected] * factor if factor else torch.zeros_like(view[selected])
-        yield
-    finally:
-        _put_back(views, selected, kept)
+        return None
+    return Attack("scale", 0, value) if mode == "scale" and math.isfinite(value) else None
 
 
 def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
@@ -96,37 +104,101 @@ def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
     return massive.indices[: attack.k]
 
 
-def _selected(rows: Sequence[int], width: int, attack: Attack, device: torch.device) -> Tensor:
-    """Indices of the rows to write, (n,): those given, or all others for `retain`."""
-    outside = [row for row in rows if not 0 <= row < width]
-    if outside:
-        raise BadValue(f"row {outside[0]} does not exist; the FFN has rows 0 to {width - 1}")
-    chosen = torch.zeros(width, dtype=torch.bool)
-    chosen[list(rows)] = True
-    if attack.mode == "retain":
-        chosen = ~chosen
-    return chosen.nonzero()[:, 0].to(device)
+@contextmanager
+def edited(
+    model: nn.Module, ffn: FFN, rows: Sequence[int], attack: Attack, *, means: Tensor | None = None
+) -> Iterator[None]:
+    """The model with `rows` of `ffn` attacked inside the block.
+
+    model: the module whose parameters the adapter names (under PEFT its base model).
+    rows: indices into the intermediate state; the caller takes the first k of the ranked ones.
+    means: the mean of each intermediate entry, (I,), as `override.averaging` gathers it; for `mean` alone.
+    Raises BadValue for an index out of range, UnsupportedModel where rows cannot be attacked.
+    """
+    selected = _selected(rows, ffn.width(model), attack)
+    with _attacked(model, ffn, selected, attack, means) if selected and attack.mode != "none" else nullcontext():
+        yield
 
 
-def _writable(model: nn.Module, ffn: FFN, place: object) -> Tensor:
-    view: Tensor = place.read(model)  # type: ignore[attr-defined] # a WeightSlice
-    if view.is_meta:
-        raise UnsupportedModel(f"{ffn.module} is offloaded and cannot be edited; load the model without offloading it")
-    if not view.is_floating_point():
-        raise UnsupportedModel(f"{ffn.module} holds packed {view.dtype} weights, whose rows cannot be written")
-    return view
+def _attacked(
+    model: nn.Module, ffn: FFN, selected: list[int], attack: Attack, means: Tensor | None
+) -> AbstractContextManager[None]:
+    if attack.mode == "mean":
+        return _fixed(model, ffn, selected, means)
+    factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
+    if _packed(model, ffn):
+        return with_outputs_scaled(model, ffn, selected, factor)
+    return _rewritten(model, ffn, selected, factor)
 
 
-def _put_back(views: list[Tensor], selected: Tensor, kept: list[Tensor]) -> None:
-    """Restore; a second Ctrl-C in the middle must not leave half of it done."""
+@contextmanager
+def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None) -> Iterator[None]:
+    """Intermediate values of these rows at their means; a routed expert gives them beside its zeroed rows."""
+    if means is None:
+        raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
+    if ffn.expert is None:
+        with state_with(model, ffn, selected, means):
+            yield
+        return
+    if _packed(model, ffn):
+        raise UnsupportedModel(f"{ffn.module} holds packed experts, whose values cannot be fixed at their mean")
+    with _rewritten(model, ffn, selected, 0.0), expert_output_with(model, ffn, selected, means):
+        yield
+
+
+@contextmanager
+def _rewritten(model: nn.Module, ffn: FFN, selected: list[int], factor: float) -> Iterator[None]:
+    """Rows and their biases times `factor` inside the block, and bit for bit what they were after it."""
+    views = [place.read(model) for place in places(ffn)]
+    index = [torch.tensor(selected, device=view.device) for view in views]
+    kept = [view[at].clone() for view, at in zip(views, index, strict=True)]
     try:
-        _copy(views, selected, kept)
-    except BaseException:
-        _copy(views, selected, kept)
+        try:
+            for view, at, rows in zip(views, index, kept, strict=True):
+                view[at] = rows * factor if factor else torch.zeros_like(rows)
+            with without_nan(model, ffn, selected):
+                yield
+        finally:
+            _put_back(views, index, kept)
+    except KeyboardInterrupt:  # a second one may have come before restoring began
+        _put_back(views, index, kept)
         raise
 
 
-@torch.no_grad()
-def _copy(views: list[Tensor], selected: Tensor, kept: list[Tensor]) -> None:
-    for view, rows in zip(views, kept, strict=True):
-        view[selected] = rows
+def places(ffn: FFN) -> tuple[WeightSlice, ...]:
+    """What makes the intermediate state: up, gate, and their biases."""
+    return (*ffn.inputs, *(bias for bias in (ffn.up_bias, ffn.gate_bias) if bias is not None))
+
+
+def _selected(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
+    """The rows to change: those given, or all others for `retain`."""
+    outside = [row for row in rows if not 0 <= row < width]
+    if outside:
+        raise BadValue(f"row {outside[0]} does not exist; the FFN has rows 0 to {width - 1}")
+    given = set(rows)
+    return [row for row in range(width) if row not in given] if attack.mode == "retain" else sorted(given)
+
+
+def _packed(model: nn.Module, ffn: FFN) -> bool:
+    """Whether rows cannot be written, being quantized; raises UnsupportedModel where they are elsewhere."""
+    views = [place.read(model) for place in places(ffn)]
+    if any(view.is_meta for view in views):
+        raise UnsupportedModel(
+            f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
+            f"with more device memory or --device cpu"
+        )
+    return any(view.dtype not in WRITABLE for view in views)
+
+
+def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:
+    """Restore; a Ctrl-C in the middle, or several, must not leave half of it done."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            for view, at, rows in zip(views, index, kept, strict=True):
+                view[at] = rows
+            break
+        except KeyboardInterrupt as again:
+            interrupted = again
+    if interrupted is not None:
+        raise interrupted

@@ -29,7 +29,7 @@ MOE_TYPES = ["deepseek_v3", "gpt_oss", "mixtral", "olmoe", "phimoe", "qwen2_moe"
 def config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A tiny configuration; `changes` go to the text model's options."""
     if model_type == "gpt_neo":  # one entry a layer
-        changes = {"attention_types": [[["global", "local"], LAYERS // 2]], **changes}
+        changes = {"attention_types": [[["global", "local"], changes.get("num_hidden_layers", LAYERS) // 2]], **changes}
     return tiny_config(model_type, adapter_for(model_type), **{"num_hidden_layers": LAYERS, **changes})
 
 
