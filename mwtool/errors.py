@@ -37,3 +37,19 @@ class BadValue(MwtoolError):
 
 class OutputError(MwtoolError):
     """The result cannot be written where it was asked for."""
+
+
+class BadSyntax(BadValue):
+    """A text cannot be parsed, and the character at which that shows is known.
+
+    text: what was read; position: index of the character, from 0, `len(text)` for its end.
+    """
+
+    def __init__(self, message: str, text: str, position: int) -> None:
+        super().__init__(message)
+        self.text, self.position = text, position
+
+    @property
+    def pointer(self) -> str:
+        """The text, and below it a caret under the character."""
+        return f"{self.text}\n{' ' * self.position}^"
