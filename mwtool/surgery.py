@@ -115,7 +115,7 @@ def edited(
     means: the mean of each intermediate entry, (I,), as `override.averaging` gathers it; for `mean` alone.
     Raises BadValue for an index out of range, UnsupportedModel where rows cannot be attacked.
     """
-    selected = _selected(rows, ffn.width(model), attack)
+    selected = attacked_rows(rows, ffn.width(model), attack)
     with _attacked(model, ffn, selected, attack, means) if selected and attack.mode != "none" else nullcontext():
         yield
 
@@ -170,7 +170,7 @@ def places(ffn: FFN) -> tuple[WeightSlice, ...]:
     return (*ffn.inputs, *(bias for bias in (ffn.up_bias, ffn.gate_bias) if bias is not None))
 
 
-def _selected(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
+def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
     """The rows to change: those given, or all others for `retain`."""
     outside = [row for row in rows if not 0 <= row < width]
     if outside:

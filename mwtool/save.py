@@ -1,0 +1,237 @@
+"""An attacked model as a checkpoint of its own: the original's files with the rows changed in place.
+
+Files are copied and only the bytes of the attacked tensors are written anew, so that
+shards, names, dtypes and every other tensor stay as they were. All is built under a
+temporary name beside the folder asked for and moved there when it is whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mwtool import __version__
+from mwtool.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
+from mwtool.errors import BadValue, OutputError, UnsupportedModel
+from mwtool.layout import FFN, WeightSlice
+from mwtool.load import Loaded
+from mwtool.source import Source, read_json
+from mwtool.surgery import WRITABLE, Attack, attacked_rows, edited, places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEPT = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+"""Configuration, tokenizer and licence; the model's card describes another model and stays behind."""
+RECORD = "mwtool.json"
+
+
+New = Callable[[Tensor], Tensor]
+"""What a stored tensor becomes."""
+
+
+def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack, folder: Path) -> None:
+    """Write the model with `rows` attacked to `folder`, which must not exist or be empty.
+
+    With an adapter kept apart it is the sum of both that is written, the rows taken out of the part `loaded.on` says.
+    Raises BadValue for an attack that is no change of weights, UnsupportedModel where the checkpoint's tensors
+    cannot be changed, OutputError where it cannot be written; nothing is left then.
+    """
+    if attack.mode == "mean":
+        raise BadValue(
+            "mean fixes intermediate values, which no weights of this model hold; save zero, retain or scale:X"
+        )
+    check_free(folder)
+    new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
+    with _made(folder) as temporary, _one_line(folder):
+        _rewrite(loaded.source, _by_stored_name(loaded, new), temporary)
+        _copy_small(loaded.source, temporary)
+        _record(temporary / RECORD, loaded, ffn, rows, attack)
+
+
+def check_free(folder: Path) -> None:
+    """Raise OutputError before the work begins if `folder` could not be written after it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} does not exist; make it, or save elsewhere")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{folder} cannot be written: no permission")
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, moved there when the block ends well, removed when it does not.
+
+    A killed process leaves it under its temporary name; the next one clears it away.
+    """
+    target = folder.absolute()
+    temporary = target.with_name(f".{target.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in (*temporary.iterdir(), temporary):  # on the disk before it has its name
+            _sync(file)
+        temporary.replace(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        reason = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
+        raise OutputError(f"{folder} cannot be written: {reason}; nothing was left there") from fault
+
+
+def _attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:
+    """Stored name -> the tensor with the attacked entries changed. Only shapes are read: the model may be offloaded."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    selected = attacked_rows(rows, ffn.width(loaded.base), attack)
+    masks: dict[str, Tensor] = {}
+    for place in places(ffn) if selected and not attack.idle else ():
+        mask = masks.setdefault(place.param, torch.zeros(_shape(loaded.base, place), dtype=torch.bool))
+        view = mask[place.index]
+        (view.T if place.transposed else view)[selected] = True
+    # masks go the way weights go when transformers saves: unfused, unstacked, renamed
+    stored = revert_weight_conversion(loaded.base, masks) if masks else {}
+    factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
+    return {name: partial(_scaled, mask, factor) for name, mask in stored.items() if mask.any()}
+
+
+def _scaled(mask: Tensor, factor: float, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in WRITABLE or tensor.shape != mask.shape:
+        raise UnsupportedModel(
+            f"the checkpoint stores the rows as {tensor.dtype} {tuple(tensor.shape)}, which cannot be changed; "
+            f"save from the unquantized model"
+        )
+    return torch.where(mask, tensor * factor if factor else torch.zeros_like(tensor), tensor)
+
+
+def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
+    """Shape of the whole parameter; a packed one's is that of its module."""
+    path, _, name = place.param.rpartition(".")
+    module: Any = model.get_submodule(path)
+    parameter = getattr(module, name)
+    if parameter.dtype not in WRITABLE and hasattr(module, "out_features"):
+        return (module.out_features, module.in_features)
+    return tuple(parameter.shape)
+
+
+def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:
+    """Stored name -> the tensor of base and adapter together, for all tensors. Under `base` a copy is merged."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with edited(loaded.base, ffn, rows, attack):
+        model: Any = copy.deepcopy(loaded.model)
+    if loaded.on == "base":
+        model = model.merge_and_unload()
+        for (
+            place
+        ) in ffn.inputs:  # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
+            place.read(model).nan_to_num_(nan=0.0)
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: partial(_cast, tensor) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+def _cast(tensor: Tensor, stored: Tensor) -> Tensor:
+    if stored.dtype not in WRITABLE or tensor.shape != stored.shape:
+        raise UnsupportedModel("the base model's checkpoint is quantized; a sum with its adapter cannot be saved in it")
+    return tensor.to("cpu", stored.dtype)
+
+
+def _by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
+    """The same under names that the files use: some families' have the base model's prefix, some do not."""
+    files, prefix = open_checkpoint(loaded.source).files, f"{loaded.base.base_model_prefix}."
+    found = {}
+    for name, value in new.items():
+        stored = next((one for one in (name, name.removeprefix(prefix), prefix + name) if one in files), None)
+        if stored is None:
+            raise UnsupportedModel(f"{loaded.source.name} has no tensor {name}; it cannot be saved in the same layout")
+        found[stored] = value
+    return found
+
+
+def _rewrite(source: Source, new: Mapping[str, New], temporary: Path) -> None:
+    """The weight files, shard by shard, with new values for some tensors."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.legacy is not None:
+        _from_legacy(checkpoint.legacy, new, temporary)
+        return
+    for file in sorted(set(checkpoint.files.values())):
+        path = source.path(file)
+        assert path is not None, "open_checkpoint has found it"
+        shutil.copyfile(path, temporary / file)
+        inside = {name: value for name, value in new.items() if checkpoint.files[name] == file}
+        with checkpoint.tensors(inside) as tensors:
+            _patch(temporary / file, {name: value(tensors[name][...]) for name, value in inside.items()})
+
+
+def _patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors over those of the same name, size and dtype in a safetensors file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name, tensor in tensors.items():
+            file.seek(8 + size + header[name]["data_offsets"][0])
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary: Path) -> None:
+    """A ``.bin`` checkpoint becomes one safetensors file: pickles cannot be changed in place."""
+    from safetensors.torch import save_file
+
+    # cloned, because tied tensors share memory, which safetensors refuses
+    whole = {name: new[name](tensor) if name in new else tensor.clone() for name, tensor in stored.items()}
+    save_file({name: tensor.contiguous() for name, tensor in whole.items()}, temporary / SAFETENSORS, {"format": "pt"})
+
+
+def _copy_small(source: Source, temporary: Path) -> None:
+    patterns = [*KEPT, *(["*.py"] if "auto_map" in read_json(source.folder / "config.json") else [])]
+    for file in {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}:
+        if file.name not in (LEGACY_INDEX, RECORD):
+            shutil.copyfile(file, temporary / file.name)
+
+
+def _record(path: Path, loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> None:
+    """Where the checkpoint came from and what was done to it."""
+    said = {
+        "schema": "mwtool.attacked/1",
+        "mwtool_version": __version__,
+        "model": loaded.source.name,
+        "revision": loaded.source.revision,
+        "adapter": loaded.source.adapter,
+        "on": loaded.on,
+        "attack": attack.name,
+        "module": ffn.module,
+        "expert": ffn.expert,
+        "indices": list(rows),
+    }
+    path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
