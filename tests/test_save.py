@@ -36,7 +36,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as handle:
-            found |= {f"{path.name} {name}": handle.get_tensor(name) for name in handle}
+            found |= {f"{path.name} {name}": handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - it is no mapping
     return found
 
 
