@@ -1,0 +1,115 @@
+"""The loss of each token without the logits of all tokens: the output head is applied to a few positions at a time.
+
+What follows the last hidden state (the head with its bias, soft-capping, logit scales) is
+the model's own code: its forward is run with the body's answer replaced by a chunk of
+the hidden states. Whether that gives the model's own logits is tried on a few tokens; where
+it does not, the model runs whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MULTIPLE, LEAST = 4, 2**24
+"""Float32 logits of a chunk take at most 4 times the bytes of the hidden states, or 16 MB where that is more."""
+TRIED = 16
+"""Tokens on which the two ways are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A causal language model, and how its logits come about.
+
+    model: what to call. inner, body: the model without PEFT's wrapper, and its part that ends with the last hidden
+    state; body is None where logits cannot be had from it, for the reason in `why`.
+    """
+
+    model: nn.Module
+    inner: nn.Module
+    body: nn.Module | None
+    why: str | None = None
+
+    def losses(self, ids: Tensor, scored: Tensor) -> Tensor:
+        """-ln p of the scored tokens, in the order of `ids`, (N,), float32 (float64 from float64 logits).
+
+        ids: (B, T), padded on the right, which a causal model does not see. scored: (B, T), bool; never column 0.
+        """
+        targets = ids[scored]  # (N,)
+        before = scored.roll(-1, 1)  # position t gives the logits of token t + 1
+        if self.body is None:
+            logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+            return _loss(logits[before.to(logits.device)], targets)
+        answer = self.body(input_ids=ids, use_cache=False)
+        hidden = answer[0][before.to(answer[0].device)]  # (N, H)
+        rows = rows_at_once(answer[0], self.vocabulary)
+        parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        return torch.cat([_loss(self._logits(answer, chunk, ids), aims) for chunk, aims in parts])
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of one position's logits, V."""
+        config: Any = self.inner.config
+        return int(config.get_text_config().vocab_size)
+
+    def _logits(self, answer: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+        """What the model's own forward makes of these hidden states, (N, H) -> (N, V)."""
+        assert self.body is not None
+        with _answering(self.body, type(answer)(last_hidden_state=hidden[None])):
+            logits: Tensor = self.inner(input_ids=ids[:1, :1].expand(1, len(hidden)), use_cache=False).logits[0]
+        return logits
+
+
+def head_of(model: Any, ids: Tensor) -> Head:
+    """How to get the losses of this model: in chunks where that gives the logits its forward gives, else whole.
+
+    ids: (1, T), of which the first few are tried.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(inner, "base_model", inner)
+    if body is inner:
+        return Head(model, inner, None, f"{type(inner).__name__} has no body apart from its head")
+    head, few = Head(model, inner, body), ids[:, :TRIED]
+    whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
+    answer = body(input_ids=few, use_cache=False)
+    fitting = hasattr(answer, "last_hidden_state") and answer[0].shape[:2] == few.shape
+    if fitting and _same(head._logits(answer, answer[0][0], few).float(), whole):  # noqa: SLF001 # our own class
+        return head
+    return Head(model, inner, None, f"the logits of {type(inner).__name__} do not follow from its last hidden state")
+
+
+def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
+    """Positions whose float32 logits, V wide, are held at once."""
+    budget = max(MULTIPLE * hidden.numel() * hidden.element_size(), LEAST)
+    return max(1, budget // (4 * vocabulary))
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    exact = logits if logits.dtype == torch.float64 else logits.float()  # (N, V)
+    return functional.cross_entropy(exact, targets.to(exact.device), reduction="none")
+
+
+def _same(ours: Tensor, whole: Tensor) -> bool:
+    """Within a thousandth of the largest logit; non-finite ones at the same places."""
+    finite = whole[whole.isfinite()]
+    tolerance = 1e-3 * finite.abs().max().item() if finite.numel() else 0.0
+    return ours.shape == whole.shape and torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """The module gives this answer, whatever it is called with; what accelerate put in its place returns after."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = lambda *_args, **_options: answer
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
