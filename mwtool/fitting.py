@@ -43,6 +43,9 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
         place: WeightSlice | None = getattr(ffn, name)
         if place is None:
             continue
+        if not isinstance(place, WeightSlice):
+            yield f"{name} is {place!r}; expected a WeightSlice"
+            return
         try:
             shapes[name] = tuple(place.read(model).shape)
         except (AttributeError, IndexError, TypeError) as fault:

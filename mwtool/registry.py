@@ -75,6 +75,17 @@ def adapter_for(model_type: str) -> Installed:
     return _load(next(iter(claims.values())))
 
 
+def register(model_type: str) -> None:
+    """Load the adapter of a type that transformers does not know, so that its module can register the type there.
+
+    Does nothing if there is no adapter: the type may come with the checkpoint's own code.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING and entry_points(group=GROUP, name=model_type):
+        adapter_for(model_type)
+
+
 def load_object(value: str) -> Installed:
     """An adapter that is not installed, as ``MODULE:OBJECT``; a class is called without arguments.
 

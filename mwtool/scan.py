@@ -168,7 +168,7 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
 
 def _fault(layer: object) -> str | None:
     """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not layer.ffns:
+    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
         return f"{layer!r}; expected a DecoderLayer with FFNs"
     experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
     others = [ffn for ffn in layer.ffns if ffn.expert is None]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel
+from mwtool.registry import register
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Source:
 
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
+        register(raw["model_type"])
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None

@@ -15,7 +15,7 @@ class Gpt2:
 
     tiny: ClassVar = {
         "gpt2": {"n_inner": 48},
-        "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+        "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
         "gptj": {"rotary_dim": 4},
         "codegen": {"rotary_dim": 4},
     }
