@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mwtool.analysis import Thresholds
+    from mwtool.callback import MacDropCallback, guard
+    from mwtool.curriculum import Curriculum
+    from mwtool.curriculum_file import read_curriculum
     from mwtool.errors import MwtoolError
+    from mwtool.macdrop import MacDrop
     from mwtool.massive import MassiveWeights
     from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
 
@@ -15,22 +19,32 @@ __version__ = "0.1.0"
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
+    "Curriculum": "mwtool.curriculum",
+    "MacDrop": "mwtool.macdrop",
+    "MacDropCallback": "mwtool.callback",
     "MassiveWeights": "mwtool.massive",
     "MwtoolError": "mwtool.errors",
     "Scan": "mwtool.scan",
     "Settings": "mwtool.scan",
     "Thresholds": "mwtool.analysis",
+    "guard": "mwtool.callback",
+    "read_curriculum": "mwtool.curriculum_file",
     "scan_checkpoint": "mwtool.scan",
     "scan_model": "mwtool.scan",
 }
 
 __all__ = [
+    "Curriculum",
+    "MacDrop",
+    "MacDropCallback",
     "MassiveWeights",
     "MwtoolError",
     "Scan",
     "Settings",
     "Thresholds",
     "__version__",
+    "guard",
+    "read_curriculum",
     "scan_checkpoint",
     "scan_model",
 ]

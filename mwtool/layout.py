@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mwtool.errors import UnsupportedModel as UnsupportedModel  # re-exported: adapters import this module alone
 
@@ -44,8 +44,11 @@ class WeightSlice:
         Goes through the module's attribute, which PEFT's layers forward to the base layer.
         Raises AttributeError or IndexError where the parameter or the place does not exist.
         """
-        module, _, name = self.param.rpartition(".")
-        weight: Tensor = getattr(model.get_submodule(module), name).data
+        path, _, name = self.param.rpartition(".")
+        module: Any = model.get_submodule(path)
+        while not hasattr(module, name):  # PEFT's wrapper around expert parameters does not forward them
+            module = module.base_layer
+        weight: Tensor = getattr(module, name).data
         view = weight[self.index]
         return view.T if self.transposed else view
 
