@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mwtool.ablate import ablated
     from mwtool.analysis import Thresholds
     from mwtool.callback import MacDropCallback, guard
     from mwtool.curriculum import Curriculum
@@ -27,6 +28,7 @@ _HOMES = {
     "Scan": "mwtool.scan",
     "Settings": "mwtool.scan",
     "Thresholds": "mwtool.analysis",
+    "ablated": "mwtool.ablate",
     "guard": "mwtool.callback",
     "read_curriculum": "mwtool.curriculum_file",
     "scan_checkpoint": "mwtool.scan",
@@ -43,6 +45,7 @@ __all__ = [
     "Settings",
     "Thresholds",
     "__version__",
+    "ablated",
     "guard",
     "read_curriculum",
     "scan_checkpoint",

@@ -114,8 +114,9 @@ def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = No
     found = [ffn for ffn in layers[layer].ffns if ffn.expert == expert]
     if not found:
         experts = sorted(ffn.expert for ffn in layers[layer].ffns if ffn.expert is not None)
-        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network"
-        raise BadValue(f"layer {layer} has no expert {expert}; it has {has}")
+        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network and no experts"
+        named = "which expert is meant must be said" if expert is None else f"there is no expert {expert}"
+        raise BadValue(f"layer {layer} has {has}; {named} (--expert)")
     return found[0]
 
 

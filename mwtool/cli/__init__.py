@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mwtool import __version__
+from mwtool.cli.ablate import ablate
 from mwtool.cli.adapters import adapters
 from mwtool.cli.scan import scan
 from mwtool.errors import MwtoolError
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(scan)
+app.command()(ablate)
 app.add_typer(adapters, name="adapters")
 
 

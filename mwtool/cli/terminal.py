@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 _stderr = Console(stderr=True, soft_wrap=True)
@@ -46,3 +46,28 @@ def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
             progress.update(task, completed=done, total=total, read=f"{read / 1e6:,.0f} MB")
 
         yield on_layer
+
+
+@contextmanager
+def run_progress() -> Iterator[Callable[[int, int, str], Callable[[int, int], None]]]:
+    """A bar over runs, within a run over its windows; nothing where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[run]} of {task.fields[runs]} runs"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+        task = progress.add_task("measuring", total=None, run=0, runs="?")
+
+        def on_run(done: int, total: int, name: str) -> Callable[[int, int], None]:
+            progress.update(task, description=name, run=done + 1, runs=total, completed=done, total=total)
+
+            def on_part(part: int, parts: int) -> None:
+                progress.update(task, completed=done + part / parts)
+
+            return on_part
+
+        yield on_run

@@ -1,0 +1,115 @@
+"""An ablation as text for people, with Rich: the paper's Table 1, beside the controls."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+
+from rich.columns import Columns
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mwtool.ablate import Ablation, Run
+from mwtool.evaluate import Measured
+from mwtool.verdict import Verdict, named, ratio_of
+
+SHOWN = 8
+"""Row indices listed before the rest is counted."""
+
+
+def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = ()) -> RenderableType:
+    """The table, the verdicts, and the continuations side by side."""
+    parts: list[RenderableType] = [_where(found), _table(found)]
+    parts += [Text(f"\n{one.text}") for one in _foremost(found)]
+    if generated:
+        parts += [Text(), Columns([Panel(Text(text), title=attack, width=38) for attack, text in generated])]
+    return Group(*parts)
+
+
+def _where(found: Ablation) -> Text:
+    targets = list(dict.fromkeys(run.target for run in found.runs))
+    if len(targets) > 1:
+        return Text("the rows of largest |z| in each layer\n")
+    rows = ", ".join(map(str, targets[0].indices[:SHOWN])) + (" ..." if len(targets[0].indices) > SHOWN else "")
+    expert = "" if targets[0].ffn.expert is None else f", expert {targets[0].ffn.expert}"
+    return Text(f"rows of {targets[0].ffn.module}{expert} (layer {targets[0].layer}), ranked: {rows}\n")
+
+
+def _table(found: Ablation) -> Table:
+    """A line for each attack; for each task its value, its ratio, and the same rows' controls' ratios."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    layers = len({run.target.layer for run in found.runs}) > 1
+    controls = any(run.control for run in found.runs)
+    for column in (*(["layer"] if layers else []), "attack", "rows"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for name in named(found.baseline):
+        for column in (name, "ratio", *(["random", "norm"] if controls else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+    blank = ["", "1", "", ""] if controls else ["", "1"]
+    start = [*([""] if layers else []), "none", "0"]
+    table.add_row(*start, *(cell for one in found.baseline for cell in (_value(one), *blank[1:])))
+    for run in found.runs:
+        if run.control is None:
+            place = [str(run.target.layer)] if layers else []
+            table.add_row(*place, run.attack.name, str(run.attack.k), *_cells(run, found, controls=controls))
+    return table
+
+
+def _cells(run: Run, found: Ablation, *, controls: bool) -> Iterator[str]:
+    beside = [one for one in found.runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
+    for at, (one, plain) in enumerate(zip(run.measured, found.baseline, strict=True)):
+        yield _value(one)
+        yield _change(one, plain)
+        if controls:
+            yield _spread([control.measured[at] for control in beside if control.control != "norm"], plain)
+            yield _spread([control.measured[at] for control in beside if control.control == "norm"], plain)
+
+
+def _spread(controls: Sequence[Measured], plain: Measured) -> str:
+    """Mean and spread (standard deviation) of the controls' ratios, or of their differences in points."""
+    if not controls:
+        return ""
+    ratios = [ratio_of(one, plain) for one in controls]
+    values = [ratio.value for ratio in ratios if ratio is not None]
+    if plain.weights is None:
+        values = [100 * (one.value - plain.value) for one in controls]
+    if len(values) < len(controls):
+        return "not finite"
+    mean = statistics.fmean(values)
+    shown = _signed(mean) if plain.weights is None else _number(mean)
+    return shown + (f" ± {_number(statistics.stdev(values))}" if len(values) > 1 else "")
+
+
+def _change(one: Measured, plain: Measured) -> str:
+    if one.weights is None:
+        return _signed(100 * (one.value - plain.value))
+    ratio = ratio_of(one, plain)
+    return "not finite" if ratio is None else f"x{_number(ratio.value)}"
+
+
+def _foremost(found: Ablation) -> Iterator[Verdict]:
+    """For each mode the verdict at the largest k, and at the truly massive rows' number if that was tried."""
+    counts = {run.target.layer: run.target.count for run in found.runs}
+    if len(counts) > 1:
+        return  # a line a layer is enough
+    largest = max((one.attack.k for one in found.verdicts), default=0)
+    for one in found.verdicts:
+        if one.attack.k in (largest, counts[one.layer]):
+            yield one
+
+
+def _value(one: Measured) -> str:
+    if not math.isfinite(one.value):
+        return "not finite"
+    return _number(one.value) if one.weights is not None else f"{100 * one.value:.1f}"
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals tell nothing there

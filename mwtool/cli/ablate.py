@@ -1,0 +1,208 @@
+"""`mwtool ablate`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.options import DType
+
+if TYPE_CHECKING:
+    from mwtool.ablate import Ablation, Sweep
+    from mwtool.load import Loaded
+    from mwtool.targets import Target
+
+
+class On(StrEnum):
+    """Where rows are taken out of a PEFT adapter folder's model."""
+
+    base = "base"
+    merged = "merged"
+
+
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """A list like 0,1,3: no duplicates, none negative. Raises BadParameter, which is wrong usage."""
+    parts = [part.strip() for part in text.split(",")]
+    bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
+    if bad is not None:
+        raise typer.BadParameter(f"{name} {text!r}: {bad!r} is no number from 0 on; expected a list such as 0,1,3")
+    values = [int(part) for part in parts]
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"{name} {text!r} names {twice} twice")
+    return tuple(values)
+
+
+def ablate(
+    model: options.Model = "demo",
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="zero, retain, scale:X or mean; repeatable.", show_default="zero and retain"),
+    ] = None,
+    ks: Annotated[
+        str | None, typer.Option("-k", "--k", help="How many of the ranked rows.", show_default="0,1,3,5")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="What to measure, as in eval; repeatable.", show_default="ppl:demo")
+    ] = None,
+    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer instead.")] = None,
+    indices: Annotated[str | None, typer.Option(help="These rows, in this order: I,J,...")] = None,
+    expert: Annotated[int | None, typer.Option(min=0, help="Rows of this expert.")] = None,
+    each_layer: Annotated[bool, typer.Option("--each-layer", help="The top rows of every layer, one by one.")] = False,
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls", help="Random rows and rows of largest norm.", show_default="on, but each layer"
+        ),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = 5,
+    generate: Annotated[
+        str | None, typer.Option(metavar="PROMPT", help="Show how the text goes on, side by side.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the attacked model: one mode, one k.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k: .png, .svg, .pdf.")] = None,
+    on: Annotated[On, typer.Option(help="Adapters: rows of the base model, or of the sum.")] = On.base,
+    bos: Annotated[str, typer.Option(help="First token: auto, always, or a TOKEN or id.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first random control.")] = 0,
+    revision: options.Revision = None,
+    dtype: options.Precision = DType.auto,
+    device: options.Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: options.Output = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Take rows out and measure what it does, beside random rows and rows of large norm."""
+    given = numbers(indices, "--indices") if indices is not None else ()
+    wanted = numbers(ks, "-k") if ks is not None else (len(given),) if given else (0, 1, 3, 5)
+    _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
+    modes = list(dict.fromkeys(mode or ["zero", "retain"]))
+    if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
+        raise typer.BadParameter("--save takes one --mode, one -k and one place")
+    from mwtool.ablate import Sweep
+    from mwtool.cli.terminal import note
+    from mwtool.document import check_writable
+    from mwtool.evaluate import Options
+    from mwtool.load import load
+    from mwtool.save import check_free
+    from mwtool.surgery import parse_mode
+    from mwtool.targets import Choice, find_targets
+    from mwtool.tasks import parse_tasks
+
+    beside = (controls if controls is not None else not each_layer) * draws
+    sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
+    tasks = parse_tasks(task or ["ppl:demo"])
+    if output is not None:
+        check_writable(output)
+    if plot is not None:
+        from mwtool.plots import check_plottable
+
+        check_writable(plot)
+        check_plottable(plot)
+    if save is not None:
+        check_free(save)
+    loaded = load(
+        model,
+        on=on.value,
+        revision=revision,
+        dtype=dtype.value,
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
+    choice = Choice(massive, layer, expert, given, each_layer)
+    targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
+    for line in dict.fromkeys((*loaded.notes, *notes)):
+        note(line)
+    found = _measured(loaded, targets, tasks, sweep, measuring)
+    for line in found.notes:
+        note(line)
+    said = _said(loaded, targets, tasks, sweep, measuring, generate)
+    _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
+
+
+def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | None, massive: Path | None) -> None:
+    if each_layer and (given or layer is not None or expert is not None or massive is not None):
+        raise typer.BadParameter(
+            "--each-layer finds its own rows; leave out --layer, --indices, --expert and --massive"
+        )
+    if massive is not None and layer is not None:
+        raise typer.BadParameter("--massive FILE names its layer; leave out --layer")
+    if expert is not None and layer is None and not given:
+        raise typer.BadParameter("--expert goes with --layer or --indices")
+
+
+def _scanning(bos: str) -> Any:
+    from mwtool.scan import Settings
+
+    return Settings(bos=bos)
+
+
+def _measured(loaded: Loaded, targets: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
+    from mwtool.ablate import ablate
+    from mwtool.cli.terminal import run_progress
+
+    with run_progress() as on_run:
+        return ablate(loaded, targets, tasks, sweep, measuring, on_run=on_run)
+
+
+def _said(
+    loaded: Loaded, targets: tuple[Target, ...], tasks: Any, sweep: Sweep, measuring: Any, prompt: str | None
+) -> list[tuple[str, str]]:
+    if prompt is None:
+        return []
+    from mwtool.ablate import continuations
+    from mwtool.evaluate import prepare
+
+    return continuations(loaded, targets[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
+
+
+def _give(
+    loaded: Loaded,
+    found: Ablation,
+    target: Target,
+    said: list[tuple[str, str]],
+    *,
+    seed: int,
+    save: Path | None,
+    plot: Path | None,
+    output: Path | None,
+    json: bool,
+) -> None:
+    from mwtool.ablate_document import ablate_document
+    from mwtool.cli.terminal import command_line, note
+    from mwtool.document import text_of, write
+    from mwtool.save import save_attacked
+
+    if save is not None:
+        attack = found.runs[0].attack
+        save_attacked(loaded, target.ffn, target.indices[: attack.k], attack, save)
+        note(f"the attacked model is in {save}")
+    if plot is not None:
+        from mwtool.plots import plot_ablation
+
+        plot_ablation(found, plot)
+    saved = None if save is None else str(save)
+    document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
+    if output is not None:
+        write(output, text_of(document))
+    if json:
+        sys.stdout.write(text_of(document))
+        return
+    from rich.console import Console
+
+    from mwtool.ablate_report import ablate_report
+
+    Console().print(ablate_report(found, said))

@@ -1,0 +1,93 @@
+"""Results as figures, with matplotlib. Knows results only; computes nothing."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mwtool.errors import OutputError
+from mwtool.verdict import named, ratio_of
+
+if TYPE_CHECKING:
+    from mwtool.ablate import Ablation, Run
+
+
+def check_plottable(path: Path) -> None:
+    """Raise before the work begins if no figure could be written to `path` after it."""
+    pyplot = _pyplot()
+    known = sorted(pyplot.figure().canvas.get_supported_filetypes())
+    pyplot.close("all")
+    if path.suffix.lstrip(".") not in known:
+        raise OutputError(f"{path}: no figure of type {path.suffix or '(none)'}; expected one of {', '.join(known)}")
+
+
+def plot_ablation(found: Ablation, path: Path) -> None:
+    """Ratio over k, one panel a perplexity task (the paper's Figure 4); random rows with their range, dashed.
+
+    Raises OutputError where it cannot be written.
+    """
+    pyplot = _pyplot()
+    tasks = [name for name, one in named(found.baseline).items() if one.weights is not None]
+    figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(5.5 * max(1, len(tasks)), 4), squeeze=False)
+    for panel, task in zip(axes[0], tasks, strict=False):
+        _curves(panel, found, task)
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except OSError as fault:
+        path.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault
+    finally:
+        pyplot.close(figure)
+
+
+def _curves(panel: Any, found: Ablation, task: str) -> None:
+    lines = dict.fromkeys((run.target, run.attack.at(0)) for run in found.runs)
+    several = len({target.layer for target, _ in lines}) > 1
+    for at, (target, mode) in enumerate(lines):
+        runs = [run for run in found.runs if (run.target, run.attack.at(0)) == (target, mode)]
+        color, label = f"C{at % 10}", f"layer {target.layer}, {mode.name}" if several else mode.name
+        own = _points([run for run in runs if run.control is None], found, task)
+        panel.plot(list(own), [values[0] for values in own.values()], "o-", color=color, label=label)
+        for control, style in (("random", "--"), ("norm", ":")):
+            drawn = _points([run for run in runs if (run.control or "").startswith(control)], found, task)
+            if drawn:
+                mean = [statistics.fmean(values) for values in drawn.values()]
+                panel.plot(list(drawn), mean, style, color=color, label=f"{label}, {control} rows")
+                low, high = [min(v) for v in drawn.values()], [max(v) for v in drawn.values()]
+                panel.fill_between(list(drawn), low, high, color=color, alpha=0.15, linewidth=0)
+    panel.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    panel.set(xlabel="k", ylabel="perplexity over the model's own", title=task)
+    _readable(panel)
+    panel.legend(frameon=False, fontsize="small")
+
+
+def _readable(panel: Any) -> None:
+    """k in whole numbers; ratios on a log axis where they span more than a decade, and never as powers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    low, high = panel.get_ylim()
+    if low > 0 and high > 10 * low:
+        panel.set_yscale("log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+
+
+def _points(runs: list[Run], found: Ablation, task: str) -> dict[int, list[float]]:
+    """k -> the ratios that are finite."""
+    plain = named(found.baseline)[task]
+    points: dict[int, list[float]] = {}
+    for run in sorted(runs, key=lambda one: one.attack.k):
+        ratio = ratio_of(named(run.measured)[task], plain)
+        if ratio is not None:
+            points.setdefault(run.attack.k, []).append(ratio.value)
+    return points
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # a file, never a window
+    from matplotlib import pyplot as plt
+
+    return plt

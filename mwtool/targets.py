@@ -1,0 +1,151 @@
+"""Which rows an ablation takes, and which it takes beside them as controls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mwtool.errors import BadValue
+from mwtool.layout import FFN
+from mwtool.load import Loaded, ffn_at, massive_for
+from mwtool.scan import Settings, scan_model
+from mwtool.states import LayerState
+from mwtool.surgery import WRITABLE
+
+if TYPE_CHECKING:
+    from mwtool.scan import Scan
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Ranked rows of one FFN.
+
+    indices: by falling |z| of bos, or as given; what is attacked are the first k.
+    count: how many of them are truly massive; None where that is not known.
+    """
+
+    layer: int
+    ffn: FFN
+    indices: tuple[int, ...]
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the user chose; nothing: the massive rows.
+
+    file: a saved scan. layer, expert, indices: rows of another place. each_layer: the top rows of every layer.
+    """
+
+    file: Path | None = None
+    layer: int | None = None
+    expert: int | None = None
+    indices: tuple[int, ...] = ()
+    each_layer: bool = False
+
+
+def find_targets(
+    loaded: Loaded, choice: Choice, k: int, settings: Settings | None = None
+) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The rows to attack, at least k of each FFN, and what the user should know about how they were found.
+
+    Raises BadValue where there are no massive rows, or fewer than k, or no such layer, expert or row.
+    """
+    settings = replace(settings or Settings(), k=max(k, 1))
+    if choice.each_layer:
+        scan = _walked(loaded, settings)
+        return tuple(_top(state, None, k) for state in scan.states), scan.notes
+    if choice.layer is not None and not choice.indices:
+        expert = _first_expert(loaded, choice.layer) if choice.expert is None else choice.expert
+        ffn_at(loaded.layers, choice.layer, expert)  # refused before the scan
+        scan = _walked(loaded, settings)
+        return (_top(scan.states[choice.layer], choice.expert, k),), scan.notes
+    if choice.layer is not None:
+        return (_given(loaded, choice, choice.layer, choice.expert, k),), ()
+    massive, notes = massive_for(loaded, choice.file, settings)
+    if massive is None:
+        raise BadValue(
+            f"{loaded.source.name} has no massive weights to attack; name rows yourself with --layer N --indices I,J, "
+            f"or compare all layers with --each-layer"
+        )
+    expert = massive.expert if choice.expert is None else choice.expert
+    if choice.indices:
+        return (_given(loaded, choice, massive.layer, expert, k),), notes
+    if expert != massive.expert:
+        raise BadValue(
+            f"the massive rows are those of expert {massive.expert}; name rows of expert {expert} with --indices"
+        )
+    if k > len(massive.indices):
+        raise BadValue(f"k is {k}; {choice.file} ranks {len(massive.indices)} rows: scan with -k {k}")
+    return (Target(massive.layer, loaded.ffn(massive), massive.indices, massive.count),), notes
+
+
+def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...] | None:
+    """k rows that are not among the ranked ones, drawn with `seed`; None where there are not that many.
+
+    The draws of one seed are nested: k = 3 takes the first three of what k = 5 takes.
+    """
+    ranked = set(target.indices)
+    others = [row for row in range(width) if row not in ranked]
+    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+    return tuple(others[at] for at in order[:k]) if k <= len(others) else None
+
+
+def norm_rows(loaded: Loaded, target: Target, k: int) -> tuple[int, ...] | None:
+    """The k rows of largest Euclidean norm, up and gate taken together, massive ones included.
+
+    None where the weights are packed.
+    """
+    total = torch.zeros(())
+    for place in target.ffn.inputs:
+        matrix = place.read(loaded.base)  # (I, H)
+        if matrix.dtype not in WRITABLE:
+            return None
+        total = total.to(matrix.device) + matrix.float().square().sum(1)
+    return tuple(int(row) for row in total.argsort(descending=True, stable=True)[:k])
+
+
+def _walked(loaded: Loaded, settings: Settings) -> Scan:
+    """Every layer's state of bos, of the pre-trained model where an adapter is kept apart."""
+    plain = loaded.model.disable_adapter() if loaded.on == "base" else nullcontext()  # type: ignore[operator] # a PeftModel then
+    with plain:
+        return scan_model(loaded.base, loaded.tokenizer, replace(settings, all_layers=True))
+
+
+def _top(state: LayerState, expert: int | None, k: int) -> Target:
+    """The rows of largest |z| in a layer: of the expert asked for, else of the network that gives the most."""
+    parts = [part for part in state.parts if expert is None or part.ffn.expert == expert]
+    if not parts:
+        routed = sorted(part.ffn.expert for part in state.parts if part.ffn.expert is not None)
+        raise BadValue(
+            f"bos is not routed to expert {expert} of layer {state.layer} but to {routed}; name its rows with --indices"
+        )
+    part = max(parts, key=lambda one: float(one.output.abs().max()))
+    width = part.intermediate.numel()
+    if k > width:
+        raise BadValue(
+            f"k is {k}; {part.ffn.module} in layer {state.layer} has {width} rows: k must be from 0 to {width}"
+        )
+    order = part.intermediate.abs().argsort(descending=True, stable=True)[: max(k, 1)]
+    return Target(state.layer, part.ffn, tuple(order.tolist()))
+
+
+def _given(loaded: Loaded, choice: Choice, layer: int, expert: int | None, k: int) -> Target:
+    ffn = ffn_at(loaded.layers, layer, expert)
+    width = ffn.width(loaded.base)
+    outside = [row for row in choice.indices if not 0 <= row < width]
+    if outside:
+        raise BadValue(f"row {outside[0]} does not exist; {ffn.module} in layer {layer} has rows 0 to {width - 1}")
+    if k > len(choice.indices):
+        raise BadValue(f"k is {k} and --indices names {len(choice.indices)} rows; name more, or lower -k")
+    return Target(layer, ffn, choice.indices)
+
+
+def _first_expert(loaded: Loaded, layer: int) -> int | None:
+    ffns: Sequence[FFN] = loaded.layers[layer].ffns if 0 <= layer < len(loaded.layers) else ()
+    return ffns[0].expert if ffns else None
