@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -69,12 +70,12 @@ def _told(bos: Bos, eos: int | list[int] | None) -> Bos:
 
 
 def _given(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
-    if choice.isdecimal():
+    if re.fullmatch(r"-?\d{1,18}", choice):  # a negative one is told to be outside the vocabulary
         return Bos(int(choice), None if tokenizer is None else _token(tokenizer, int(choice)), "given")
     if tokenizer is None:
-        raise NoBos(f"--bos {choice}: there is no tokenizer to look it up in; give an id")
+        raise NoBos(f"--bos {choice!r}: there is no tokenizer to look it up in; give an id")
     if choice not in tokenizer.get_vocab():
-        raise NoBos(f"--bos {choice}: the tokenizer has no such token; give a token of its vocabulary, or an id")
+        raise NoBos(f"--bos {choice!r}: the tokenizer has no such token; give a token of its vocabulary, or an id")
     return Bos(tokenizer.get_vocab()[choice], choice, "given")
 
 
@@ -88,5 +89,5 @@ def _first_of(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str | None:
-    token = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
+    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
     return token if isinstance(token, str) else None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -92,9 +93,19 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as fault:
+        if _is_pointer(path):
+            raise BadCheckpoint(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`") from None
         raise BadCheckpoint(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or not safetensors: {fault}; get it again"
         ) from fault
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether git left its note of a large file in the file's place."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _single(source: Source) -> Checkpoint:
@@ -129,8 +140,10 @@ def _legacy(source: Source, files: list[str]) -> Checkpoint:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as fault:
-            line = str(fault).partition("\n")[0]
-            raise BadCheckpoint(f"{path} cannot be read with weights_only=True: {line}") from fault
+            raise BadCheckpoint(
+                f"{path} ({path.stat().st_size:,} bytes) is cut short or holds more than tensors "
+                f"({type(fault).__name__}); expected what torch.load(weights_only=True) reads"
+            ) from fault
         if not isinstance(loaded, Mapping):
             raise BadCheckpoint(f"{path} holds a {type(loaded).__name__}; expected tensors by name")
         tensors |= {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}

@@ -133,8 +133,11 @@ def _router(router: Router) -> dict[str, Any]:
 
 
 def text_of(document: dict[str, Any]) -> str:
-    """The document as it is printed and written. Numbers are finite by construction; anything else is a bug."""
-    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    """The document as it is printed and written, in ASCII: a terminal need not know a tokenizer's characters.
+
+    Numbers are finite by construction; anything else is a bug.
+    """
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def check_writable(path: Path) -> None:

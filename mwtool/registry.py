@@ -75,14 +75,15 @@ def adapter_for(model_type: str) -> Installed:
     return _load(next(iter(claims.values())))
 
 
-def register(model_type: str) -> None:
+def register(model_type: str, *, own_code: bool = False) -> None:
     """Load the adapter of a type that transformers does not know, so that its module can register the type there.
 
-    Does nothing if there is no adapter: the type may come with the checkpoint's own code.
+    own_code: the checkpoint brings the type's code along, so that there need not be an adapter.
+    Raises as `adapter_for` does.
     """
     from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING and entry_points(group=GROUP, name=model_type):
+    if model_type not in CONFIG_MAPPING and not (own_code and not entry_points(group=GROUP, name=model_type)):
         adapter_for(model_type)
 
 

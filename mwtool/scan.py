@@ -24,7 +24,7 @@ from mwtool.analysis import (
     sun,
 )
 from mwtool.bos import PROMPT, Bos, find_bos
-from mwtool.errors import BadPlugin, BadValue
+from mwtool.errors import BadCheckpoint, BadPlugin, BadValue
 from mwtool.fitting import check_fit
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
@@ -158,7 +158,10 @@ def scan_model(
 
 def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
     """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
-    layers = [adapter.layer(config, index) for index in range(config.get_text_config().num_hidden_layers)]
+    total: int = config.get_text_config().num_hidden_layers
+    if total < 1:
+        raise BadCheckpoint(f"the configuration states {total} decoder layers; expected at least 1")
+    layers = [adapter.layer(config, index) for index in range(total)]
     for layer in layers:
         fault = _fault(layer)
         if fault:

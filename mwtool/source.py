@@ -8,6 +8,8 @@ first read, so that a scan that stops at layer 6 does not download layer 79.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,12 +61,13 @@ class Source:
 
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
-        register(raw["model_type"])
+        register(raw["model_type"], own_code="auto_map" in raw)
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
-            )
-        except (ValueError, KeyError, TypeError, ImportError, OSError) as fault:
+            with _silent():
+                config: PretrainedConfig = AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+                )
+        except unusable() as fault:
             advice = ""
             if "auto_map" in raw and not self.trust_remote_code:
                 advice = "; it ships code of its own, which runs only with --trust-remote-code"
@@ -84,8 +87,12 @@ class Source:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
             )
-        except (ValueError, KeyError, TypeError, ImportError, OSError) as fault:
+        except unusable() as fault:
             raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {_line(fault)}") from fault
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a vocabulary that cannot be read may pass for none
+            raise BadCheckpoint(
+                f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"
+            )
         return tokenizer
 
 
@@ -94,16 +101,15 @@ def locate(model: str, revision: str | None = None, *, trust_remote_code: bool =
 
     Raises ModelNotFound, naming what was looked for and where.
     """
-    if model == "demo":
-        return Source("demo", DEMO)
-    path = Path(model).expanduser()
-    if path.is_file():
-        raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
-    source = _local(model, path) if path.is_dir() else _hub(model, revision)
-    source = replace(source, trust_remote_code=trust_remote_code)
-    if revision is not None and source.repo is None:
-        source = _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
-    return _follow_adapter(source)
+    return _follow_adapter(replace(_find(model, revision), trust_remote_code=trust_remote_code))
+
+
+def unusable() -> tuple[type[Exception], ...]:
+    """What transformers raises over a configuration or tokenizer that it can read but not use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
+    return (*plain, StrictDataclassError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,9 +125,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _find(model: str, revision: str | None) -> Source:
+    if model == "demo":
+        return Source("demo", DEMO)
+    path = Path(model).expanduser()
+    if path.is_file():
+        raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
+    source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
+    if revision is not None and source.repo is None:
+        return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
+    return source
+
+
 def _local(model: str, folder: Path) -> Source:
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        sibling = folder.with_name(f"{folder.name}-hf")
+        sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
         if _original_format(folder) and (sibling / "config.json").exists():
             return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
         hint = (
@@ -146,7 +164,7 @@ def _hub(model: str, revision: str | None) -> Source:
     try:
         validate_repo_id(model)
     except HFValidationError as fault:
-        raise ModelNotFound(f"{model} is neither a folder nor a Hub id: {_line(fault)}") from None
+        raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {_line(fault)}") from None
     source = _snapshot(model, revision)
     if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
         return source
@@ -222,11 +240,15 @@ def _follow_adapter(source: Source) -> Source:
     if not isinstance(base, str) or not base:
         raise BadCheckpoint(f"{source.folder / 'adapter_config.json'} names no base_model_name_or_path")
     try:
-        found = locate(base, trust_remote_code=source.trust_remote_code)
+        found = _find(base, None)
     except ModelNotFound as fault:
         raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
+    if not (found.folder / "config.json").exists():
+        raise BadCheckpoint(
+            f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
+        )
     # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
-    return replace(found, adapter=str(source.folder))
+    return replace(found, adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
 
 
 def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
@@ -247,7 +269,9 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
     fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
     architectures = raw.get("architectures") or [causal]
     if "auto_map" not in raw and not fitting.intersection(architectures):
-        raise UnsupportedModel(f"{name} is a {architectures[0]}, not a causal language model; expected {causal}")
+        raise UnsupportedModel(
+            f"{name} is a {architectures[0]}; expected {causal}, the causal language model of type {model_type!r}"
+        )
 
 
 def _causal_like(model_type: str) -> tuple[str | None, ...]:
@@ -260,6 +284,24 @@ def _noted(source: Source, note: str) -> Source:
     return replace(source, notes=(*source.notes, note))
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What transformers logs about a configuration's token ids, `find_bos` says where it matters."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _line(fault: BaseException) -> str:
-    """An exception's first line, for messages that fit on one."""
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    """An exception's first sentence of use, for messages that fit on one line."""
+    first, _, rest = str(fault).strip().partition("\n")
+    if first.endswith(":"):  # the reason comes below
+        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
+    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
+        return f"{type(fault).__name__} {first}".strip()
+    return first or type(fault).__name__

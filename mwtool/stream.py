@@ -21,6 +21,7 @@ from mwtool.checkpoint import Checkpoint, open_checkpoint
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
+from mwtool.source import unusable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -211,7 +212,7 @@ class Stream:
                 for name, rows in sources.items()
             }
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, self.load_config)
-        for name, found, expected in info.mismatched_keys:
+        for name, found, expected in sorted(info.mismatched_keys):
             raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")
         for name, fault in info.conversion_errors.items():
             raise BadCheckpoint(f"tensor {name} cannot be converted: {str(fault).strip().splitlines()[-1]}")
@@ -264,8 +265,14 @@ def open_stream(
     checkpoint = open_checkpoint(source)
     torch_dtype = resolve_dtype(dtype, config, checkpoint)
     quantizer = _dequantizer(source, config)
-    with _without_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code)
+    try:
+        with _without_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code
+            )
+    except unusable() as fault:
+        line = " ".join(f"{type(fault).__name__} {fault}".split())
+        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
     model.tie_weights()  # not inside the block, which gives every module a parameter of its own
     parameters = model.num_parameters()
     if quantizer is not None:

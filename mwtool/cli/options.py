@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mwtool.errors import BadValue
 
 
 class DType(StrEnum):
@@ -23,6 +26,26 @@ class DType(StrEnum):
 def _debug(on: bool) -> None:
     if on:
         os.environ["MWTOOL_DEBUG"] = "1"
+
+
+def _usable(device: str) -> str:
+    """Refuse a device that is not there before a model is opened."""
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as fault:
+            line = str(fault).partition("\n")[0]
+            raise BadValue(f"--device {device!r} cannot be used here ({line}); cpu always can") from fault
+    return device
+
+
+def finite(value: float) -> float:
+    """A threshold that can be written down in JSON."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def _config(context: typer.Context, path: Path | None) -> Path | None:
@@ -63,7 +86,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(callback=_usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]

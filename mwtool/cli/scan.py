@@ -27,11 +27,19 @@ def scan(
         str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
     ] = None,
     magnitude: Annotated[
-        float, typer.Option(min=0, help="Massive: an entry of the residual stream above this ...")
+        float,
+        typer.Option(min=0, callback=options.finite, help="Massive: an entry of the residual stream above this ..."),
     ] = 100,
-    ratio: Annotated[float, typer.Option(min=0, help="... and above this many times the median.")] = 50,
-    sun_ratio: Annotated[float, typer.Option(min=0, help="The same for the strict published test.")] = 1000,
-    spike: Annotated[float, typer.Option(min=0, help="Super weights: down_proj input and output above this.")] = 50,
+    ratio: Annotated[
+        float, typer.Option(min=0, callback=options.finite, help="... and above this many times the median.")
+    ] = 50,
+    sun_ratio: Annotated[
+        float, typer.Option(min=0, callback=options.finite, help="The same for the strict published test.")
+    ] = 1000,
+    spike: Annotated[
+        float,
+        typer.Option(min=0, callback=options.finite, help="Super weights: down_proj input and output above this."),
+    ] = 50,
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
     ] = False,
