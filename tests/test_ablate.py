@@ -1,0 +1,404 @@
+"""A sweep measures what each attack does, beside its controls, and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import mwtool
+from mwtool.ablate import Ablation, Sweep, ablate, ablated, continuations
+from mwtool.errors import BadValue
+from mwtool.evaluate import Measured, Options, prepare
+from mwtool.load import Loaded, load
+from mwtool.surgery import Attack, edited
+from mwtool.targets import Choice, Target, find_targets, norm_rows, random_rows
+from mwtool.tasks import parse_tasks
+from mwtool.verdict import judge, paired_ratio, student_t
+
+WORDS = [f"w{number}" for number in range(40)]
+QUICK = Options(window=16)
+
+
+def with_tokenizer(folder: Path, model: PreTrainedModel) -> Path:
+    """The model saved with a tokenizer of 40 words, and a text of them."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    order = torch.randint(40, (95,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text(" ".join(WORDS[index] for index in order))
+    return tiny.saved(folder, model)
+
+
+def opened(folder: Path, model: PreTrainedModel) -> Loaded:
+    """Loaded with this tokenizer; AutoTokenizer takes some types' own class, whatever the folder says."""
+    loaded = load(str(with_tokenizer(folder, model)))
+    return replace(loaded, tokenizer=PreTrainedTokenizerFast.from_pretrained(folder))
+
+
+def planted(folder: Path, model_type: str = "llama", **changes: Any) -> Loaded:
+    model = tiny.model(model_type, **changes)
+    tiny.plant(model)
+    return opened(folder, model)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    return planted(tmp_path_factory.mktemp("planted"))
+
+
+def text_of(loaded: Loaded) -> str:
+    return f"ppl:{loaded.source.folder / 'text.txt'}"
+
+
+def digest(model: nn.Module) -> str:
+    state = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def perplexity_of(loaded: Loaded) -> float:
+    """By plain transformers code in float64: windows of bos and 15 tokens, one by one."""
+    tokenizer: Any = loaded.tokenizer
+    ids = tokenizer((loaded.source.folder / "text.txt").read_text(), add_special_tokens=False)["input_ids"]
+    total = count = 0.0
+    for start in range(0, len(ids), 15):
+        window = torch.tensor([[tiny.BOS, *ids[start : start + 15]]])
+        with torch.no_grad():
+            logits = loaded.model(input_ids=window).logits[0].double().log_softmax(-1)
+        total -= float(logits[:-1].gather(1, window[0, 1:, None]).sum())
+        count += window.shape[1] - 1
+    return math.exp(total / count)
+
+
+def swept(loaded: Loaded, sweep: Sweep, choice: Choice | None = None) -> Ablation:
+    targets, _ = find_targets(loaded, choice or Choice(), max(sweep.ks))
+    return ablate(loaded, targets, parse_tasks([text_of(loaded)]), sweep, QUICK)
+
+
+@pytest.mark.parametrize("model_type", tiny.ALL_TYPES)
+def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_type: str) -> None:
+    """All modes, four ks, controls; of the top rows of layer 1, which a random model has too."""
+    loaded = opened(tmp_path, tiny.model(model_type, num_hidden_layers=2))
+    before = digest(loaded.model)
+    modes = (Attack("zero"), Attack("retain"), Attack("scale", 0, 0.5), Attack("mean"))
+    found = swept(loaded, Sweep(modes, (0, 1, 3), draws=1), Choice(layer=1))
+    assert digest(loaded.model) == before
+    assert len(found.runs) == 4 * (1 + 3 + 3)
+    values = [run.measured[0].value for run in found.runs]
+    assert all(map(math.isfinite, values))
+    assert len(set(values)) > 4
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize(
+    "attack", [Attack("zero", 1), Attack("retain", 1), Attack("retain", 0), Attack("scale", 2, -1.0)], ids=str
+)
+def test_a_figure_is_the_perplexity_of_the_model_attacked_by_hand(loaded: Loaded, attack: Attack) -> None:
+    found = swept(loaded, Sweep((attack.at(0),), (attack.k,), draws=0))
+    rows = list(found.runs[0].indices)
+    weights = [matrix.read(loaded.base) for matrix in found.runs[0].target.ffn.inputs]
+    kept = [weight.clone() for weight in weights]
+    for weight, old in zip(weights, kept, strict=True):
+        if attack.mode == "retain":
+            weight.zero_()
+            weight[rows] = old[rows]
+        else:
+            weight[rows] *= attack.factor or 0.0
+    expected = perplexity_of(loaded)
+    for weight, old in zip(weights, kept, strict=True):
+        weight.copy_(old)
+    # float32 against float64 from the logits on, and batches that sum in another order
+    assert found.runs[0].measured[0].value == pytest.approx(expected, rel=1e-5)
+    assert found.baseline[0].value == pytest.approx(perplexity_of(loaded), rel=1e-5)
+
+
+def test_mean_fixes_rows_at_their_mean_over_the_evaluated_windows(loaded: Loaded) -> None:
+    found = swept(loaded, Sweep((Attack("mean"),), (2,), draws=0))
+    run, seen, tokenizer = found.runs[0], [], loaded.tokenizer
+    assert tokenizer is not None
+    assert run.target.ffn.hook is not None
+    down = loaded.base.get_submodule(run.target.ffn.hook)
+    hook = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
+    perplexity_of(loaded)
+    hook.remove()
+    rows, mean = list(run.indices), torch.cat(seen).mean(0)
+
+    def fix(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        state = args[0].clone()
+        state[..., rows] = mean[rows].float()
+        return (state,)
+
+    hook = down.register_forward_pre_hook(fix)
+    expected = perplexity_of(loaded)
+    hook.remove()
+    assert run.measured[0].value == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
+    assert run.measured[0].value != found.baseline[0].value
+
+
+def test_no_rows_is_the_baseline_but_for_retaining_and_has_no_controls(loaded: Loaded) -> None:
+    found = swept(loaded, Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0,)))
+    zero, retain, mean = found.runs
+    assert zero.measured == mean.measured == found.baseline
+    assert retain.measured != found.baseline
+    assert found.verdicts == ()
+
+
+def test_controls_are_as_many_rows_and_random_ones_are_never_ranked_ones(loaded: Loaded) -> None:
+    found = swept(loaded, Sweep(ks=(1, 3), draws=4))
+    for k in (1, 3):
+        beside = [run for run in found.runs if run.control and run.attack == Attack("zero", k)]
+        assert [run.control for run in beside] == [*(f"random:{seed}" for seed in range(4)), "norm"]
+        assert {len(run.indices) for run in beside} == {k}
+        assert len({run.indices for run in beside}) == 5
+        drawn = {row for run in beside if run.control != "norm" for row in run.indices}
+        assert not drawn & set(found.runs[0].target.indices)
+
+
+def test_random_rows_are_nested_and_depend_on_the_seed_alone(loaded: Loaded) -> None:
+    target = Target(1, loaded.layers[1].ffns[0], (17, 3))
+    draws = [random_rows(target, 64, 5, seed) for seed in range(20)]
+    assert draws == [random_rows(target, 64, 5, seed) for seed in range(20)]
+    assert len(set(draws)) == 20
+    assert random_rows(target, 64, 3, 7) == (draws[7] or ())[:3]
+    assert set(random_rows(target, 64, 62, 0) or ()) == set(range(64)) - {17, 3}
+    assert random_rows(target, 64, 63, 0) is None
+
+
+def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) -> None:
+    mlp: Any = loaded.base.get_submodule("model.layers.3.mlp")
+    norms = (mlp.up_proj.weight.double() ** 2 + mlp.gate_proj.weight.double() ** 2).sum(1)
+    assert list(norm_rows(loaded, Target(3, loaded.layers[3].ffns[0], ()), 4) or ()) == norms.topk(4).indices.tolist()
+
+
+def test_a_planted_row_matters_more_than_its_controls_and_the_verdict_says_so(tmp_path: Path) -> None:
+    """Down's column for the row is made large, so that the rest of the model reads it."""
+    loaded = planted(tmp_path)
+    found = swept(loaded, Sweep((Attack("zero"),), (1,), draws=3))
+    (verdict,) = found.verdicts
+    assert verdict.beyond is not None
+    assert verdict.beyond.low is not None
+    assert verdict.beyond.high is not None
+    assert len(verdict.random) == 3
+    assert "zeroing 1 row multiplies ppl:" in verdict.text
+    assert "the row of largest norm, the same," in verdict.text
+    more = verdict.beyond.low > 1
+    less = verdict.beyond.high < 1
+    assert ("matter more" in verdict.text, "matter less" in verdict.text) == (more, less)
+
+
+def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
+    targets, _ = find_targets(loaded, Choice(each_layer=True), 2)
+    assert [target.layer for target in targets] == list(range(tiny.LAYERS))
+    state = mwtool.scan_model(loaded.base, settings=mwtool.Settings(all_layers=True)).states[3]
+    assert targets[3].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
+    found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=0), Choice(each_layer=True))
+    assert [run.target.layer for run in found.runs] == list(range(tiny.LAYERS))
+
+
+def test_a_layer_an_expert_and_rows_can_be_chosen(tmp_path: Path) -> None:
+    loaded = planted(tmp_path, "mixtral", num_hidden_layers=4)
+    (target,), _ = find_targets(loaded, Choice(layer=2, expert=3, indices=(5, 2)), 2)
+    assert (target.layer, target.ffn.expert, target.indices) == (2, 3, (5, 2))
+    (top,), _ = find_targets(loaded, Choice(layer=2), 3)
+    assert top.ffn.expert is not None
+    assert len(top.indices) == 3
+    unreached = next(e for e in range(4) if _refused(loaded, Choice(layer=2, expert=e)))
+    with pytest.raises(BadValue, match=f"bos is not routed to expert {unreached} of layer 2 but to"):
+        find_targets(loaded, Choice(layer=2, expert=unreached), 3)
+
+
+def _refused(loaded: Loaded, choice: Choice) -> bool:
+    try:
+        find_targets(loaded, choice, 3)
+    except BadValue:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("choice", "k", "message"),
+    [
+        (Choice(layer=8), 1, "layer 8 does not exist; the model has layers 0 to 7"),
+        (Choice(layer=1, expert=2), 1, r"layer 1 has one dense .*; there is no expert 2"),
+        (Choice(layer=1, indices=(64,)), 1, "row 64 does not exist; model.layers.1.mlp in layer 1 has rows 0 to 63"),
+        (Choice(indices=(64,)), 1, "row 64 does not exist"),
+        (Choice(indices=(1, 2)), 3, "k is 3 and --indices names 2 rows"),
+        (Choice(layer=1), 65, "k is 65"),
+        (Choice(), 65, "k is 65"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused_by_name(loaded: Loaded, choice: Choice, k: int, message: str) -> None:
+    with pytest.raises(BadValue, match=message):
+        find_targets(loaded, choice, k)
+
+
+def test_a_model_without_massive_weights_is_told_what_to_name(tmp_path: Path) -> None:
+    plain = opened(tmp_path, tiny.model("llama", num_hidden_layers=4))
+    for parameter in plain.base.parameters():
+        parameter.data.mul_(0.1)
+    with pytest.raises(
+        BadValue, match=r"no massive weights to attack; name rows yourself with --layer N --indices I,J"
+    ):
+        find_targets(plain, Choice(), 1)
+
+
+def test_what_is_not_finite_is_said_and_no_ratio_is_made_of_it(loaded: Loaded) -> None:
+    found = swept(loaded, Sweep((Attack("scale", 0, 1e38),), (1,), draws=2))
+    run = found.runs[0]
+    assert run.measured[0].nonfinite is not None
+    assert found.verdicts == ()
+    from mwtool.ablate_document import ablate_document
+
+    document = ablate_document(loaded, found)["runs"][0]
+    assert list(document["results"].values()) == [None]
+    assert list(document["ratio"].values()) == [None]
+    assert "finite" in next(iter(document["nonfinite"].values()))
+
+
+def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest(loaded.model)
+    for fault in (KeyboardInterrupt, RuntimeError):
+
+        def fails(done: int, _total: int, _name: str, fault: type[BaseException] = fault) -> Any:
+            def on_batch(_done: int, _total: int) -> None:
+                if done == 2:
+                    raise fault
+
+            return on_batch
+
+        targets, _ = find_targets(loaded, Choice(), 3)
+        with pytest.raises(fault):
+            ablate(loaded, targets, parse_tasks([text_of(loaded)]), Sweep(), QUICK, on_run=fails)
+        assert digest(loaded.model) == before
+
+
+def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded) -> None:
+    (target,), _ = find_targets(loaded, Choice(), 2)
+    said = continuations(loaded, target, Sweep(ks=(1, 2)), prepare(loaded, [], QUICK), "w3 w5", new_tokens=6)
+    assert [name for name, _ in said] == ["original", "zero:2", "retain:2"]
+    tokenizer: Any = loaded.tokenizer
+    for (_, text), attack in zip(said, (Attack(), Attack("zero", 2), Attack("retain", 2)), strict=True):
+        ids = [tiny.BOS, *tokenizer("w3 w5", add_special_tokens=False)["input_ids"]]
+        with edited(loaded.base, target.ffn, target.indices, attack), torch.no_grad():
+            for _ in range(6):
+                ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == 2:  # the end
+                    break
+        assert text == tokenizer.decode(ids[3:], skip_special_tokens=True)
+
+
+def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
+    massive = mwtool.scan_model(loaded.base, loaded.tokenizer).massive
+    assert massive is not None
+    windows = prepare(loaded, parse_tasks([text_of(loaded)]), QUICK)[0].windows.ids  # type: ignore[attr-defined] # of a perplexity
+    for mode in ("zero", "retain", "scale:0.5", "mean"):
+        from mwtool.surgery import parse_mode
+
+        found = swept(loaded, Sweep((parse_mode(mode),), (3,), draws=0))
+        with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
+            assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
+    with pytest.raises(BadValue, match="mean needs windows"), mwtool.ablated(loaded.base, massive, mode="mean"):
+        pass
+
+
+@pytest.mark.parametrize("on", ["base", "merged"])
+def test_rows_of_an_adapter_are_taken_out_of_the_part_that_is_named(tmp_path: Path, on: Any) -> None:
+    """Zeroed below the adapter its part remains; zeroed in the sum nothing does."""
+    from peft import LoraConfig, get_peft_model
+
+    first = planted(tmp_path / "model")
+    wrapped = get_peft_model(first.base, LoraConfig(r=2, target_modules=["up_proj", "gate_proj"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded = load(str(tmp_path / "adapter"), on=on)
+    (target,), _ = find_targets(loaded, Choice(layer=1, indices=(17, 4)), 2)
+    seen: list[Tensor] = []
+    hook = loaded.base.get_submodule(target.ffn.hook or "").register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
+    before = digest(loaded.model)
+    with edited(loaded.base, target.ffn, target.indices, Attack("zero", 2)), torch.no_grad():
+        loaded.model(input_ids=torch.tensor([[1, 5, 6]]))
+    hook.remove()
+    assert bool(seen[0][..., [17, 4]].any()) == (on == "base")
+    assert digest(loaded.model) == before
+
+
+def measured(nll: list[float], counts: list[float]) -> Measured:
+    value = math.exp(math.fsum(nll) / sum(counts))
+    return Measured("ppl:x", "perplexity", value, None, len(nll), 0.0, tuple(nll), tuple(counts), digest="d")
+
+
+def test_the_paired_interval_holds_the_true_ratio_in_95_of_100_cases() -> None:
+    """Windows whose difficulty varies much more than the difference: 2,000 draws, so +-1.5 points at 3 sigma."""
+    generator, held = torch.Generator().manual_seed(0), 0
+    counts = [15.0] * 11 + [6.0]
+    for _ in range(2000):
+        difficulty = 3 + torch.randn(12, generator=generator, dtype=torch.float64)
+        change = 0.2 + 0.1 * torch.randn(12, generator=generator, dtype=torch.float64)
+        n = torch.tensor(counts, dtype=torch.float64)
+        plain, attacked = (difficulty * n).tolist(), ((difficulty + change) * n).tolist()
+        ratio = paired_ratio(measured(attacked, counts), [measured(plain, counts)])
+        assert ratio.low is not None
+        assert ratio.high is not None
+        held += ratio.low <= math.exp(0.2) <= ratio.high
+    assert 0.925 < held / 2000 < 0.975
+
+
+def test_the_ratio_is_that_of_the_perplexities_and_of_several_their_geometric_mean() -> None:
+    one, two, three = (
+        measured([3, 4, 5, 6, 2], [2, 2, 2, 2, 1]),
+        measured([2, 3, 4, 5, 1], [2, 2, 2, 2, 1]),
+        measured([1, 1, 1, 1, 1], [2, 2, 2, 2, 1]),
+    )
+    assert paired_ratio(one, [two]).value == pytest.approx(one.value / two.value, rel=1e-12)
+    expected = one.value / math.sqrt(two.value * three.value)
+    assert paired_ratio(one, [two, three]).value == pytest.approx(expected, rel=1e-12)
+    assert paired_ratio(measured([1, 2, 3], [1, 1, 1]), [measured([1, 1, 1], [1, 1, 1])]).low is None  # too few
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(3, 3.182446), (5, 2.570582), (10, 2.228139), (30, 2.042272), (209, 1.971379)]
+)
+def test_quantiles_of_student_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_t(freedom) == pytest.approx(quantile, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "mode", "words"),
+    [
+        (0.5, "zero", "matter more than random"),
+        (0.0, "zero", "do no more and no less"),
+        (0.5, "retain", "leaves less"),
+        (-0.3, "retain", "leaves more"),
+    ],
+)
+def test_the_verdict_says_what_the_figures_say(change: float, mode: Any, words: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = [3 + float(x) for x in torch.randn(30, generator=generator)]
+    noise = [0.01 * float(x) for x in torch.randn(30, generator=generator)]
+    counts = [1.0] * 30
+    attacked = measured([p + change + n for p, n in zip(plain, noise, strict=True)], counts)
+    random = [measured([p + s * n for p, n in zip(plain, noise[::-1], strict=True)], counts) for s in (1, -1, 0.5)]
+    found = judge(
+        Attack(mode, 5), attacked, measured(plain, counts), random=random, norm=None, shared=0, layer=1, expert=None
+    )
+    assert found is not None
+    assert words in found.text
+    assert f"by {statistics.fmean(found.random):.2f} (3 draws" in found.text
