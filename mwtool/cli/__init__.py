@@ -42,11 +42,22 @@ def _mwtool(
 def main() -> None:
     """Run a command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
-        app()
-    except MwtoolError as fault:
+        _run()
+    except (MwtoolError, OSError) as fault:  # OSError: stdout on a full disk, a drive that fails to read
         if os.environ.get("MWTOOL_DEBUG"):
             raise
-        from mwtool.cli.terminal import fail
+        from mwtool.cli.terminal import fail, give_up_stdout
 
-        fail(str(fault))
+        if isinstance(fault, OSError):
+            give_up_stdout()
+        if not isinstance(fault, BrokenPipeError):  # whoever read has seen enough
+            fail(str(fault))
         sys.exit(1)
+
+
+def _run() -> None:
+    try:
+        app()
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a failure still counts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as _json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,4 +102,4 @@ def _check(target: str | None, model_type: str | None) -> list[Conformance]:
 
 def _print(schema: str, **content: Any) -> None:
     document = {"schema": schema, "mwtool_version": __version__, **content}
-    sys.stdout.write(_json.dumps(document, indent=2) + "\n")
+    typer.echo(_json.dumps(document, indent=2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,7 +71,7 @@ def scan(
     if output is not None:
         write(output, text)
     if json:
-        sys.stdout.write(text)
+        typer.echo(text, nl=False)
     else:
         _show(found)
 

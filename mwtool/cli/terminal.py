@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +23,12 @@ def note(line: str) -> None:
 def fail(line: str) -> None:
     """One line, whatever the message holds."""
     _stderr.print(Text.assemble(("error: ", "bold red"), " ".join(line.split())))
+
+
+def give_up_stdout() -> None:
+    """Drop what could not be written, or Python tries once more at exit and complains again."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command_line() -> str:
