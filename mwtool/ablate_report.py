@@ -14,15 +14,19 @@ from rich.text import Text
 
 from mwtool.ablate import Ablation, Run
 from mwtool.evaluate import Measured
-from mwtool.verdict import Verdict, named, ratio_of
+from mwtool.verdict import Verdict, named, ratio_of, short
 
+BESIDE, WIDE = 26, 46
+"""Columns that name the attack, and those that one task with its controls takes."""
 SHOWN = 8
 """Row indices listed before the rest is counted."""
 
 
-def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = ()) -> RenderableType:
-    """The table, the verdicts, and the continuations side by side."""
-    parts: list[RenderableType] = [_where(found), _table(found)]
+def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), width: int = 80) -> RenderableType:
+    """The table, cut into pieces that fit the width; the verdicts; and the continuations side by side."""
+    step = max(1, (width - BESIDE) // WIDE)
+    pieces = [range(start, min(start + step, len(found.baseline))) for start in range(0, len(found.baseline), step)]
+    parts: list[RenderableType] = [_where(found), *(_table(found, piece) for piece in pieces)]
     parts += [Text(f"\n{one.text}") for one in _foremost(found)]
     if generated:
         parts += [Text(), Columns([Panel(Text(text), title=attack, width=38) for attack, text in generated])]
@@ -38,29 +42,31 @@ def _where(found: Ablation) -> Text:
     return Text(f"rows of {targets[0].ffn.module}{expert} (layer {targets[0].layer}), ranked: {rows}\n")
 
 
-def _table(found: Ablation) -> Table:
-    """A line for each attack; for each task its value, its ratio, and the same rows' controls' ratios."""
+def _table(found: Ablation, tasks: Sequence[int]) -> Table:
+    """A line for each attack; for each task its value, its ratio, and that of as many rows chosen otherwise."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     layers = len({run.target.layer for run in found.runs}) > 1
     controls = any(run.control for run in found.runs)
     for column in (*(["layer"] if layers else []), "attack", "rows"):
         table.add_column(column, justify="left" if column == "attack" else "right")
-    for name in named(found.baseline):
-        for column in (name, "ratio", *(["random", "norm"] if controls else [])):
+    names = list(named(found.baseline))
+    for at in tasks:
+        for column in (short(names[at]), "ratio", *(["random", "norm"] if controls else [])):
             table.add_column(column, justify="right", no_wrap=True)
-    blank = ["", "1", "", ""] if controls else ["", "1"]
     start = [*([""] if layers else []), "none", "0"]
-    table.add_row(*start, *(cell for one in found.baseline for cell in (_value(one), *blank[1:])))
+    blank = [""] * (3 if controls else 1)
+    table.add_row(*start, *(cell for at in tasks for cell in (_value(found.baseline[at]), *blank)))
     for run in found.runs:
         if run.control is None:
             place = [str(run.target.layer)] if layers else []
-            table.add_row(*place, run.attack.name, str(run.attack.k), *_cells(run, found, controls=controls))
+            table.add_row(*place, run.attack.name, str(run.attack.k), *_cells(run, found, tasks, controls=controls))
     return table
 
 
-def _cells(run: Run, found: Ablation, *, controls: bool) -> Iterator[str]:
+def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -> Iterator[str]:
     beside = [one for one in found.runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
-    for at, (one, plain) in enumerate(zip(run.measured, found.baseline, strict=True)):
+    for at in tasks:
+        one, plain = run.measured[at], found.baseline[at]
         yield _value(one)
         yield _change(one, plain)
         if controls:

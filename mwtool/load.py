@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,11 @@ def width_of(ffn: FFN, model: PreTrainedModel) -> int:
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     place = source.folder if source.repo is None else source.repo
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import OutputError
-from mwtool.verdict import named, ratio_of
+from mwtool.verdict import named, ratio_of, short
 
 if TYPE_CHECKING:
     from mwtool.ablate import Ablation, Run
@@ -57,7 +57,7 @@ def _curves(panel: Any, found: Ablation, task: str) -> None:
                 low, high = [min(v) for v in drawn.values()], [max(v) for v in drawn.values()]
                 panel.fill_between(list(drawn), low, high, color=color, alpha=0.15, linewidth=0)
     panel.axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    panel.set(xlabel="k", ylabel="perplexity over the model's own", title=task)
+    panel.set(xlabel="k", ylabel="perplexity over the model's own", title=short(task))
     _readable(panel)
     panel.legend(frameon=False, fontsize="small")
 

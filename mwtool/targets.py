@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from mwtool.scan import Scan
 
 
+RANKED = 16
+"""Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Ranked rows of one FFN.
 
-    indices: by falling |z| of bos, or as given; what is attacked are the first k.
+    indices: by falling |z| of bos, or as given; what is attacked are the first k. All that are truly massive are
+        among them, as far as they were ranked.
     count: how many of them are truly massive; None where that is not known.
     """
 
@@ -56,7 +61,8 @@ def find_targets(
 
     Raises BadValue where there are no massive rows, or fewer than k, or no such layer, expert or row.
     """
-    settings = replace(settings or Settings(), k=max(k, 1))
+    ranked = max(k, min(RANKED, loaded.identity.intermediate_size))
+    settings = replace(settings or Settings(), k=ranked)
     if choice.each_layer:
         scan = _walked(loaded, settings)
         return tuple(_top(state, None, k) for state in scan.states), scan.notes
@@ -82,7 +88,7 @@ def find_targets(
         )
     if k > len(massive.indices):
         raise BadValue(f"k is {k}; {choice.file} ranks {len(massive.indices)} rows: scan with -k {k}")
-    return (Target(massive.layer, loaded.ffn(massive), massive.indices, massive.count),), notes
+    return (Target(massive.layer, loaded.ffn(massive), massive.indices[: max(k, massive.count)], massive.count),), notes
 
 
 def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mwtool.evaluate import Measured
 from mwtool.surgery import Attack
@@ -99,6 +100,12 @@ def ratio_of(attacked: Measured, baseline: Measured) -> Ratio | None:
     return paired_ratio(attacked, [baseline]) if comparable(attacked, baseline) else None
 
 
+def short(task: str) -> str:
+    """A task's name without the folders of its file."""
+    kind, colon, target = task.partition(":")
+    return f"{kind}{colon}{Path(target).name}" if colon else task
+
+
 def judge(
     attack: Attack,
     attacked: Measured,
@@ -117,7 +124,7 @@ def judge(
     ratio, each = paired_ratio(attacked, [baseline]), tuple(paired_ratio(one, [baseline]).value for one in drawn)
     largest = paired_ratio(norm, [baseline]).value if norm is not None and comparable(norm, baseline) else None
     beyond = paired_ratio(attacked, drawn) if drawn else None
-    said = [f"{_doing(attack)} multiplies {attacked.task} by {ratio}"]
+    said = [f"{_doing(attack)} multiplies {short(attacked.task)} by {ratio}"]
     if each:
         said.append(f"{_rows(attack.k, 'random row')} by {_figure(statistics.fmean(each))}{_spread(each)}")
     if largest is not None:

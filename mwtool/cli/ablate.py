@@ -205,4 +205,5 @@ def _give(
 
     from mwtool.ablate_report import ablate_report
 
-    Console().print(ablate_report(found, said))
+    console = Console()
+    console.print(ablate_report(found, said, console.width))
