@@ -1,0 +1,163 @@
+"""A model is loaded whole with the places of its FFNs, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound
+from mwtool.load import ffn_at, load, massive_for
+from mwtool.scan import scan_checkpoint
+
+IDS = torch.tensor([[tiny.BOS, 5, 9, 3]])
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def saved(folder: Path, **changes: Any) -> tuple[Path, PreTrainedModel]:
+    model = tiny.model("llama", num_hidden_layers=4, **changes)
+    return tiny.saved(folder, model), model
+
+
+def with_adapter(folder: Path) -> tuple[Path, PeftModel]:
+    """An adapter whose part of the sum is far from zero, beside its base model."""
+    base, _ = saved(folder / "base")
+    targets = ["up_proj", "q_proj"]
+    wrapped: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=targets))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "adapter", wrapped.eval()
+
+
+def test_a_loaded_model_is_the_one_transformers_loads(tmp_path: Path) -> None:
+    folder, model = saved(tmp_path)
+    loaded = load(str(folder))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert loaded.model is loaded.base
+    assert not loaded.model.training
+    assert (loaded.on, loaded.tokenizer, len(loaded.layers)) == (None, None, 4)
+    assert (loaded.identity.hidden_size, loaded.identity.intermediate_size, loaded.identity.experts) == (32, 64, None)
+
+
+def test_the_precision_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    assert load(str(folder)).base.dtype == torch.float32
+    assert load(str(folder), dtype="bfloat16").base.dtype == torch.bfloat16
+
+
+def test_an_adapter_is_kept_apart_or_merged_and_both_compute_the_sum(tmp_path: Path) -> None:
+    folder, wrapped = with_adapter(tmp_path)
+    expected = logits(wrapped)
+    apart, merged = load(str(folder), on="base"), load(str(folder), on="merged")
+    assert isinstance(apart.model, PeftModel)
+    assert not isinstance(merged.model, PeftModel)
+    assert torch.equal(logits(apart.model), expected)
+    # the adapter's product is added to the weight or to the output: float32 rounds them apart
+    torch.testing.assert_close(logits(merged.model), expected, rtol=1e-4, atol=1e-4)
+    assert (apart.on, merged.on) == ("base", "merged")
+    assert apart.source.name == str(tmp_path / "base")
+    for loaded in (apart, merged):
+        for layer in loaded.layers:
+            assert layer.ffns[0].up.read(loaded.base).shape == (64, 32)
+    base_row = apart.layers[1].ffns[0].up.read(apart.base)
+    assert not torch.equal(base_row, merged.layers[1].ffns[0].up.read(merged.base))
+
+
+def test_rows_below_an_adapter_are_those_of_the_base_model(tmp_path: Path) -> None:
+    """The scan of a loaded adapter folder is that of the base model's checkpoint; merged it is that of the sum."""
+    model = tiny.model("llama")
+    tiny.plant(model)
+    tiny.saved(tmp_path / "base", model)
+    wrapped: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=2, target_modules=["up_proj", "gate_proj"]),
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = scan_checkpoint(str(tmp_path / "base")).massive
+    found, _ = massive_for(load(str(tmp_path / "adapter"), on="base"))
+    assert found is not None
+    assert base is not None
+    assert (found.layer, found.indices, found.count) == (base.layer, base.indices, base.count)
+
+
+def test_an_absent_tensor_is_named_and_never_made_up(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=r"lacks tensor model.layers.2.mlp.up_proj.weight and 0 more"):
+        load(str(folder))
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(60, 32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadCheckpoint, match="cannot be loaded") as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_cut_short_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadCheckpoint, match="cannot be loaded") as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_its_base_or_with_damaged_weights_is_refused(tmp_path: Path) -> None:
+    folder, _ = with_adapter(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(BadCheckpoint, match=r"the adapter .* cannot be applied"):
+        load(str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    with pytest.raises(ModelNotFound, match=r"base model cannot be opened: no such folder"):
+        load(str(folder))
+
+
+def test_a_layer_and_an_expert_are_found_by_number_or_refused_by_it() -> None:
+    layers = tuple(tiny.layers_of(tiny.model("qwen2_moe", num_hidden_layers=2)))
+    assert ffn_at(layers, 1, 3).expert == 3
+    assert ffn_at(layers, 1).module.endswith("shared_expert")
+    with pytest.raises(BadValue, match="layer 2 does not exist; the model has layers 0 to 1"):
+        ffn_at(layers, 2)
+    with pytest.raises(BadValue, match=r"layer 1 has experts 0 to \d+; there is no expert 99 \(--expert\)"):
+        ffn_at(layers, 1, 99)
+    only_routed = tuple(tiny.layers_of(tiny.model("mixtral", num_hidden_layers=2)))
+    with pytest.raises(BadValue, match="which expert is meant must be said"):
+        ffn_at(only_routed, 0)
+
+
+def test_the_width_of_packed_rows_is_known(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    from transformers import BitsAndBytesConfig
+
+    model = tiny.model("llama", num_hidden_layers=2, hidden_size=64, head_dim=16)
+    folder = tiny.saved(tmp_path, model)
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)}
+    loaded = load(str(folder), model_options=options)
+    assert loaded.layers[0].ffns[0].up.read(loaded.base).dtype == torch.uint8
+    assert loaded.identity.intermediate_size == 64
