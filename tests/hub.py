@@ -1,0 +1,118 @@
+"""A Hub on this machine: the few requests that finding and fetching a model makes, and a record of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Repositories by id, each a folder of files; `gated` ones give their names but no content."""
+
+    repos: dict[str, Path] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    revisions: tuple[str, ...] = ("main", COMMIT, "v1")
+    endpoint: str = ""
+    sent: list[str] = field(default_factory=list)
+    """Files whose content was sent, in order."""
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body for a request."""
+        parts = unquote(urlsplit(path).path).strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        parts = parts[2:] if api else parts
+        if len(parts) < 4:  # of the client's own concerns this Hub knows nothing
+            return 404, {}, b""
+        repo, (verb, revision, *rest) = "/".join(parts[:2]), parts[2:]
+        if repo not in self.repos:
+            return _refusal(404, "RepoNotFound", "Repository not found")
+        if revision not in self.revisions:
+            return _refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if api:
+            return 200, {"Content-Type": "application/json"}, json.dumps(self._about(repo, verb)).encode()
+        return self._file(repo, "/".join(rest))
+
+    def _about(self, repo: str, verb: str) -> object:
+        files = sorted(path for path in self.repos[repo].iterdir() if path.is_file())
+        if verb == "tree":
+            return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+        return {"id": repo, "sha": COMMIT, "private": False, "siblings": [{"rfilename": path.name} for path in files]}
+
+    def _file(self, repo: str, name: str) -> tuple[int, dict[str, str], bytes]:
+        if repo in self.gated:
+            return _refusal(403, "GatedRepo", f"Access to model {repo} is restricted")
+        path = self.repos[repo] / name
+        if not path.is_file():
+            return _refusal(404, "EntryNotFound", "Entry not found")
+        content = path.read_bytes()
+        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
+
+
+def _refusal(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
+    return status, {"X-Error-Code": code, "X-Error-Message": message}, b""
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub that answers at `endpoint` inside the block."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._respond(body=True)
+
+        def do_HEAD(self) -> None:
+            self._respond(body=False)
+
+        def _respond(self, *, body: bool) -> None:
+            status, headers, content = hub.answer(self.path)
+            if body and status == 200 and "/resolve/" in self.path:
+                hub.sent.append(self.path.rpartition("/")[2])
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+    with _Server(("127.0.0.1", 0), Handler) as server:
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+            assert server.faults == []
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True  # connections kept alive end with the test
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.faults: list[BaseException | None] = []
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing on stderr, which belongs to the command."""
+        fault = sys.exception()
+        if not isinstance(fault, ConnectionError):  # the client left
+            self.faults.append(fault)

@@ -1,0 +1,217 @@
+"""The command line's contracts: exit status, what goes to stdout and what to stderr, options from files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from command import run, run_apart
+
+import mwtool
+from mwtool.cli import terminal
+from mwtool.errors import ModelNotFound
+from mwtool.registry import installed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tiny.model("llama", torch.bfloat16)
+    tiny.plant(made)
+    return tiny.saved(tmp_path_factory.mktemp("model"), made)
+
+
+def test_json_is_one_document_and_output_is_the_same(model: Path, tmp_path: Path) -> None:
+    ran = run("scan", model, "--json", "-o", tmp_path / "x.json", "--revision", "main")
+    assert ran.code == 0
+    assert ran.document["massive"]["layer"] == 1
+    assert (tmp_path / "x.json").read_text() == ran.out
+    assert ran.err.splitlines() == [f"note: {note}" for note in ran.document["notes"]]
+    assert "--revision main is ignored" in ran.err
+
+
+def test_a_document_holds_the_command_that_repeats_it(model: Path) -> None:
+    first = run("scan", model, "-k", 3, "--all-layers", "--json").document
+    assert first["command"] == f"mwtool scan {model} -k 3 --all-layers --json"
+    assert run(*first["command"].split()[1:]).document == first
+
+
+def test_without_json_the_report_shows_the_same_answer(model: Path) -> None:
+    ran = run("scan", model)
+    massive = run("scan", model, "--json").document["massive"]
+    assert (ran.code, ran.err) == (0, "")
+    for shown in (massive["module"], *massive["indices"]):
+        assert str(shown) in ran.out
+
+
+def test_a_model_without_massive_activations_is_no_failure(tmp_path: Path) -> None:
+    plain = tiny.saved(tmp_path, tiny.model("llama"))
+    ran = run("scan", plain, "--json")
+    assert ran.code == 0
+    assert ran.document["massive"] is None
+    assert len(ran.document["layers"]) == tiny.LAYERS
+    assert run("scan", plain).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["nosuch"], "nosuch"),
+        (["scan", "--nosuch"], "--nosuch"),
+        (["scan", "one", "two"], "two"),
+        (["scan", "-k", "0"], "-k"),
+        (["scan", "-k", "many"], "-k"),
+        (["scan", "--dtype", "int8"], "int8"),
+        (["scan", "--ratio", "-1"], "--ratio"),
+        (["scan", "--ratio", "nan"], "--ratio"),
+        (["scan", "--magnitude", "inf"], "--magnitude"),
+        (["scan", "--prompt", "Apple"], "--prompt"),
+        (["scan", "--config", "nosuch.yaml"], "nosuch.yaml"),
+        (["adapters", "nosuch"], "nosuch"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_the_culprit(arguments: list[str], culprit: str) -> None:
+    ran = run(*arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert culprit in ran.err
+
+
+def test_no_command_shows_the_help() -> None:
+    ran = run()
+    assert ran.code == 2  # as of any program that needs one
+    assert all(name in ran.out + ran.err for name in ("scan", "adapters"))
+
+
+def test_a_configuration_file_gives_defaults_and_flags_win(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scan.yaml"
+    file.write_text(f"model: {model}\nk: 3\nall-layers: true\nsun_ratio: 7\n")
+    from_file = run("scan", "--config", file, "--json").document
+    assert len(from_file["massive"]["indices"]) == 3
+    assert from_file["layers_walked"] == tiny.LAYERS
+    assert from_file["thresholds"]["sun_ratio"] == 7
+    flagged = run("scan", "-k", "2", "--config", file, "--json").document
+    assert len(flagged["massive"]["indices"]) == 2
+    assert flagged["layers_walked"] == tiny.LAYERS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ration: 3", ["'ration'", "did you mean ratio?"]),
+        ("sun-ration: 3", ["'sun-ration'", "did you mean sun-ratio?"]),
+        ("zzzz: 3", ["'zzzz'", "known are", "all_layers"]),
+        ("k: many", ["-k"]),
+        ("- 1", ["list"]),
+        ("a: [", ["cannot be read"]),
+    ],
+)
+def test_a_bad_configuration_file_is_wrong_usage(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "scan.yaml"
+    file.write_text(text)
+    ran = run("scan", "--config", file)
+    assert (ran.code, ran.out) == (2, "")
+    shown = " ".join(ran.err.replace("│", " ").split())
+    assert [word for word in words if word not in shown] == [], shown
+
+
+def test_debug_shows_where_an_error_came_from() -> None:
+    """The error leaves `main` as it was raised, and Python shows it."""
+    with pytest.raises(ModelNotFound, match=r"^no such folder: \./nowhere$"):
+        run("scan", "./nowhere", "--debug")
+
+
+def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Among them whatever libraries print on their own when they are imported."""
+    assert "no such folder" in run_apart("scan", tmp_path / "nowhere").fault
+
+
+def test_version_is_the_package_s() -> None:
+    assert run("--version").out == f"mwtool {mwtool.__version__}\n"
+
+
+def test_adapters_lists_every_entry_point() -> None:
+    document = run("adapters", "--json").document
+    assert document["schema"] == "mwtool.adapters/1"
+    assert [one["model_type"] for one in document["adapters"]] == [plugin.model_type for plugin in installed()]
+    llama = next(one for one in document["adapters"] if one["model_type"] == "llama")
+    assert (llama["distribution"], llama["version"]) == ("mwtool", mwtool.__version__)
+    assert "llama" in run("adapters").out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["adapters", "--json"]])
+def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -> None:
+    ran = run_apart(*arguments, python=("-X", "importtime"))
+    assert ran.code == 0
+    imported = {line.rpartition("|")[2].strip() for line in ran.err.splitlines()}
+    assert "mwtool.cli" in imported
+    assert imported & {"torch", "transformers", "numpy", "huggingface_hub", "accelerate", "peft"} == set()
+
+
+def test_an_interrupted_scan_exits_with_130_and_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT in the middle of the walk, from where the progress bar is drawn."""
+
+    @contextmanager
+    def pressing() -> Iterator[Callable[[int, int, int], None]]:
+        yield lambda done, _total, _read: signal.raise_signal(signal.SIGINT) if done == 3 else None
+
+    monkeypatch.setattr(terminal, "layer_progress", pressing)
+    ran = run("scan", model, "--json", "-o", tmp_path / "x.json")
+    assert (ran.code, ran.out) == (130, "")
+    assert "Traceback" not in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_from_outside_exits_with_130(tmp_path: Path) -> None:
+    """The configuration is a pipe: once it has a reader, the command is at work and waits."""
+    pipe = tmp_path / "config.json"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "mwtool", "scan", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        writer = None
+        while writer is None and running.poll() is None:
+            try:
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # no reader yet
+                continue
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+    if writer is not None:
+        os.close(writer)
+    assert (running.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_stdout_is_one_line(unbuffered: str) -> None:
+    command = [sys.executable, "-m", "mwtool", "adapters", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: [Errno 28] No space left on device"]
+
+
+def test_a_reader_that_leaves_early_is_no_error_to_report() -> None:
+    command = [sys.executable, "-m", "mwtool", "adapters", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 1
