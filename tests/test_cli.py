@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_ctrl_c_from_outside_exits_with_130(tmp_path: Path) -> None:
             try:
                 writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             except OSError:  # no reader yet
-                continue
+                time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate()
     if writer is not None:
