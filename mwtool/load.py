@@ -12,8 +12,9 @@ from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
-from mwtool.scan import Settings, decoder_layers, scan_model
+from mwtool.scan import Scan, Settings, decoder_layers, scan_model
 from mwtool.source import Source, locate
+from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,7 +52,7 @@ class Loaded:
             model_type=self.base.config.model_type,
             layers=len(self.layers),
             hidden_size=self.base.config.get_text_config().hidden_size,
-            intermediate_size=width_of(first, self.base),
+            intermediate_size=first.width(self.base),
             experts=max(routed) + 1 if routed else None,
         )
 
@@ -102,10 +103,24 @@ def massive_for(
     if file is not None:
         massive, notes = load_massive(file, loaded.identity)
         return massive, tuple(notes)
-    plain = loaded.model.disable_adapter() if loaded.on == "base" else nullcontext()  # type: ignore[operator] # a PeftModel then
-    with plain:
-        scan = scan_model(loaded.base, loaded.tokenizer, settings)
+    scan = scan_loaded(loaded, settings)
     return scan.massive, scan.notes
+
+
+def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
+    """A scan of the model in memory; of the pre-trained one where an adapter is kept apart.
+
+    Raises UnsupportedModel where its weights are packed.
+    """
+    down = loaded.layers[0].ffns[0].down.read(loaded.base)
+    if down.dtype not in WRITABLE:
+        raise UnsupportedModel(
+            f"{loaded.source.name} is quantized (packed {str(down.dtype).removeprefix('torch.')}) and cannot be "
+            f"scanned; scan the model it was made of and give --massive FILE, or name --layer and --indices"
+        )
+    model: Any = loaded.model
+    with model.disable_adapter() if loaded.on == "base" else nullcontext():
+        return scan_model(loaded.base, loaded.tokenizer, settings)
 
 
 def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
@@ -119,13 +134,6 @@ def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = No
         named = "which expert is meant must be said" if expert is None else f"there is no expert {expert}"
         raise BadValue(f"layer {layer} has {has}; {named} (--expert)")
     return found[0]
-
-
-def width_of(ffn: FFN, model: PreTrainedModel) -> int:
-    """I, the width of the intermediate state; 4-bit weights do not show it in their shape, their module does."""
-    module = None if ffn.hook is None else model.get_submodule(ffn.hook)
-    stated = getattr(module, "in_features", None)
-    return stated if isinstance(stated, int) else int(ffn.up.read(model).shape[0])
 
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:

@@ -47,16 +47,26 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
     Raises BadValue for an attack that is no change of weights, UnsupportedModel where the checkpoint's tensors
     cannot be changed, OutputError where it cannot be written; nothing is left then.
     """
-    if attack.mode == "mean":
-        raise BadValue(
-            "mean fixes intermediate values, which no weights of this model hold; save zero, retain or scale:X"
-        )
+    check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
     with _made(folder) as temporary, _one_line(folder):
         _rewrite(loaded.source, _by_stored_name(loaded, new), temporary)
         _copy_small(loaded.source, temporary)
         _record(temporary / RECORD, loaded, ffn, rows, attack)
+
+
+def check_savable(loaded: Loaded, attack: Attack) -> None:
+    """Raise before the work begins if the attack is no change of weights, or the weights are packed."""
+    if attack.mode == "mean":
+        raise BadValue(
+            "mean fixes intermediate values, which no weights of this model hold; save zero, retain or scale:X"
+        )
+    if getattr(loaded.base, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(
+            f"{loaded.source.name} is quantized, and packed rows cannot be saved changed; save from the "
+            f"model it was made of, then quantize that"
+        )
 
 
 def check_free(folder: Path) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from mwtool.errors import BadValue
 from mwtool.layout import FFN
-from mwtool.load import Loaded, ffn_at, massive_for
-from mwtool.scan import Settings, scan_model
+from mwtool.load import Loaded, ffn_at, massive_for, scan_loaded
+from mwtool.scan import Settings
 from mwtool.states import LayerState
 from mwtool.surgery import WRITABLE
-
-if TYPE_CHECKING:
-    from mwtool.scan import Scan
-
 
 RANKED = 16
 """Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""
@@ -64,12 +58,12 @@ def find_targets(
     ranked = max(k, min(RANKED, loaded.identity.intermediate_size))
     settings = replace(settings or Settings(), k=ranked)
     if choice.each_layer:
-        scan = _walked(loaded, settings)
+        scan = scan_loaded(loaded, replace(settings, all_layers=True))
         return tuple(_top(state, None, k) for state in scan.states), scan.notes
     if choice.layer is not None and not choice.indices:
         expert = _first_expert(loaded, choice.layer) if choice.expert is None else choice.expert
         ffn_at(loaded.layers, choice.layer, expert)  # refused before the scan
-        scan = _walked(loaded, settings)
+        scan = scan_loaded(loaded, replace(settings, all_layers=True))
         return (_top(scan.states[choice.layer], choice.expert, k),), scan.notes
     if choice.layer is not None:
         return (_given(loaded, choice, choice.layer, choice.expert, k),), ()
@@ -114,13 +108,6 @@ def norm_rows(loaded: Loaded, target: Target, k: int) -> tuple[int, ...] | None:
             return None
         total = total.to(matrix.device) + matrix.float().square().sum(1)
     return tuple(int(row) for row in total.argsort(descending=True, stable=True)[:k])
-
-
-def _walked(loaded: Loaded, settings: Settings) -> Scan:
-    """Every layer's state of bos, of the pre-trained model where an adapter is kept apart."""
-    plain = loaded.model.disable_adapter() if loaded.on == "base" else nullcontext()  # type: ignore[operator] # a PeftModel then
-    with plain:
-        return scan_model(loaded.base, loaded.tokenizer, replace(settings, all_layers=True))
 
 
 def _top(state: LayerState, expert: int | None, k: int) -> Target:

@@ -25,8 +25,8 @@ class Ratio:
     high: float | None
 
     def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" [{_figure(self.low)}, {_figure(self.high)}]"
-        return f"{_figure(self.value)}{interval}"
+        interval = "" if self.low is None or self.high is None else f" [{_fine(self.low)}, {_fine(self.high)}]"
+        return f"{_fine(self.value)}{interval}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +181,11 @@ def _spread(values: Sequence[float]) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals of large numbers tell nothing
+
+
+def _fine(value: float) -> str:
+    """With more decimals near 1, where two would hide on which side of it a ratio is."""
+    return f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else _figure(value)  # noqa: PLR2004 - as described
 
 
 def _exp(value: float) -> float:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound
+from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
 from mwtool.load import ffn_at, load, massive_for
 from mwtool.scan import scan_checkpoint
 
@@ -161,3 +161,15 @@ def test_the_width_of_packed_rows_is_known(tmp_path: Path) -> None:
     loaded = load(str(folder), model_options=options)
     assert loaded.layers[0].ffns[0].up.read(loaded.base).dtype == torch.uint8
     assert loaded.identity.intermediate_size == 64
+
+
+def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    from transformers import BitsAndBytesConfig
+
+    folder = tiny.saved(tmp_path, tiny.model("llama", num_hidden_layers=2, hidden_size=64, head_dim=16))
+    loaded = load(str(folder), model_options={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+    with pytest.raises(
+        UnsupportedModel, match=r"quantized \(packed uint8\) and cannot be scanned; .* give --massive FILE"
+    ):
+        massive_for(loaded)

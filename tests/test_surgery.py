@@ -58,7 +58,7 @@ def networks(model: PreTrainedModel) -> Iterator[FFN]:
 
 @pytest.fixture(scope="module", params=tiny.ALL_TYPES)
 def made(request: pytest.FixtureRequest) -> PreTrainedModel:
-    return tiny.model(request.param, num_hidden_layers=4)
+    return tiny.model(request.param, num_hidden_layers=2)
 
 
 def with_means(model: PreTrainedModel, ffn: FFN) -> Tensor:

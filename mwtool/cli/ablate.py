@@ -95,7 +95,7 @@ def ablate(
     from mwtool.document import check_writable
     from mwtool.evaluate import Options
     from mwtool.load import load
-    from mwtool.save import check_free
+    from mwtool.save import check_free, check_savable
     from mwtool.surgery import parse_mode
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
@@ -121,6 +121,8 @@ def ablate(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
+    if save is not None:
+        check_savable(loaded, sweep.modes[0])
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     choice = Choice(massive, layer, expert, given, each_layer)
     targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
