@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,55 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
 
     Raises BadValue if the file is no scan document or belongs to a model of another shape.
     """
+    if not path.exists():
+        raise BadValue(f"there is no {path}; expected a document that `mwtool scan -o` wrote")
     document = read_json(path)
     if document.get("schema") != SCHEMA:
         raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
     try:
-        scanned = Identity(document["model"], document["revision"], document["model_type"], **document["shape"])
-        massive = None if document["massive"] is None else _parse(document["massive"])
+        scanned = _identity(document)
+        massive = None if document["massive"] is None else _parse(document["massive"], scanned)
     except (KeyError, TypeError, ValueError) as fault:
         raise BadValue(f"{path} is not a complete scan document: {type(fault).__name__} {fault}") from fault
     _refuse_other_shape(path, scanned, model)
     return massive, _differences(path, scanned, model)
 
 
-def _parse(massive: Mapping[str, Any]) -> MassiveWeights:
-    values = dict(massive)
+def _identity(document: Mapping[str, Any]) -> Identity:
+    shape = document["shape"]
+    names = ("layers", "hidden_size", "intermediate_size", "experts")  # of keys that newer versions add, none
+    return Identity(
+        document["model"], document["revision"], document["model_type"], **{name: shape[name] for name in names}
+    )
+
+
+def _parse(massive: Mapping[str, Any], scanned: Identity) -> MassiveWeights:
+    values = {field.name: massive[field.name] for field in fields(MassiveWeights)}
     for name in ("indices", "magnitudes", "shares"):
         values[name] = tuple(values[name])
-    return MassiveWeights(**values)
+    one = MassiveWeights(**values)
+    if fault := _fault(one, scanned):
+        raise ValueError(fault)
+    return one
+
+
+def _fault(one: MassiveWeights, scanned: Identity) -> str | None:
+    """What no scan would have written; rows are held against I where they are used, as it differs among layers."""
+    if not _within(one.layer, scanned.layers):
+        return f"layer {one.layer!r} of {scanned.layers!r}"
+    if not _within(one.dimension, scanned.hidden_size):
+        return f"dimension {one.dimension!r} of {scanned.hidden_size!r}"
+    if one.expert is not None and not _within(one.expert, scanned.experts):
+        return f"expert {one.expert!r} of {scanned.experts!r}"
+    if not one.indices or not all(_within(i, i + 1) for i in one.indices) or len(set(one.indices)) < len(one.indices):
+        return f"indices {list(one.indices)!r}; expected different row numbers"
+    if not len(one.indices) == len(one.magnitudes) == len(one.shares):
+        return f"{len(one.indices)} indices, {len(one.magnitudes)} magnitudes and {len(one.shares)} shares"
+    return None
+
+
+def _within(value: object, limit: object) -> bool:
+    return isinstance(value, int) and isinstance(limit, int) and 0 <= value < limit
 
 
 def _refuse_other_shape(path: Path, scanned: Identity, model: Identity) -> None:
