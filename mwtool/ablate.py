@@ -40,7 +40,7 @@ class Sweep:
 
     modes: tuple[Attack, ...] = (Attack("zero"), Attack("retain"))
     ks: tuple[int, ...] = (0, 1, 3, 5)
-    draws: int = 5
+    draws: int = 3
     seed: int = 0
 
 

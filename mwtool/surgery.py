@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
-from mwtool.override import expert_output_with, state_with, with_outputs_scaled, without_nan
+from mwtool.override import expert_output_with, owner, state_with, with_outputs_scaled, without_nan
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
@@ -142,6 +142,8 @@ def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None
         return
     if _packed(model, ffn):
         raise UnsupportedModel(f"{ffn.module} holds packed experts, whose values cannot be fixed at their mean")
+    if hasattr(owner(model, ffn.up), "get_base_layer"):
+        raise UnsupportedModel(f"{ffn.module} has an adapter of its own, whose part no mean replaces; use --on merged")
     with _rewritten(model, ffn, selected, 0.0), expert_output_with(model, ffn, selected, means):
         yield
 

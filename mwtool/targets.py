@@ -55,8 +55,8 @@ def find_targets(
 
     Raises BadValue where there are no massive rows, or fewer than k, or no such layer, expert or row.
     """
-    ranked = max(k, min(RANKED, loaded.identity.intermediate_size))
-    settings = replace(settings or Settings(), k=ranked)
+    narrowest = min(ffn.width(loaded.base) for layer in loaded.layers for ffn in layer.ffns)
+    settings = replace(settings or Settings(), k=max(k, min(RANKED, narrowest)))
     if choice.each_layer:
         scan = scan_loaded(loaded, replace(settings, all_layers=True))
         return tuple(_top(state, None, k) for state in scan.states), scan.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -221,3 +222,18 @@ def test_the_device_of_every_layer_may_be_left_to_accelerate(folder: Path) -> No
     document = ablate(folder, "--mode", "zero", "-k", "1", "--no-controls", "--device-map", "auto", "--json").document
     assert document["runs"][0]["indices"] == [17]
     assert torch.tensor(list(document["baseline"].values())).isfinite().all()
+
+
+def keys(value: Any) -> set[str]:
+    """Every key at every depth, but for names of tasks."""
+    if isinstance(value, list):
+        return set().union(*map(keys, value)) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    return {key for key in value if ":" not in key}.union(*map(keys, value.values()))
+
+
+def test_every_key_of_the_document_is_described(folder: Path) -> None:
+    document = ablate(folder, "-k", "1", "--draws", 1, "--generate", "w1", "--json").document
+    page = (Path(__file__).parent.parent / "docs" / "json.md").read_text(encoding="utf-8")
+    assert keys(document) - set(re.findall(r"`([a-z_0-9]+)`", page)) == set()

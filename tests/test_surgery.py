@@ -334,6 +334,21 @@ def test_packed_experts_are_refused_with_the_reason() -> None:
         edited(model, ffn, [1], Attack("zero", 1)).__enter__()
 
 
+def test_experts_under_an_adapter_of_their_own_are_attacked_but_not_fixed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.model("mixtral", num_hidden_layers=2)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]))
+    base, before = wrapped.get_base_model(), digest(wrapped)
+    ffn = tiny.layers_of(base)[1].ffns[0]
+    rows = ffn.up.read(base)
+    with edited(base, ffn, [1, 4], Attack("zero", 2)):
+        assert not rows[[1, 4]].any()
+    assert digest(wrapped) == before
+    with pytest.raises(UnsupportedModel, match="whose part no mean replaces; use --on merged"):
+        edited(base, ffn, [1, 4], Attack("mean", 2), means=torch.zeros(64)).__enter__()
+
+
 @given(st.sampled_from(["zero", "retain", "mean"]), st.integers(0, 10**6))
 def test_an_attack_is_parsed_from_what_it_is_printed_as(mode: Any, k: int) -> None:
     attack = Attack(mode, k)

@@ -61,7 +61,7 @@ def ablate(
             "--controls/--no-controls", help="Random rows and rows of largest norm.", show_default="on, but each layer"
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = 5,
+    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = 3,
     generate: Annotated[
         str | None, typer.Option(metavar="PROMPT", help="Show how the text goes on, side by side.")
     ] = None,
