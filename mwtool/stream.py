@@ -111,6 +111,8 @@ class Stream:
         if expert is not None:
             return " + ".join(self.experts[parameter.rpartition(".")[0]].names(parameter, expert)) or None
         sources = self.names.get(parameter, [])
+        if parameter in sources:  # beside it, the scales of packed weights
+            return parameter
         return sources[0] if len(sources) == 1 else None
 
     def _hook(self, module: nn.Module, enter: Callable[..., Any], leave: Callable[..., None]) -> None:
