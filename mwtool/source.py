@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,9 @@ class Source:
                 self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
             )
         except unusable() as fault:
-            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {_line(fault)}") from fault
+            needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
+            advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
+            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {_line(fault)}{advice}") from fault
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a vocabulary that cannot be read may pass for none
             raise BadCheckpoint(
                 f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"

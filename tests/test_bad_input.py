@@ -51,9 +51,18 @@ def config(**changes: Any) -> Damage:
     return lambda folder: change(folder / "config.json", **changes)
 
 
-def content(file: str, text: bytes) -> Damage:
+def content(file: str, text: bytes, instead_of: str = "nothing") -> Damage:
     def damage(folder: Path) -> None:
+        (folder / instead_of).unlink(missing_ok=True)
         (folder / file).write_bytes(text)
+
+    return damage
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    def damage(folder: Path) -> None:
+        first(folder)
+        second(folder)
 
     return damage
 
@@ -148,6 +157,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "a legacy file cut short": (legacy(pickled({"x": torch.ones(999)})[:2000]), ["pytorch_model.bin (2,000 bytes)"]),
     "a legacy file with code in it": (legacy({"x": Path}), ["pytorch_model.bin", "more than tensors"]),
     "a legacy file of something else": (legacy([1]), ["pytorch_model.bin", "holds a list"]),
+    "a legacy index naming a missing file": (
+        content("pytorch_model.bin.index.json", b'{"weight_map": {"x": "pytorch_model-9.bin"}}', "model.safetensors"),
+        ["pytorch_model.bin.index.json", "pytorch_model-9.bin", "not there"],
+    ),
     # tensors
     "missing tensor": (tensor(UP, None), ["no tensor for", UP]),
     "missing embedding": (tensor("model.embed_tokens.weight", None), ["no tensor for model.embed_tokens.weight"]),
@@ -170,6 +183,13 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     # the token
     "no bos": (config(bos_token_id=None), ["names a bos", "--bos TOKEN"]),
     "bos outside the vocabulary": (config(bos_token_id=9999), ["9999", "vocabulary of 64"]),
+    "tokenizer without words": (
+        both(
+            content("tokenizer.model", b"garbage"),
+            content("tokenizer_config.json", b'{"tokenizer_class": "LlamaTokenizer"}'),
+        ),
+        ["tokenizer", "no vocabulary"],
+    ),
     "tokenizer cut short": (content("tokenizer.json", b"{"), ["tokenizer", "cannot be read"]),
     "tokenizer of nothing": (content("tokenizer.json", b"{}"), ["tokenizer", "cannot be read"]),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -237,12 +238,24 @@ def test_shards_and_legacy_files_give_the_same_states(tmp_path: Path) -> None:
     legacy = tiny.saved(tmp_path / "legacy", model)
     (legacy / "model.safetensors").unlink()
     torch.save(model.state_dict(), legacy / "pytorch_model.bin")
+    pieces = in_two_legacy_files(tiny.saved(tmp_path / "pieces", model), model)
     assert len(list(sharded.glob("*.safetensors"))) > 3
-    scans = [scan_checkpoint(str(folder)) for folder in (single, sharded, legacy)]
+    scans = [scan_checkpoint(str(folder)) for folder in (single, sharded, legacy, pieces)]
     for other in scans[1:]:
         for ours, theirs in zip(scans[0].states, other.states, strict=True):
             assert torch.equal(ours.hidden, theirs.hidden)
-    assert any("read whole" in note for note in scans[2].notes)
+    for scan in scans[2:]:
+        assert any("read whole" in note for note in scan.notes)
+
+
+def in_two_legacy_files(folder: Path, model: PreTrainedModel) -> Path:
+    """The tensors in turn in two `.bin` files, and their index."""
+    (folder / "model.safetensors").unlink()
+    places = {name: f"pytorch_model-{at % 2}.bin" for at, name in enumerate(model.state_dict())}
+    for file in set(places.values()):
+        torch.save({name: t for name, t in model.state_dict().items() if places[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
