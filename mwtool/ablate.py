@@ -91,13 +91,17 @@ def ablate(
     plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
     means = {target.layer: _means_for(loaded, target, sweep, ready) for target in targets}
     _try(loaded, plans, means)
-    measured = _Measuring(loaded, ready, options, on_run, 1 + sum(not plan.attack.idle for plan in plans))
+    distinct = {plan.same: plan for plan in plans if not plan.attack.idle}
+    measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
     baseline = measured.under("baseline", None)
-    runs = []
-    for plan in plans:
-        context = edited(loaded.base, plan.target.ffn, plan.indices, plan.attack, means=means[plan.target.layer])
-        found = baseline if plan.attack.idle else measured.under(plan.name, context)
-        runs.append(Run(plan.attack, plan.control, plan.target, plan.indices, found))
+    found = {
+        same: measured.under(
+            plan.name,
+            edited(loaded.base, plan.target.ffn, plan.indices, plan.attack, means=means[plan.target.layer]),
+        )
+        for same, plan in distinct.items()
+    }
+    runs = [Run(plan.attack, plan.control, plan.target, plan.indices, found.get(plan.same, baseline)) for plan in plans]
     notes = [note for one in ready for note in one.notes] + _notes(targets, sweep, plans)
     return Ablation(baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes))
 
@@ -206,6 +210,11 @@ class _Plan:
     control: str | None
     target: Target
     indices: tuple[int, ...]
+
+    @property
+    def same(self) -> tuple[Attack, int, frozenset[int]]:
+        """Equal where the same is done to the same rows: those of largest norm may be the massive ones."""
+        return self.attack, self.target.layer, frozenset(self.indices)
 
     @property
     def name(self) -> str:

@@ -402,3 +402,20 @@ def test_the_verdict_says_what_the_figures_say(change: float, mode: Any, words: 
     assert found is not None
     assert words in found.text
     assert f"by {statistics.fmean(found.random):.2f} (3 draws" in found.text
+
+
+def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
+    """The planted row is also the one of largest norm."""
+    names: list[str] = []
+    targets, _ = find_targets(loaded, Choice(), 1)
+    found = ablate(
+        loaded,
+        targets,
+        parse_tasks([text_of(loaded)]),
+        Sweep((Attack("zero"),), (0, 1), draws=2),
+        QUICK,
+        on_run=lambda _done, _total, name: names.append(name),
+    )
+    assert len(names) == 4  # the baseline, the row, two random ones
+    assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
+    assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured
