@@ -85,9 +85,10 @@ class Source:
         if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
             return None
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
-            )
+            with _silent():
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+                )
         except unusable() as fault:
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
@@ -289,7 +290,7 @@ def _noted(source: Source, note: str) -> Source:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What transformers logs about a configuration's token ids, `find_bos` says where it matters."""
+    """What transformers would log of token ids and vocabularies is said here, where it matters, in one line."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -303,6 +304,7 @@ def _silent() -> Iterator[None]:
 def _line(fault: BaseException) -> str:
     """An exception's first sentence of use, for messages that fit on one line."""
     first, _, rest = str(fault).strip().partition("\n")
+    first = first.removesuffix(".")
     if first.endswith(":"):  # the reason comes below
         first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
     if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
