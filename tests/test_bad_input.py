@@ -185,7 +185,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "bos outside the vocabulary": (config(bos_token_id=9999), ["9999", "vocabulary of 64"]),
     "tokenizer without words": (
         both(
-            content("tokenizer.model", b"garbage"),
+            content("tokenizer.model", b"xx"),
             content("tokenizer_config.json", b'{"tokenizer_class": "LlamaTokenizer"}'),
         ),
         ["tokenizer", "no vocabulary"],
