@@ -237,3 +237,23 @@ def test_every_key_of_the_document_is_described(folder: Path) -> None:
     document = ablate(folder, "-k", "1", "--draws", 1, "--generate", "w1", "--json").document
     page = (Path(__file__).parent.parent / "docs" / "json.md").read_text(encoding="utf-8")
     assert keys(document) - set(re.findall(r"`([a-z_0-9]+)`", page)) == set()
+
+
+@pytest.mark.parametrize("on", ["base", "merged"])
+def test_an_adapter_is_recorded_with_where_its_rows_were_taken_out(folder: Path, tmp_path: Path, on: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["up_proj"], use_dora=True))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    task = ("--task", f"ppl:{folder / 'text.txt'}", "--window", 16, "--mode", "retain", "-k", "1", "--draws", 1)
+    document = run("ablate", tmp_path / "adapter", *task, "--on", on, "--json").document
+    assert (document["on"], document["adapter"], document["model"]) == (on, str(tmp_path / "adapter"), str(folder))
+    assert document["runs"][0]["indices"] == [17]
+    assert document["runs"][0]["nonfinite"] == {}  # DoRA rows without norm
+
+
+def test_options_come_from_a_file_and_flags_win(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mode: [zero, mean]\nk: 1,2\ncontrols: false\n")
+    found = ablate(folder, "--config", tmp_path / "run.yaml", "-k", "2", "--json").document["runs"]
+    assert [(one["mode"], one["k"], one["control"]) for one in found] == [("zero", 2, None), ("mean", 2, None)]

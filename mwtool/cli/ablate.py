@@ -44,7 +44,7 @@ def ablate(
         list[str] | None,
         typer.Option(help="zero, retain, scale:X or mean; repeatable.", show_default="zero and retain"),
     ] = None,
-    ks: Annotated[
+    k: Annotated[
         str | None, typer.Option("-k", "--k", help="How many of the ranked rows.", show_default="0,1,3,5")
     ] = None,
     task: Annotated[
@@ -85,17 +85,16 @@ def ablate(
 ) -> None:
     """Take rows out and measure what it does, beside random rows and rows of large norm."""
     given = numbers(indices, "--indices") if indices is not None else ()
-    wanted = numbers(ks, "-k") if ks is not None else (len(given),) if given else (0, 1, 3, 5)
+    wanted = numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
     _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
     modes = list(dict.fromkeys(mode or ["zero", "retain"]))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
     from mwtool.cli.terminal import note
-    from mwtool.document import check_writable
     from mwtool.evaluate import Options
     from mwtool.load import load
-    from mwtool.save import check_free, check_savable
+    from mwtool.save import check_savable
     from mwtool.surgery import parse_mode
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
@@ -103,15 +102,7 @@ def ablate(
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or ["ppl:demo"])
-    if output is not None:
-        check_writable(output)
-    if plot is not None:
-        from mwtool.plots import check_plottable
-
-        check_writable(plot)
-        check_plottable(plot)
-    if save is not None:
-        check_free(save)
+    _writable(output, plot, save)
     loaded = load(
         model,
         on=on.value,
@@ -144,6 +135,23 @@ def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | No
         raise typer.BadParameter("--massive FILE names its layer; leave out --layer")
     if expert is not None and layer is None and not given:
         raise typer.BadParameter("--expert goes with --layer or --indices")
+
+
+def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
+    """Everything that is to be written can be, as far as one can know before."""
+    from mwtool.document import check_writable
+
+    for file in (output, plot):
+        if file is not None:
+            check_writable(file)
+    if plot is not None:
+        from mwtool.plots import check_plottable
+
+        check_plottable(plot)
+    if save is not None:
+        from mwtool.save import check_free
+
+        check_free(save)
 
 
 def _scanning(bos: str) -> Any:
