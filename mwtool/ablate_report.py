@@ -84,14 +84,16 @@ def _spread(controls: Sequence[Measured], plain: Measured) -> str:
         values = [100 * (one.value - plain.value) for one in controls]
     if len(values) < len(controls):
         return "not finite"
-    mean = statistics.fmean(values)
-    shown = _signed(mean) if plain.weights is None else _number(mean)
-    return shown + (f" ± {_number(statistics.stdev(values))}" if len(values) > 1 else "")
+    shown = f"{statistics.fmean(values):+.1f}" if plain.weights is None else _number(statistics.fmean(values))
+    if len(values) == 1:
+        return shown
+    spread = statistics.stdev(values)
+    return f"{shown} ± {spread:.1f}" if plain.weights is None else f"{shown} ± {_number(spread)}"
 
 
 def _change(one: Measured, plain: Measured) -> str:
     if one.weights is None:
-        return _signed(100 * (one.value - plain.value))
+        return f"{100 * (one.value - plain.value):+.1f}"
     ratio = ratio_of(one, plain)
     return "not finite" if ratio is None else f"x{_number(ratio.value)}"
 
@@ -111,10 +113,6 @@ def _value(one: Measured) -> str:
     if not math.isfinite(one.value):
         return "not finite"
     return _number(one.value) if one.weights is not None else f"{100 * one.value:.1f}"
-
-
-def _signed(points: float) -> str:
-    return f"{points:+.1f}"
 
 
 def _number(value: float) -> str:

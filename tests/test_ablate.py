@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import statistics
 from dataclasses import replace
@@ -12,16 +13,20 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mwtool
-from mwtool.ablate import Ablation, Sweep, ablate, ablated, continuations
+from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated, continuations
+from mwtool.ablate_document import ablate_document
+from mwtool.ablate_report import ablate_report
 from mwtool.errors import BadValue
 from mwtool.evaluate import Measured, Options, prepare
 from mwtool.load import Loaded, load
-from mwtool.surgery import Attack, edited
+from mwtool.plots import _curves
+from mwtool.surgery import Attack, edited, parse_mode
 from mwtool.targets import Choice, Target, find_targets, norm_rows, random_rows
 from mwtool.tasks import parse_tasks
 from mwtool.verdict import judge, paired_ratio, student_t
@@ -261,8 +266,6 @@ def test_what_is_not_finite_is_said_and_no_ratio_is_made_of_it(loaded: Loaded) -
     run = found.runs[0]
     assert run.measured[0].nonfinite is not None
     assert found.verdicts == ()
-    from mwtool.ablate_document import ablate_document
-
     document = ablate_document(loaded, found)["runs"][0]
     assert list(document["results"].values()) == [None]
     assert list(document["ratio"].values()) == [None]
@@ -308,8 +311,6 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
     assert massive is not None
     windows = prepare(loaded, parse_tasks([text_of(loaded)]), QUICK)[0].windows.ids  # type: ignore[attr-defined] # of a perplexity
     for mode in ("zero", "retain", "scale:0.5", "mean"):
-        from mwtool.surgery import parse_mode
-
         found = swept(loaded, Sweep((parse_mode(mode),), (3,), draws=0))
         with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
             assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
@@ -419,3 +420,56 @@ def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
     assert len(names) == 4  # the baseline, the row, two random ones
     assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
     assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured
+
+
+def accuracy(value: float) -> Measured:
+    return Measured("mc:x.jsonl", "acc", value, None, 4, 0.0, (1.0, 0.0))
+
+
+def made_up(loaded: Loaded) -> Ablation:
+    """A perplexity and an accuracy, under one attack, two random controls and the rows of largest norm."""
+    target, attack = Target(1, loaded.layers[1].ffns[0], (17, 3)), Attack("zero", 1)
+    plain = [3.0, 4.0, 5.0, 6.0, 2.0]
+    counts = [1.0] * 5
+
+    def run(control: str | None, more: float, right: float) -> Run:
+        return Run(attack, control, target, (17,), (measured([x + more for x in plain], counts), accuracy(right)))
+
+    runs = (run(None, 0.5, 0.25), run("random:0", 0.1, 0.5), run("random:1", 0.3, 0.75), run("norm", 0.2, 0.5))
+    return Ablation((measured(plain, counts), accuracy(0.5)), runs, (), ())
+
+
+def test_an_accuracy_has_points_and_no_ratio(loaded: Loaded) -> None:
+    run = ablate_document(loaded, made_up(loaded))["runs"][0]
+    assert run["ratio"] == {"ppl:x": pytest.approx(math.exp(0.5)), "mc:x.jsonl": None}
+    assert run["delta"] == {"ppl:x": None, "mc:x.jsonl": -25.0}
+
+
+def test_the_table_shows_the_mean_and_the_spread_of_the_controls(loaded: Loaded) -> None:
+    console = Console(width=120, file=io.StringIO(), no_color=True)
+    console.print(ablate_report(made_up(loaded), width=120))
+    assert isinstance(console.file, io.StringIO)
+    line = next(line for line in console.file.getvalue().splitlines() if line.startswith("zero"))
+    ratios = [math.exp(0.1), math.exp(0.3)]
+    spread = f"{statistics.fmean(ratios):.2f} ± {statistics.stdev(ratios):.2f}"
+    expected = (
+        f"zero 1 {math.exp(4.5):.2f} x{math.exp(0.5):.2f} {spread} {math.exp(0.2):.2f} 25.0 -25.0 +12.5 ± 17.68 +0.0"
+    )
+    assert line.split() == expected.split()
+
+
+def test_the_curves_are_the_ratios_over_k(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    found = swept(loaded, Sweep((Attack("retain"),), (0, 1, 3), draws=2))
+    _, panel = plt.subplots()
+    _curves(panel, found, found.baseline[0].task)
+    own, random, norm, one = panel.lines
+    plt.close("all")
+    ratios = {(run.attack.k, run.control): run.measured[0].value / found.baseline[0].value for run in found.runs}
+    assert list(own.get_xdata()) == [0, 1, 3]
+    assert list(own.get_ydata()) == pytest.approx([ratios[k, None] for k in (0, 1, 3)], rel=1e-9)
+    means = [(ratios[k, "random:0"] + ratios[k, "random:1"]) / 2 for k in (1, 3)]
+    assert list(random.get_ydata()) == pytest.approx(means, rel=1e-9)
+    assert list(norm.get_ydata()) == pytest.approx([ratios[k, "norm"] for k in (1, 3)], rel=1e-9)
+    assert set(one.get_ydata()) == {1}
