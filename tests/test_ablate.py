@@ -453,7 +453,7 @@ def test_the_table_shows_the_mean_and_the_spread_of_the_controls(loaded: Loaded)
     ratios = [math.exp(0.1), math.exp(0.3)]
     spread = f"{statistics.fmean(ratios):.2f} ± {statistics.stdev(ratios):.2f}"
     expected = (
-        f"zero 1 {math.exp(4.5):.2f} x{math.exp(0.5):.2f} {spread} {math.exp(0.2):.2f} 25.0 -25.0 +12.5 ± 17.68 +0.0"
+        f"zero 1 {math.exp(4.5):.2f} x{math.exp(0.5):.2f} {spread} {math.exp(0.2):.2f} 25.0 -25.0 +12.5 ± 17.7 +0.0"
     )
     assert line.split() == expected.split()
 
