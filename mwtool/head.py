@@ -42,11 +42,11 @@ class Head:
         ids: (B, T), padded on the right, which a causal model does not see. scored: (B, T), bool; never column 0.
         """
         targets = ids[scored]  # (N,)
-        before = scored.roll(-1, 1)  # position t gives the logits of token t + 1
+        read, before = ids[:, :-1], scored[:, 1:]  # position t gives the logits of token t + 1; the last is not read
         if self.body is None:
-            logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+            logits = self.model(input_ids=read, use_cache=False).logits  # (B, T - 1, V)
             return _loss(logits[before.to(logits.device)], targets)
-        answer = self.body(input_ids=ids, use_cache=False)
+        answer = self.body(input_ids=read, use_cache=False)
         hidden = answer[0][before.to(answer[0].device)]  # (N, H)
         rows = rows_at_once(answer[0], self.vocabulary)
         parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)

@@ -81,6 +81,9 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
 def _identity(document: Mapping[str, Any]) -> Identity:
     shape = document["shape"]
     names = ("layers", "hidden_size", "intermediate_size", "experts")  # of keys that newer versions add, none
+    for name in ("model", "revision"):
+        if not isinstance(document[name], str) and not (name == "revision" and document[name] is None):
+            raise TypeError(f"{name} is {document[name]!r}; expected a text")
     return Identity(
         document["model"], document["revision"], document["model_type"], **{name: shape[name] for name in names}
     )

@@ -25,11 +25,15 @@ dependencies = ["mwtool"]
 test = ["pytest"]
 
 [project.entry-points."mwtool.adapters"]
-$name = "mwtool_$module:ADAPTER"
+$name = "mwtool_$module.adapter:ADAPTER"
 
 [tool.hatch.build.targets.wheel]
 packages = ["mwtool_$module"]
 """)
+
+INIT = Template('''\
+"""mwtool adapter for $name models."""
+''')
 
 ADAPTER = Template('''\
 """Where $name keeps its feed-forward networks."""
@@ -58,7 +62,7 @@ ADAPTER = $class_()
 ''')
 
 TEST = Template("""\
-from mwtool_$module import ADAPTER
+from mwtool_$module.adapter import ADAPTER
 
 from mwtool.testing import check_adapter, tiny_config
 
@@ -76,7 +80,7 @@ Lets [mwtool](https://pypi.org/project/mwtool/) read `$name` models.
     mwtool adapters check $name    # every check, with what is wrong
     pytest
 
-`mwtool_$module/__init__.py` starts out as Llama's layout. Change it until the checks pass; then
+`mwtool_$module/adapter.py` starts out as Llama's layout. Change it until the checks pass; then
 `mwtool scan MODEL` works on any `$name` checkpoint.
 """)
 
@@ -100,7 +104,8 @@ def write_package(name: str, folder: Path) -> list[Path]:
     files = {
         "pyproject.toml": PYPROJECT,
         "README.md": README,
-        f"mwtool_{module}/__init__.py": ADAPTER,
+        f"mwtool_{module}/__init__.py": INIT,
+        f"mwtool_{module}/adapter.py": ADAPTER,
         "tests/test_adapter.py": TEST,
     }
     return [_write(folder / path, template.substitute(words)) for path, template in files.items()]

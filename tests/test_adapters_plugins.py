@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -212,8 +213,9 @@ def test_a_new_package_is_complete_and_conforms(tmp_path: Path, site: Path) -> N
     package = tmp_path / "package"
     project: dict[str, Any] = tomllib.loads((package / "pyproject.toml").read_text())["project"]
     (name, value) = next(iter(project["entry-points"]["mwtool.adapters"].items()))
-    code = (package / "mwtool_cwm" / "__init__.py").read_text()
-    plugins.distribution(site, project["name"], name, code, value=value)
+    plugins.distribution(site, project["name"], name, "", value=value)
+    (site / "mwtool_cwm.py").unlink()
+    shutil.copytree(package / "mwtool_cwm", site / "mwtool_cwm")
     assert check_type(CWM, adapter_for(CWM)).fault is None
     assert adapter_for(CWM).plugin.distribution == "mwtool-cwm"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(package)]

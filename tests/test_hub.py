@@ -147,7 +147,8 @@ def test_a_missing_shard_is_a_damaged_checkpoint(models: hub.Hub, folder: Path, 
 
 
 def test_the_environment_s_endpoint_and_cache_are_used(models: hub.Hub, tmp_path: Path) -> None:
-    ran = run_apart("scan", "some/model", "--json", HF_ENDPOINT=models.endpoint, HF_HOME=str(tmp_path / "home"))
+    environment = {"HF_ENDPOINT": models.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    ran = run_apart("scan", "some/model", "--json", **environment)
     assert ran.document["revision"] == hub.COMMIT
     assert ran.err == ""
     assert list((tmp_path / "home").glob("hub/models--some--model/snapshots/*/config.json"))
