@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mwtool.bos import find_bos
 from mwtool.errors import BadValue
-from mwtool.evaluate import Measured, OnProgress, Options, Prepared, prepare
+from mwtool.evaluate import Prepared, prepare
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
+from mwtool.measured import Measured, OnProgress, Options
 from mwtool.override import averaging
 from mwtool.registry import adapter_for
 from mwtool.scan import decoder_layers

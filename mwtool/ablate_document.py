@@ -8,8 +8,8 @@ from typing import Any
 
 from mwtool.ablate import Ablation, Run
 from mwtool.document import envelope
-from mwtool.evaluate import Measured
 from mwtool.load import Loaded
+from mwtool.measured import Measured
 from mwtool.verdict import Ratio, Verdict, named, ratio_of
 
 SCHEMA = "mwtool.ablate/1"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.ablate import Ablation, Run
-from mwtool.evaluate import Measured
+from mwtool.measured import Measured
 from mwtool.verdict import Verdict, named, ratio_of, short
 
 BESIDE, WIDE = 26, 46

@@ -4,65 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from mwtool.bos import find_bos
+from mwtool.answers import prepare_answers
 from mwtool.errors import BadValue
+from mwtool.harness import prepare_named, prepare_rows
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
+from mwtool.measured import Measured, OnProgress, Options, bos_for, positions, tokenizer_for
 from mwtool.perplexity import LENGTH, Windows, perplexity, windows
-from mwtool.perplexity import Protocol as Cut
 from mwtool.surgery import Attack, edited, rows_of
 from mwtool.tasks import Task
 from mwtool.texts import default_protocol, text_for
 
-OnProgress = Callable[[int, int], None]
-"""Called with what is done of the task in hand, and of how much."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to measure.
-
-    batch_size: windows, questions or prompts at once; None: about 8,192 tokens of windows, 16 of the others.
-    limit: the first so many of them. protocol, window: how a text is cut (None: as the task or the model says).
-    bos: as `--bos`. delimiter: between context and continuation in local files. new_tokens: an answer's most.
-    """
-
-    batch_size: int | None = None
-    limit: int | None = None
-    seed: int = 0
-    protocol: Cut | None = None
-    window: int | None = None
-    bos: str = "auto"
-    delimiter: str = " "
-    new_tokens: int = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """One figure.
-
-    value: nan or inf where `nonfinite` says why. stderr: standard error; None where there is none.
-    n: samples: windows (documents under `word`), questions, prompts. samples: one value each: the sum of -ln p for a
-    perplexity, whose denominators are `weights`; else what is averaged. digest: the same where the samples are.
-    setting: what else it takes to repeat it. answers: generated texts.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    seconds: float
-    samples: tuple[float, ...] = ()
-    weights: tuple[float, ...] | None = None
-    higher_is_better: bool = True
-    nonfinite: str | None = None
-    digest: str | None = None
-    setting: dict[str, Any] = field(default_factory=dict)
-    answers: tuple[str, ...] = ()
+OnTask = Callable[[int, int, str], OnProgress | None]
+"""Called before a task with tasks done, tasks in all, and what comes; may return what to call on progress."""
 
 
 class Prepared(Protocol):
@@ -98,30 +55,38 @@ def evaluate(
     tasks: Sequence[Task],
     options: Options | None = None,
     *,
-    on_result: Callable[[Result], None] | None = None,
-    on_task: Callable[[Attack, Prepared], OnProgress | None] | None = None,
+    on_results: Callable[[Sequence[Result]], None] | None = None,
+    on_task: OnTask | None = None,
+    on_note: Callable[[str], None] | None = None,
     done: Collection[tuple[str, str]] = (),
 ) -> tuple[Result, ...]:
     """Every task under every attack, on one loaded model, each text cut once.
 
-    on_result: called as each figure is there. on_task: called before a task; may return what to call on progress.
-    done: attack and task, as text, to leave out. Raises BadValue if an attack needs massive weights there are none of.
+    on_results: called with a task's figures as it ends. done: attack and task, as text, to leave out.
+    Raises BadValue if an attack needs massive weights there are none of, before anything runs.
     """
     options = options or Options()
-    contexts = [(attack, _attacking(loaded, massive, attack)) for attack in attacks]
-    ready = prepare(loaded, tasks, options)
+    left = [(attack, task) for attack in attacks for task in tasks if (str(attack), str(task)) not in done]
+    wanted = dict.fromkeys(attack for attack, _ in left)
+    for attack in wanted:
+        with _attacking(loaded, massive, attack):  # changing nothing yet: a refusal comes before hours of measuring
+            pass
+    needed = dict.fromkeys(task for _, task in left)
+    ready = dict(zip(needed, prepare(loaded, list(needed), options), strict=True))
+    for line in dict.fromkeys(line for one in ready.values() for line in one.notes):
+        if on_note is not None:
+            on_note(line)
     results: list[Result] = []
-    for attack, context in contexts:
-        left = [one for one in ready if (str(attack), str(one.task)) not in done]
-        if not left:
-            continue
-        with context:
-            for one in left:
-                on_progress = None if on_task is None else on_task(attack, one)
-                for measured in one.run(loaded, options, on_progress):
-                    results.append(Result(attack, measured))
-                    if on_result is not None:
-                        on_result(results[-1])
+    over = 0
+    for attack in wanted:
+        with _attacking(loaded, massive, attack):
+            for task in (task for other, task in left if other == attack):
+                on_progress = None if on_task is None else on_task(over, len(left), f"{attack}, {task}")
+                over += 1
+                found = [Result(attack, one) for one in ready[task].run(loaded, options, on_progress)]
+                results.extend(found)
+                if on_results is not None:
+                    on_results(found)
     return tuple(results)
 
 
@@ -138,9 +103,13 @@ def prepare(loaded: Loaded, tasks: Sequence[Task], options: Options) -> list[Pre
 
 
 def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:
-    if task.kind == "ppl" and not (task.target == "wikitext2" and options.protocol == "word"):
+    if task.kind == "ppl" and (task.target, options.protocol) == ("wikitext2", "word"):
+        return prepare_named(loaded, task, options, name="wikitext")  # it has the articles; the dataset has lines
+    if task.kind == "ppl":
         return _texts(loaded, task, options)
-    raise BadValue(f"task {task}: not there yet")
+    if task.kind == "generate":
+        return prepare_answers(loaded, task, options)
+    return prepare_rows(loaded, task, options) if task.kind in ("mc", "cloze") else prepare_named(loaded, task, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,35 +140,23 @@ class _Perplexity:
 
 
 def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
-    if loaded.tokenizer is None:
-        raise BadValue(f"{loaded.source.name} has no tokenizer; {task} needs one to read text")
+    tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
-    length, notes = window_for(loaded, options.window, protocol)
-    bos = None
-    if protocol != "sun-4096":
-        found = find_bos(options.bos, loaded.tokenizer, loaded.base.config)
-        bos = found.id
-        notes += (found.note,) if found.note else ()
-    cut = windows(loaded.tokenizer, text_for(task.target), protocol, length, bos).first(options.limit)
+    length, notes = window_for(loaded, options.window)
+    bos = None if protocol == "sun-4096" else bos_for(loaded, options)
+    if bos is not None and bos.note:
+        notes += (bos.note,)
+    first = None if bos is None else bos.id
+    cut = windows(tokenizer, text_for(task.target), protocol, length, first).first(options.limit)
     return _Perplexity(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
 
 
-def window_for(loaded: Loaded, asked: int | None, protocol: Cut) -> tuple[int, tuple[str, ...]]:
+def window_for(loaded: Loaded, asked: int | None) -> tuple[int, tuple[str, ...]]:
     """Tokens in a window: as asked, else 4096, and no more than the model has positions for."""
     wanted, most = asked or LENGTH, positions(loaded)
     if most is None or wanted <= most:
         return wanted, ()
-    said = asked is not None or protocol in ("sun-4096", "bos-4096")
-    return most, (f"windows of {wanted} tokens are shortened to the {most} the model has",) if said else ()
-
-
-def positions(loaded: Loaded) -> int | None:
-    """Positions the model has, by its configuration; None where it sets no bound."""
-    config = loaded.base.config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return None
+    return most, (f"windows of {wanted} tokens are shortened to the {most} the model has",)
 
 
 def _attacking(loaded: Loaded, massive: MassiveWeights | None, attack: Attack) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mwtool.evaluate import Measured
+from mwtool.measured import Measured
 from mwtool.surgery import Attack
 
 LEVEL = 0.95

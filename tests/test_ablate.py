@@ -23,8 +23,9 @@ from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated, continuations
 from mwtool.ablate_document import ablate_document
 from mwtool.ablate_report import ablate_report
 from mwtool.errors import BadValue
-from mwtool.evaluate import Measured, Options, prepare
+from mwtool.evaluate import prepare
 from mwtool.load import Loaded, load
+from mwtool.measured import Measured, Options
 from mwtool.plots import _curves
 from mwtool.surgery import Attack, edited, parse_mode
 from mwtool.targets import Choice, Target, find_targets, norm_rows, random_rows

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.options import DType
+from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
     from mwtool.ablate import Ablation, Sweep
     from mwtool.load import Loaded
     from mwtool.targets import Target
-
-
-class On(StrEnum):
-    """Where rows are taken out of a PEFT adapter folder's model."""
-
-    base = "base"
-    merged = "merged"
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -92,8 +84,8 @@ def ablate(
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
     from mwtool.cli.terminal import note
-    from mwtool.evaluate import Options
     from mwtool.load import load
+    from mwtool.measured import Options
     from mwtool.save import check_savable
     from mwtool.surgery import parse_mode
     from mwtool.targets import Choice, find_targets

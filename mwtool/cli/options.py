@@ -23,6 +23,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class On(StrEnum):
+    """Where rows are taken out of a PEFT adapter folder's model."""
+
+    base = "base"
+    merged = "merged"
+
+
 def _debug(on: bool) -> None:
     if on:
         os.environ["MWTOOL_DEBUG"] = "1"

@@ -1,0 +1,262 @@
+"""`mwtool eval`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.options import DType, On
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mwtool.evaluate import Result
+    from mwtool.load import Loaded
+    from mwtool.massive import MassiveWeights
+    from mwtool.measured import Options
+    from mwtool.surgery import Attack
+    from mwtool.tasks import Task
+
+
+class Protocol(StrEnum):
+    """How a text becomes windows."""
+
+    bos = "bos"
+    bos_4096 = "bos-4096"
+    sun_4096 = "sun-4096"
+    word = "word"
+
+
+def evaluate(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Hub id, local folder, PEFT adapter folder, or demo; with --compare several, or earlier result files.",
+            show_default="demo",
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ppl:demo|FILE|wikitext2|c4|pg19, mc:FILE.jsonl, cloze:FILE.jsonl, generate:FILE, paper, or a task of "
+            "lm-evaluation-harness; repeatable.",
+            show_default="ppl:demo",
+        ),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="none, zero:K, retain:K or scale:X:K; repeatable.", show_default="none"),
+    ] = None,
+    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Several models or result files beside the first."),
+    ] = False,
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(help="How a text is cut.", show_default="sun-4096 for the datasets, else bos"),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a window.", show_default="4096, or what the model has")
+    ] = None,
+    bos: Annotated[str, typer.Option(help="First token: auto, always, never, or a TOKEN or id.")] = "auto",
+    delimiter: Annotated[
+        str, typer.Option(help="Between context and continuation in mc: and cloze: files.", show_default="a space")
+    ] = " ",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer of generate:, at most.")] = 128,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows, questions or prompts at once.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each task.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of -o has already.")] = False,
+    revision: options.Revision = None,
+    dtype: options.Precision = DType.auto,
+    device: options.Device = "cpu",
+    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: options.Output = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
+    models = list(dict.fromkeys(model or ["demo"]))
+    _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    from mwtool.document import check_writable
+    from mwtool.measured import Options
+    from mwtool.surgery import parse_attack
+    from mwtool.tasks import parse_tasks
+
+    measuring = Options(
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        protocol=None if protocol is None else protocol.value,
+        window=window,
+        bos=bos,
+        delimiter=delimiter,
+        new_tokens=new_tokens,
+    )
+    attacks = tuple(dict.fromkeys(map(parse_attack, attack or ["none"])))
+    if output is not None:
+        check_writable(output)
+    opening: dict[str, Any] = {"on": on.value, "revision": revision, "dtype": dtype.value, "device": device}
+    opening |= {"device_map": device_map, "trust_remote_code": trust_remote_code}
+    run = _Run(parse_tasks(task or ["ppl:demo"]), attacks, massive, measuring, opening, output, compare, resume)
+    run.measure(models)
+    if json:
+        sys.stdout.write(run.text())
+        return
+    from rich.console import Console
+
+    from mwtool.eval_document import rows_of
+    from mwtool.eval_report import eval_report
+
+    Console().print(eval_report(rows_of(run.documents, run.names)))
+
+
+def _usage(
+    models: Sequence[str],
+    *,
+    compare: bool,
+    resume: bool,
+    output: Path | None,
+    revision: str | None,
+    massive: Path | None,
+) -> None:
+    if len(models) > 1 and not compare:
+        raise typer.BadParameter(f"one MODEL is evaluated, {len(models)} are given; --compare puts them side by side")
+    if len(models) > 1 and (revision is not None or massive is not None):
+        raise typer.BadParameter("--revision and --massive belong to one MODEL; evaluate them one by one with -o FILE")
+    if resume and output is None:
+        raise typer.BadParameter("--resume goes on from the file of -o; say which")
+
+
+@dataclass(slots=True)
+class _Run:
+    """What was asked for, and the documents so far: of each model in turn, or read from a result file."""
+
+    tasks: Sequence[Task]
+    attacks: Sequence[Attack]
+    massive: Path | None
+    measuring: Options
+    opening: dict[str, Any]
+    output: Path | None
+    compare: bool
+    resume: bool
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(self, models: Sequence[str]) -> None:
+        from mwtool.eval_document import read_documents
+
+        if self.resume and self.output is not None and self.output.exists():
+            self.earlier = read_documents(self.output)
+        files = {name: read_documents(Path(name)) for name in models if self.compare and Path(name).is_file()}
+        for name in models:
+            if name not in files:
+                self._evaluate(name)
+                continue
+            for document in files[name]:
+                self.documents.append(document)
+                self.names.append(
+                    Path(name).stem if len(files[name]) == 1 else f"{Path(name).stem}: {document['model']}"
+                )
+        self._write()
+
+    def text(self) -> str:
+        from mwtool.cli.terminal import command_line
+        from mwtool.eval_document import comparison_document, text_of_results
+
+        document = (
+            comparison_document(self.documents, self.names, command_line()) if self.compare else self.documents[0]
+        )
+        return text_of_results(document)
+
+    def _write(self) -> None:
+        from mwtool.document import write
+
+        if self.output is not None:
+            write(self.output, self.text())
+
+    def _evaluate(self, model: str) -> None:
+        from mwtool.cli.terminal import note, run_progress
+        from mwtool.eval_document import earlier_results
+        from mwtool.evaluate import evaluate
+        from mwtool.load import load
+
+        loaded = load(model, **self.opening)
+        massive, notes = self._massive(loaded)
+        for line in (*loaded.notes, *notes):
+            note(line)
+        document = self._document(loaded, massive)
+        earlier = (
+            []
+            if self.output is None
+            else earlier_results(self.output, document([], notes, complete=False), self.earlier)
+        )
+        results: list[Result] = list(earlier)
+        self.documents.append(document(results, notes, complete=False))
+        self.names.append(model)
+
+        def on_results(found: Sequence[Result]) -> None:
+            results.extend(found)
+            self.documents[-1] = document(results, notes, complete=False)
+            self._write()
+
+        def on_note(line: str) -> None:
+            notes.append(line)
+            note(line)
+
+        done = {(str(one.attack), one.measured.task) for one in earlier}
+        with run_progress() as on_task:
+            evaluate(
+                loaded,
+                massive,
+                self.attacks,
+                self.tasks,
+                self.measuring,
+                on_results=on_results,
+                on_task=on_task,
+                on_note=on_note,
+                done=done,
+            )
+        self.documents[-1] = document(results, notes, complete=True)
+
+    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
+        """Massive weights where an attack needs them."""
+        if all(attack.idle for attack in self.attacks):
+            return None, []
+        from mwtool.load import massive_for
+        from mwtool.scan import Settings
+
+        most = max(attack.k for attack in self.attacks)
+        massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))
+        return massive, list(notes)
+
+    def _document(self, loaded: Loaded, massive: MassiveWeights | None) -> Callable[..., dict[str, Any]]:
+        from mwtool.cli.terminal import command_line
+        from mwtool.eval_document import eval_document
+
+        def made(results: Sequence[Result], notes: Sequence[str], *, complete: bool) -> dict[str, Any]:
+            return eval_document(
+                loaded,
+                self.measuring,
+                attacks=self.attacks,
+                tasks=[str(task) for task in self.tasks],
+                results=results,
+                massive=massive,
+                notes=notes,
+                command=command_line(),
+                complete=complete,
+            )
+
+        return made
