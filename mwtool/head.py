@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MULTIPLE, LEAST = 4, 2**24
-"""Float32 logits of a chunk take at most 4 times the bytes of the hidden states, or 16 MB where that is more."""
+MULTIPLE, LEAST = 4, 2**22
+"""Float32 logits of a chunk take at most 4 times the bytes of the hidden states, or 4 MB where that is more."""
 TRIED = 16
 """Tokens on which the two ways are compared."""
 
@@ -36,17 +36,20 @@ class Head:
     body: nn.Module | None
     why: str | None = None
 
-    def losses(self, ids: Tensor, scored: Tensor) -> Tensor:
+    def losses(self, ids: Tensor, scored: Tensor, most: int) -> Tensor:
         """-ln p of the scored tokens, in the order of `ids`, (N,), float32 (float64 from float64 logits).
 
         ids: (B, T), padded on the right, which a causal model does not see. scored: (B, T), bool; never column 0.
+        most: tokens read, T or T - 1. All are read where they may be: an odd number is slow on some devices.
         """
         targets = ids[scored]  # (N,)
-        read, before = ids[:, :-1], scored[:, 1:]  # position t gives the logits of token t + 1; the last is not read
+        before = functional.pad(scored[:, 1:], (0, 1))  # position t gives the logits of token t + 1
+        if ids.shape[1] > most:  # the last token needs no position of its own
+            ids, before = ids[:, :most], before[:, :most]
         if self.body is None:
-            logits = self.model(input_ids=read, use_cache=False).logits  # (B, T - 1, V)
+            logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
             return _loss(logits[before.to(logits.device)], targets)
-        answer = self.body(input_ids=read, use_cache=False)
+        answer = self.body(input_ids=ids, use_cache=False)
         hidden = answer[0][before.to(answer[0].device)]  # (N, H)
         rows = rows_at_once(answer[0], self.vocabulary)
         parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
@@ -91,8 +94,9 @@ def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    exact = logits if logits.dtype == torch.float64 else logits.float()  # (N, V)
-    return functional.cross_entropy(exact, targets.to(exact.device), reduction="none")
+    exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    likely = functional.log_softmax(logits, dim=-1, dtype=exact)  # (N, V)
+    return -likely.gather(1, targets.to(likely.device)[:, None])[:, 0]
 
 
 def _same(ours: Tensor, whole: Tensor) -> bool:
