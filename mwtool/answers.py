@@ -65,9 +65,13 @@ def prepare_answers(loaded: Loaded, task: Task, options: Options) -> Prompts:
     most = positions(loaded)
     room = None if most is None else most - options.new_tokens
     if room is not None and room < 2:  # noqa: PLR2004 # bos and one token
-        raise BadValue(f"{task}: {options.new_tokens} new tokens leave no room for a prompt in {most} positions")
+        raise BadValue(
+            f"{task}: {options.new_tokens} new tokens leave no room for a prompt in {most} positions; "
+            f"give fewer with --new-tokens"
+        )
     first = () if bos is None else (bos.id,)
     plain = [tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+    plain = [one[1:] if first and one[:1] == first else one for one in plain]  # the text may begin with it
     ids = tuple(first + (one if room is None else one[-(room - len(first)) :]) for one in plain)
     cut = sum(len(one) + len(first) > len(kept) for one, kept in zip(plain, ids, strict=True))
     notes = [f"{task}: {bos.note}"] if bos is not None and bos.note else []

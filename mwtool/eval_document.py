@@ -22,8 +22,8 @@ from mwtool.surgery import Attack, parse_attack
 
 SCHEMA = "mwtool.eval/1"
 COMPARISON = "mwtool.comparison/1"
-SAME = ("model", "revision", "adapter", "on", "dtype", "attention", "bos", "seed", "options", "massive")
-"""What results of one document share; a run is resumed only where all of it is equal."""
+SAME = ("revision", "dtype", "attention", "bos", "seed", "options")
+"""What results of one document share; a run is resumed only where all of it, and the attacked rows, are equal."""
 LIBRARIES = ("accelerate", "datasets", "lm_eval", "peft")
 
 
@@ -158,7 +158,10 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
             f"{path} has schema {schema!r}; expected {SCHEMA!r} or {COMPARISON!r}, as `mwtool eval -o` writes"
         )
     found = document["models"] if schema == COMPARISON else [document]
-    missing = next((key for one in found for key in (*SAME, "results") if key not in one), None)
+    missing = next(
+        (key for one in found for key in (*SAME, "model", "adapter", "on", "massive", "results") if key not in one),
+        None,
+    )
     if missing is not None:
         raise BadValue(f"{path} has no {missing!r}; expected a result file of this version of mwtool")
     return list(found)
@@ -170,6 +173,8 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         if (one["model"], one["adapter"], one["on"]) != (now["model"], now["adapter"], now["on"]):
             continue
         other = next((key for key in SAME if one[key] != now[key]), None)
+        if other is None and not _same_rows(one["massive"], now["massive"]):
+            other = "massive"
         if other is not None:
             raise BadValue(
                 f"{path} was made with {other} {one[other]}, now it is {now[other]}; give the same to go on, "
@@ -179,9 +184,22 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
     return []
 
 
+def _same_rows(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether the rows that both ranked are the same."""
+    if one is None or other is None:
+        return True  # one of the two attacks nothing
+    ranked = min(len(one["indices"]), len(other["indices"]))
+    places = [(rows["layer"], rows["expert"], rows["indices"][:ranked]) for rows in (one, other)]
+    return places[0] == places[1]
+
+
 def text_of_results(document: dict[str, Any]) -> str:
     """As `text_of`, with lists of numbers on one line: there is one for every sample."""
-    return re.sub(r"\[\n\s+([-+\d.eE,\s]|null)+\]", lambda found: re.sub(r"\n\s*", " ", found[0]), text_of(document))
+    return re.sub(r"\[\n\s+((?:[-+\d.eE,\s]|null)+?)\s+\]", _on_one_line, text_of(document))
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f"[{' '.join(found[1].split())}]"
 
 
 def _pair(row: Row, reference: Row, found: Paired | None) -> dict[str, Any]:

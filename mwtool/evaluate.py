@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from mwtool.answers import prepare_answers
 from mwtool.errors import BadValue
-from mwtool.harness import prepare_named, prepare_rows
+from mwtool.harness import check_name, check_rows, prepare_named, prepare_rows
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
 from mwtool.measured import Measured, OnProgress, Options, bos_for, positions, tokenizer_for
 from mwtool.perplexity import LENGTH, Windows, perplexity, windows
 from mwtool.surgery import Attack, edited, rows_of
-from mwtool.tasks import Task
-from mwtool.texts import default_protocol, text_for
+from mwtool.tasks import Task, read_prompts
+from mwtool.texts import DATASETS, default_protocol, text_for
 
 OnTask = Callable[[int, int, str], OnProgress | None]
 """Called before a task with tasks done, tasks in all, and what comes; may return what to call on progress."""
@@ -100,6 +101,19 @@ def measure(loaded: Loaded, tasks: Sequence[Task | Prepared], options: Options |
 def prepare(loaded: Loaded, tasks: Sequence[Task], options: Options) -> list[Prepared]:
     """Read and check everything tasks need, before anything runs. Raises MwtoolError."""
     return [_prepared(loaded, task, options) for task in tasks]
+
+
+def check(tasks: Sequence[Task]) -> None:
+    """What can be said against tasks before a model is opened: names and files. Raises MwtoolError."""
+    for task in tasks:
+        if task.kind == "harness":
+            check_name(task, task.target)
+        elif task.kind == "generate":
+            read_prompts(Path(task.target))
+        elif task.kind != "ppl":
+            check_rows(task)
+        elif task.target not in DATASETS:
+            text_for(task.target)
 
 
 def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:

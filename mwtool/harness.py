@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +94,10 @@ class Named:
 
 
 def prepare_rows(loaded: Loaded, task: Task, options: Options) -> Rows:
-    """Read a file of questions; `demo` is the bundled one. Raises BadValue for a bad line, or without lm-eval."""
-    _needed(task)
+    """Read a file of questions. Raises BadValue for a bad line, a row that does not fit, or without lm-eval."""
     tokenizer_for(loaded, task)
-    bos = bos_for(loaded, options)
-    path = DEMO / f"{task.kind}.jsonl" if task.target == "demo" else Path(task.target)
-    rows: tuple[Choice | Cloze, ...] = read_cloze(path) if task.kind == "cloze" else read_choices(path)
-    rows = rows[: options.limit]
-    _check_lengths(loaded, path, rows, options)
+    bos, rows = bos_for(loaded, options), check_rows(task)[: options.limit]
+    _check_lengths(loaded, task, rows, options)
     setting = {**_setting(bos, options), "delimiter": options.delimiter}
     notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
     return Rows(task, rows, hashlib.sha256(repr(rows).encode()).hexdigest()[:16], setting, notes)
@@ -112,21 +108,15 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
 
     Raises BadValue with the names that are near, ModelNotFound without data.
     """
-    _needed(task)
     tokenizer_for(loaded, task)
     bos, name = bos_for(loaded, options), name or task.target
-    with _quiet():
-        manager = _manager()
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*manager.all_tasks, "paper"], n=3)
-            advice = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those there are"
-            raise BadValue(f"lm-evaluation-harness has no task {name!r}; {advice}")
-        try:
-            data = reaching(
-                str(task), f"of {name}", lambda: manager.load(name), "mc:FILE.jsonl and cloze:FILE.jsonl are local"
-            )
-        except ImportError as fault:  # a package that only this task needs
-            raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
+    check_name(task, name)
+    local = "mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
+    try:
+        with _quiet():
+            data = reaching(str(task), f"of {name}", lambda: _manager().load(name), local)
+    except ImportError as fault:  # a package that only this task needs
+        raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
     notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
     return Named(task, data, {**_setting(bos, options), "name": name}, notes)
 
@@ -135,7 +125,25 @@ def _setting(bos: Any, options: Options) -> dict[str, Any]:
     return {"bos": None if bos is None else bos.id, "batch_size": options.batch_size or BATCH}
 
 
-def _check_lengths(loaded: Loaded, path: Path, rows: Sequence[Choice | Cloze], options: Options) -> None:
+def check_rows(task: Task) -> tuple[Choice | Cloze, ...]:
+    """The rows of a local file; `demo` is the bundled one. Raises BadValue for a bad line, or without lm-eval."""
+    _needed(task)
+    path = DEMO / f"{task.kind}.jsonl" if task.target == "demo" else Path(task.target)
+    return read_cloze(path) if task.kind == "cloze" else read_choices(path)
+
+
+def check_name(task: Task, name: str) -> None:
+    """Whether the harness knows this name. Raises BadValue with the names that are near, or without lm-eval."""
+    _needed(task)
+    with _quiet():
+        known = _manager().all_tasks
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "paper"], n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those there are"
+        raise BadValue(f"lm-evaluation-harness has no task {name!r}; {advice}")
+
+
+def _check_lengths(loaded: Loaded, task: Task, rows: Sequence[Choice | Cloze], options: Options) -> None:
     """Each continuation is some tokens of its own, and not more than the model has positions for; else BadValue."""
     tokenizer, most = loaded.tokenizer, options.window or positions(loaded)
     assert tokenizer is not None, "seen before"
@@ -153,7 +161,7 @@ def _check_lengths(loaded: Loaded, path: Path, rows: Sequence[Choice | Cloze], o
         if min(lengths) < 1 or (most is not None and max(lengths) > most):
             length = min(lengths) if min(lengths) < 1 else max(lengths)
             raise BadValue(
-                f"{path}, row {number}: a continuation has {length} tokens; "
+                f"{task}, row {number}: a continuation has {length} tokens; "
                 f"expected at least 1{'' if most is None else f' and at most the {most} of the window'}"
             )
 
@@ -299,11 +307,15 @@ def _finite(answers: Any) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log of what it is doing; its errors remain."""
-    logger = logging.getLogger("lm_eval")
+    """Without the harness's log of what it is doing, and its bar over questions made; its errors remain."""
+    from lm_eval.api import task
+
+    logger, bar = logging.getLogger("lm_eval"), task.tqdm
     before = logger.level
     logger.setLevel(logging.ERROR)
+    task.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
         logger.setLevel(before)
+        task.tqdm = bar

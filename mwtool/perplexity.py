@@ -161,7 +161,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model as it stands, adapters and attacks included.
 
-    batch_size: windows at once; None for about 8,192 tokens, on a CPU 2,048. on_batch: called with windows done and in all.
+    batch_size: windows at once; None for about 8,192 tokens, on a CPU 2,048.
+    on_batch: called with windows done and in all.
     """
     start = time.perf_counter()
     device = model.get_input_embeddings().weight.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -64,9 +65,12 @@ def _dataset(name: str, *place: str, split: str) -> Any:
 
 def reaching(task: str, place: str, ask: Callable[[], Any], local: str) -> Any:
     """Fetch a dataset. Raises ModelNotFound with the local way where it cannot be had."""
+    from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         return ask()
     except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as fault:

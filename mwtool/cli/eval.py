@@ -90,6 +90,7 @@ def evaluate(
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
     from mwtool.document import check_writable
+    from mwtool.evaluate import check
     from mwtool.measured import Options
     from mwtool.surgery import parse_attack
     from mwtool.tasks import parse_tasks
@@ -109,7 +110,9 @@ def evaluate(
         check_writable(output)
     opening: dict[str, Any] = {"on": on.value, "revision": revision, "dtype": dtype.value, "device": device}
     opening |= {"device_map": device_map, "trust_remote_code": trust_remote_code}
-    run = _Run(parse_tasks(task or ["ppl:demo"]), attacks, massive, measuring, opening, output, compare, resume)
+    tasks = parse_tasks(task or ["ppl:demo"])
+    check(tasks)
+    run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
     run.measure(models)
     if json:
         sys.stdout.write(run.text())
