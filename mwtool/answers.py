@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class Prompts:
             if on_progress is not None:
                 on_progress(len(answers), len(self.ids))
         figure = mean_of("answer_tokens", lengths)
-        figure["nonfinite"] = nonfinite(bad, len(self.ids))
+        if bad:
+            figure |= {"value": math.nan, "stderr": None, "nonfinite": nonfinite(bad, len(self.ids))}
         digest = hashlib.sha256(repr(self.texts).encode()).hexdigest()[:16]
         return [
             Measured(

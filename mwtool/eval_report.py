@@ -49,6 +49,9 @@ def _answers(rows: Sequence[Row]) -> Iterator[RenderableType]:
     """For each of the first prompts, what each variant says after it."""
     for task in dict.fromkeys(row.measured.task for row in rows):
         same = [row for row in rows if row.measured.task == task]
+        for row in same:
+            if row.measured.nonfinite:
+                yield Text(f"\n{short(task)}, {_name(row, same)}: {row.measured.nonfinite}")
         prompts = same[0].measured.setting["prompts"]
         for at, prompt in enumerate(prompts[:SHOWN]):
             grid = Table.grid(expand=True, padding=(0, 1))
