@@ -61,7 +61,7 @@ def test_the_pinned_versions_satisfy_what_the_project_requires() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("test", "dev") for line in project["optional-dependencies"][extra]]
+    extras = [line for extra in ("test", "dev", "eval") for line in project["optional-dependencies"][extra]]
     required = [Requirement(line) for line in (*project["dependencies"], *extras) if not line.startswith("mwtool")]
     pinned = {one.name: pins[one.name.lower().replace("_", "-")] for one in required}
     assert [str(one) for one in required if not one.specifier.contains(pinned[one.name])] == []

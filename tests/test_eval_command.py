@@ -86,8 +86,8 @@ def test_every_key_of_the_documents_is_described(folder: Path, tmp_path: Path) -
         "eval", "--compare", tmp_path / "a.json", tmp_path / "a.json", folder, "--task", "ppl:demo", "--json"
     )
     document = compared.document
-    described = set(re.findall(r"`([a-z_]+)`", text[text.index("## `mwtool.eval/1`") :] + text[: text.index("## ")]))
-    described |= set(re.findall(r"`([a-z_]+)`", text))
+    envelope, own = text.split("\n## ")[1], text[text.index("## `mwtool.eval/1`") :]
+    described = set(re.findall(r"`([a-z_]+)`", envelope + own))
     names = {*document, *document["pairs"][0], *document["models"][0], *document["models"][0]["results"][0]}
     assert names - described == set()
 
@@ -114,9 +114,9 @@ def test_the_bundled_model_has_questions_of_its_own_and_answers_above_chance() -
 
 
 def test_a_killed_run_loses_the_task_in_hand_and_resume_does_the_rest(folder: Path, tmp_path: Path) -> None:
-    order = torch.randint(40, (3000,), generator=torch.Generator().manual_seed(1)).tolist()
+    order = torch.randint(40, (900,), generator=torch.Generator().manual_seed(1)).tolist()
     tasks = []
-    for number in range(12):
+    for number in range(5):
         (tmp_path / f"{number}.txt").write_text(" ".join(WORDS[at] for at in order[number:]))
         tasks += ["--task", f"ppl:{tmp_path / f'{number}.txt'}"]
     output = tmp_path / "out.json"
@@ -131,7 +131,7 @@ def test_a_killed_run_loses_the_task_in_hand_and_resume_does_the_rest(folder: Pa
     killed = json.loads(output.read_text())
     assert process.returncode == -signal.SIGKILL
     assert not killed["complete"]
-    assert 1 <= len(killed["results"]) < 12
+    assert 1 <= len(killed["results"]) < 5
     ran = run(*arguments, "--resume", "--json")
     assert ran.code == 0
     document = ran.document
@@ -199,7 +199,8 @@ def test_other_windows_are_not_paired_and_said_so(folder: Path, tmp_path: Path) 
 def test_an_adapter_is_attacked_below_it_or_in_the_sum(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tuned: Any = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(folder),
+        LoraConfig(target_modules=["up_proj"], init_lora_weights=False, lora_alpha=512),
     )
     tuned.save_pretrained(tmp_path / "adapter")
     options = (
@@ -216,7 +217,7 @@ def test_an_adapter_is_attacked_below_it_or_in_the_sum(folder: Path, tmp_path: P
     base, merged = (run("eval", tmp_path / "adapter", *options, "--on", on).document for on in ("base", "merged"))
     assert (base["on"], merged["on"], base["adapter"]) == ("base", "merged", str(tmp_path / "adapter"))
     assert base["results"][0]["value"] == pytest.approx(merged["results"][0]["value"], rel=1e-4)
-    assert base["results"][1]["value"] != pytest.approx(merged["results"][1]["value"], rel=1e-4)
+    assert base["results"][1]["value"] != pytest.approx(merged["results"][1]["value"], rel=1e-5)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "./gone"}))
     fault = run("eval", tmp_path / "adapter", *options).fault
