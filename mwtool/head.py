@@ -36,24 +36,26 @@ class Head:
     body: nn.Module | None
     why: str | None = None
 
-    def losses(self, ids: Tensor, scored: Tensor, most: int) -> Tensor:
+    def losses(self, ids: Tensor, scored: Tensor, most: int, device: torch.device) -> Tensor:
         """-ln p of the scored tokens, in the order of `ids`, (N,), float32 (float64 from float64 logits).
 
         ids: (B, T), padded on the right, which a causal model does not see. scored: (B, T), bool; never column 0.
+        Both on the CPU: where to look is found there, and nothing waits for the device.
         most: tokens read, T or T - 1. All are read where they may be: an odd number is slow on some devices.
         """
-        targets = ids[scored]  # (N,)
+        targets = ids[scored].to(device)  # (N,)
         before = functional.pad(scored[:, 1:], (0, 1))  # position t gives the logits of token t + 1
         if ids.shape[1] > most:  # the last token needs no position of its own
             ids, before = ids[:, :most], before[:, :most]
+        places, read = before.flatten().nonzero()[:, 0], ids.to(device)  # (N,), (B, T)
         if self.body is None:
-            logits = self.model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-            return _loss(logits[before.to(logits.device)], targets)
-        answer = self.body(input_ids=ids, use_cache=False)
-        hidden = answer[0][before.to(answer[0].device)]  # (N, H)
+            logits = self.model(input_ids=read, use_cache=False).logits.flatten(0, 1)  # (B * T, V)
+            return _loss(logits[places.to(logits.device)], targets)
+        answer = self.body(input_ids=read, use_cache=False)
+        hidden = answer[0].flatten(0, 1)[places.to(answer[0].device)]  # (N, H)
         rows = rows_at_once(answer[0], self.vocabulary)
         parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-        return torch.cat([_loss(self._logits(answer, chunk, ids), aims) for chunk, aims in parts])
+        return torch.cat([_loss(self._logits(answer, chunk, read), aims) for chunk, aims in parts])
 
     @property
     def vocabulary(self) -> int:

@@ -43,11 +43,11 @@ class Options:
 class Measured:
     """One figure.
 
-    part: the sub-task where a task is a group of several; None for the whole.
     value: nan or inf where `nonfinite` says why. stderr: standard error; None where there is none.
     n: samples: windows (documents under `word`), questions, prompts. samples: one value each: the sum of -ln p for a
     perplexity, whose denominators are `weights`; else what is averaged. digest: the same where the samples are.
     setting: what else it takes to repeat it. answers: generated texts.
+    part: the sub-task where a task is a group of several; None for the whole.
     """
 
     task: str
@@ -56,7 +56,6 @@ class Measured:
     stderr: float | None
     n: int
     seconds: float
-    part: str | None = None
     samples: tuple[float, ...] = ()
     weights: tuple[float, ...] | None = None
     higher_is_better: bool = True
@@ -64,6 +63,7 @@ class Measured:
     digest: str | None = None
     setting: dict[str, Any] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
+    part: str | None = None
 
 
 def mean_of(metric: str, values: Sequence[float]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def _sums(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         ids, scored = _padded([windows.ids[i] for i in batch], [windows.scored[i] for i in batch])
-        losses = head.losses(ids.to(device), scored.to(device), windows.length).double()  # (N,)
+        losses = head.losses(ids, scored, windows.length, device).double()  # (N,)
         owner = scored.nonzero()[:, 0].to(losses.device)
         found.append(torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses))
         if on_batch is not None:

@@ -67,7 +67,7 @@ def test_in_bfloat16_the_chunked_loss_is_the_unchunked_one_on_the_same_logits(
     with torch.inference_mode():
         whole = head.head_of(model, ids)
         seen.clear()
-        losses = whole.losses(ids, scored, 40)
+        losses = whole.losses(ids, scored, 40, torch.device("cpu"))
     assert [len(chunk) for chunk in seen] == [7] * 11 + [1]
     logits = torch.cat(seen)
     assert logits.dtype == torch.bfloat16

@@ -153,7 +153,7 @@ def report(rounds: list[list[tuple[float, float, float]]], tokens: int, longer: 
         print(f"{name:<10} {tokens / seconds[side]:10,.0f} {held:>18}   {rounds[0][side][2]:.6g}")
     less = "" if math.isnan(memory[0]) else f", {memory[0] / memory[1]:.2f} of the memory"
     print(
-        f"{len(rounds)} pairs: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of its speed{less}; ",
+        f"{len(rounds)} pairs: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times its speed{less}; ",
         end="",
     )
     print(f"over four times the windows a token takes {longer * tokens / seconds[0]:.2f} of the time")
