@@ -90,9 +90,12 @@ def student_t(freedom: int) -> float:
 
 
 def named(measured: Sequence[Measured]) -> dict[str, Measured]:
-    """By task, and by task and metric where a task has several."""
+    """By task, and by task, part and metric where a task has several figures."""
     tasks = [one.task for one in measured]
-    return {one.task if tasks.count(one.task) == 1 else f"{one.task} {one.metric}": one for one in measured}
+    return {
+        one.task if tasks.count(one.task) == 1 else " ".join(filter(None, (one.task, one.part, one.metric))): one
+        for one in measured
+    }
 
 
 def ratio_of(attacked: Measured, baseline: Measured) -> Ratio | None:
