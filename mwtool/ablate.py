@@ -288,7 +288,7 @@ def _notes(targets: Sequence[Target], sweep: Sweep, plans: Sequence[_Plan]) -> l
         notes.append(f"the rows of {biased.module} have biases, which are attacked with them")
     wanted = sweep.draws > 0 and max(sweep.ks) > 0
     if wanted and not any(plan.control == "norm" for plan in plans):
-        notes.append("the weights are quantized: rows of largest norm are left out of the controls")
+        notes.append("the weights are quantized or offloaded: rows of largest norm are left out of the controls")
     if wanted and len([p for p in plans if p.control and p.control != "norm"]) < sum(
         sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in targets
     ):
