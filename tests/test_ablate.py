@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mwtool
-from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated, continuations
+from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated
 from mwtool.ablate_document import ablate_document
 from mwtool.ablate_report import ablate_report
+from mwtool.continuation import continuations, prompt_ids
 from mwtool.document import scan_document
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.evaluate import Measured, Options, prepare
@@ -344,6 +345,16 @@ def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded
                 if ids[-1] == 2:  # the end
                     break
         assert text == tokenizer.decode(ids[3:], skip_special_tokens=True)
+
+
+def test_a_prompt_ends_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
+    loaded = opened(tmp_path, tiny.model("gpt2", num_hidden_layers=2))
+    (target,), _ = find_targets(loaded, Choice(layer=1), 1)
+    with pytest.raises(BadValue, match="the prompt has 64 tokens with bos and the model 64 positions"):
+        prompt_ids(loaded, "w1 " * 63)
+    assert prompt_ids(loaded, "w1 " * 62).shape == (1, 63)
+    said = continuations(loaded, target, Sweep(ks=(1,)), [], "w1 " * 62)  # an absolute position more would not exist
+    assert [len(text.split()) <= 1 for _, text in said] == [True, True, True]
 
 
 def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
