@@ -58,7 +58,10 @@ def test_a_model_without_massive_activations_is_no_failure(tmp_path: Path) -> No
     assert ran.code == 0
     assert ran.document["massive"] is None
     assert len(ran.document["layers"]) == tiny.LAYERS
-    assert run("scan", plain).code == 0
+    hidden = [layer["hidden"] for layer in ran.document["layers"][:-1]]
+    top, median = max((abs(one["top"][0]["value"]), one["median"]) for one in hidden)
+    said = " ".join(run("scan", plain).out.split())
+    assert f"The largest entry of the residual stream is {top:.4g}, {top / median:,.0f} times the median" in said
 
 
 @pytest.mark.parametrize(
