@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +331,25 @@ def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
         with pytest.raises(fault):
             ablate(loaded, targets, parse_tasks([text_of(loaded)]), Sweep(), QUICK, on_run=fails)
         assert digest(loaded.model) == before
+
+
+def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
+    """From outside, at random moments of a sweep that attacks by writing and by hooks."""
+    before, (target,) = digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
+    sweep = Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0, 1, 3), draws=1)
+    moments = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for moment in moments.tolist():
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes somewhere inside
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                while True:
+                    ablate(loaded, [target], parse_tasks([text_of(loaded)]), sweep, QUICK)
+            assert digest(loaded.model) == before
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded) -> None:

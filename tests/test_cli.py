@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -134,6 +136,17 @@ def test_debug_shows_where_an_error_came_from() -> None:
 def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Among them whatever libraries print on their own when they are imported."""
     assert "no such folder" in run_apart("scan", tmp_path / "nowhere").fault
+
+
+def test_what_a_library_logs_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(shown))
+    logger = logging.getLogger("a library without handlers")
+    monkeypatch.setattr(logger, "propagate", False)
+    for number in (1, 1, 2, 1):
+        terminal.say_once()
+        logger.warning("cast %d", number)
+    assert shown.getvalue().splitlines() == ["cast 1", "cast 2"]
 
 
 def test_version_is_the_package_s() -> None:

@@ -93,7 +93,7 @@ def ablate(
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
-    from mwtool.cli.terminal import note
+    from mwtool.cli.terminal import note, say_once
     from mwtool.continuation import prompt_ids
     from mwtool.evaluate import Options
     from mwtool.load import load
@@ -102,6 +102,7 @@ def ablate(
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
 
+    say_once()
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or ["ppl:demo"])
