@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mwtool.bos import find_bos
 from mwtool.errors import BadValue
 from mwtool.evaluate import Measured, OnProgress, Options, Prepared, prepare
 from mwtool.layout import FFN
@@ -89,7 +88,7 @@ def ablate(
     options = options or Options()
     ready = prepare(loaded, tasks, options)
     plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
-    means = {target.layer: _means_for(loaded, target, sweep, ready) for target in targets}
+    means = {target.layer: means_for(loaded, target, sweep, ready) for target in targets}
     _try(loaded, plans, means)
     distinct = {plan.same: plan for plan in plans if not plan.attack.idle}
     measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
@@ -151,30 +150,6 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()
-
-
-def continuations(
-    loaded: Loaded,
-    target: Target,
-    sweep: Sweep,
-    tasks: Sequence[Prepared],
-    prompt: str,
-    *,
-    bos: str = "auto",
-    new_tokens: int = 48,
-) -> list[tuple[str, str]]:
-    """What the model says after `prompt`, by greedy decoding: as it is, and under each mode at the largest k."""
-    if loaded.tokenizer is None:
-        raise BadValue(f"{loaded.source.name} has no tokenizer; --generate needs one to read the prompt")
-    first = find_bos(bos, loaded.tokenizer, loaded.base.config).id
-    ids = torch.tensor([[first, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-    means = _means_for(loaded, target, sweep, tasks)
-    said = []
-    for mode in (Attack(), *sweep.modes):
-        attack = mode.at(max(sweep.ks)) if mode.mode != "none" else mode
-        with edited(loaded.base, target.ffn, target.indices[: attack.k], attack, means=means):
-            said.append((str(attack) if attack.mode != "none" else "original", _greedy(loaded, ids, new_tokens)))
-    return said
 
 
 def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verdict]:
@@ -249,7 +224,7 @@ def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]
             pass
 
 
-def _means_for(loaded: Loaded, target: Target, sweep: Sweep, tasks: Sequence[Prepared]) -> Tensor | None:
+def means_for(loaded: Loaded, target: Target, sweep: Sweep, tasks: Sequence[Prepared]) -> Tensor | None:
     """Mean intermediate state over the windows of every perplexity task; None where no mode needs it."""
     if all(mode.mode != "mean" for mode in sweep.modes):
         return None
@@ -288,24 +263,9 @@ def _notes(targets: Sequence[Target], sweep: Sweep, plans: Sequence[_Plan]) -> l
         notes.append(f"the rows of {biased.module} have biases, which are attacked with them")
     wanted = sweep.draws > 0 and max(sweep.ks) > 0
     if wanted and not any(plan.control == "norm" for plan in plans):
-        notes.append("the weights are quantized: rows of largest norm are left out of the controls")
+        notes.append("the weights are quantized or offloaded: rows of largest norm are left out of the controls")
     if wanted and len([p for p in plans if p.control and p.control != "norm"]) < sum(
         sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in targets
     ):
         notes.append("an FFN has too few rows beside the ranked ones to draw as many at random for every k")
     return notes
-
-
-def _greedy(loaded: Loaded, ids: Tensor, new_tokens: int) -> str:
-    model: Any = loaded.model
-    place = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
-        found = model.generate(
-            input_ids=ids.to(place),
-            attention_mask=torch.ones_like(ids, device=place),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=loaded.base.config.get_text_config().eos_token_id or 0,
-        )
-    assert loaded.tokenizer is not None
-    return str(loaded.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))

@@ -18,6 +18,8 @@ from mwtool.verdict import Verdict, named, ratio_of, short
 
 BESIDE, WIDE = 26, 46
 """Columns that name the attack, and those that one task with its controls takes."""
+PANEL = 24
+"""Columns that a continuation takes at least."""
 SHOWN = 8
 """Row indices listed before the rest is counted."""
 
@@ -26,10 +28,13 @@ def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), wi
     """The table, cut into pieces that fit the width; the verdicts; and the continuations side by side."""
     step = max(1, (width - BESIDE) // WIDE)
     pieces = [range(start, min(start + step, len(found.baseline))) for start in range(0, len(found.baseline), step)]
-    parts: list[RenderableType] = [_where(found), *(_table(found, piece) for piece in pieces)]
-    parts += [Text(f"\n{one.text}") for one in _foremost(found)]
+    parts: list[RenderableType] = [_where(found)]
+    for piece in pieces:
+        parts += [_table(found, piece), Text()]
+    parts += [Text(f"{one.text}\n") for one in _foremost(found)]
     if generated:
-        parts += [Text(), Columns([Panel(Text(text), title=attack, width=38) for attack, text in generated])]
+        room = max(PANEL, (width + 1) // len(generated) - 1)  # all side by side if they fit, a column between them
+        parts.append(Columns([Panel(Text(text), title=attack, width=room) for attack, text in generated]))
     return Group(*parts)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mwtool.document import write
 from mwtool.errors import OutputError
 from mwtool.verdict import named, ratio_of, short
 
@@ -16,8 +18,9 @@ if TYPE_CHECKING:
 def check_plottable(path: Path) -> None:
     """Raise before the work begins if no figure could be written to `path` after it."""
     pyplot = _pyplot()
-    known = sorted(pyplot.figure().canvas.get_supported_filetypes())
-    pyplot.close("all")
+    figure = pyplot.figure()
+    known = sorted(figure.canvas.get_supported_filetypes())
+    pyplot.close(figure)
     if path.suffix.lstrip(".") not in known:
         raise OutputError(f"{path}: no figure of type {path.suffix or '(none)'}; expected one of {', '.join(known)}")
 
@@ -25,20 +28,17 @@ def check_plottable(path: Path) -> None:
 def plot_ablation(found: Ablation, path: Path) -> None:
     """Ratio over k, one panel a perplexity task (the paper's Figure 4); random rows with their range, dashed.
 
-    Raises OutputError where it cannot be written.
+    Written whole or not at all; raises OutputError where it cannot be.
     """
     pyplot = _pyplot()
     tasks = [name for name, one in named(found.baseline).items() if one.weights is not None]
     figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(5.5 * max(1, len(tasks)), 4), squeeze=False)
     for panel, task in zip(axes[0], tasks, strict=False):
         _curves(panel, found, task)
-    try:
-        figure.savefig(path, bbox_inches="tight", dpi=150)
-    except OSError as fault:
-        path.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault
-    finally:
-        pyplot.close(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lstrip("."), bbox_inches="tight", dpi=150)
+    pyplot.close(figure)
+    write(path, drawn.getvalue())
 
 
 def _curves(panel: Any, found: Ablation, task: str) -> None:

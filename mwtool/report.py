@@ -125,8 +125,8 @@ def _nothing(scan: Scan) -> Iterator[Text]:
     limits = scan.settings.thresholds
     yield Text("No massive activations at this token.", "bold")
     yield Text(
-        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} the median, after layer "
-        f"{largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
+        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} times the median, after "
+        f"layer {largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
     )
 
 

@@ -74,6 +74,11 @@ def test_the_table_has_a_line_an_attack_and_the_verdict_below_it(folder: Path) -
     assert "rows of model.layers.1.mlp (layer 1), ranked: 17" in ran.out
 
 
+def test_continuations_stand_side_by_side(folder: Path) -> None:
+    out = ablate(folder, "-k", "1", "--no-controls", "--generate", "w1 w2").out
+    assert any(all(name in line for name in ("original", "zero:1", "retain:1")) for line in out.splitlines())
+
+
 def test_each_layer_is_one_line_without_controls(folder: Path) -> None:
     document = ablate(folder, "--each-layer", "--mode", "zero", "-k", "1", "--json").document
     assert [(one["layer"], one["control"]) for one in document["runs"]] == [
@@ -126,6 +131,7 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
         (["--task", "pl:x"], "did you mean ppl:x?"),
         (["--plot", "curve.doc"], "no figure of type .doc; expected one of"),
         (["--massive", "absent.json"], "absent.json"),
+        (["--generate", "w1 " * 64], "the prompt has 65 tokens with bos and the model 64 positions"),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_1(folder: Path, arguments: list[str], message: str) -> None:
@@ -167,11 +173,27 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
     [
         ["-k", "1,x"], ["-k", ""], ["-k", "-1"], ["-k", "1,1"], ["-k", "1.5"], ["--indices", "a"], ["--expert", "1"],
         ["--each-layer", "--layer", "1"], ["--save", "out"], ["--massive", "f", "--layer", "1"], ["--draws", "0"],
+        ["--each-layer", "--generate", "w1"],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_exit_2(folder: Path, arguments: list[str]) -> None:
     ran = ablate(folder, *arguments)
     assert (ran.code, ran.out) == (2, "")
+
+
+def test_a_full_disk_leaves_the_former_figure(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "curve.png").write_text("former")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))  # the figure is larger
+    try:
+        fault = ablate(folder, "-k", "1", "--no-controls", "--plot", tmp_path / "curve.png", "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "curve.png cannot be written: File too large; nothing was left there" in fault.err
+    assert fault.code == 1
+    assert fault.document["runs"]  # what was measured is not lost with it
+    assert (tmp_path / "curve.png").read_text() == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_a_full_disk_while_saving_leaves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -58,7 +60,10 @@ def test_a_model_without_massive_activations_is_no_failure(tmp_path: Path) -> No
     assert ran.code == 0
     assert ran.document["massive"] is None
     assert len(ran.document["layers"]) == tiny.LAYERS
-    assert run("scan", plain).code == 0
+    hidden = [layer["hidden"] for layer in ran.document["layers"][:-1]]
+    top, median = max((abs(one["top"][0]["value"]), one["median"]) for one in hidden)
+    said = " ".join(run("scan", plain).out.split())
+    assert f"The largest entry of the residual stream is {top:.4g}, {top / median:,.0f} times the median" in said
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,17 @@ def test_debug_shows_where_an_error_came_from() -> None:
 def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Among them whatever libraries print on their own when they are imported."""
     assert "no such folder" in run_apart("scan", tmp_path / "nowhere").fault
+
+
+def test_what_a_library_logs_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(shown))
+    logger = logging.getLogger("a library without handlers")
+    monkeypatch.setattr(logger, "propagate", False)
+    for number in (1, 1, 2, 1):
+        terminal.say_once()
+        logger.warning("cast %d", number)
+    assert shown.getvalue().splitlines() == ["cast 1", "cast 2"]
 
 
 def test_version_is_the_package_s() -> None:

@@ -24,6 +24,7 @@ TYPES += ["olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3"]
 """Enough of the dense types for what does not depend on the layout."""
 ALL_TYPES = [plugin.model_type for plugin in installed() if plugin.distribution == "mwtool"]
 MOE_TYPES = ["deepseek_v3", "gpt_oss", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
+DENSE_TYPES = [name for name in ALL_TYPES if name not in MOE_TYPES]
 
 
 def config(model_type: str, **changes: Any) -> PretrainedConfig:

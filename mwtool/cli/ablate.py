@@ -87,11 +87,14 @@ def ablate(
     given = numbers(indices, "--indices") if indices is not None else ()
     wanted = numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
     _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
+    if each_layer and generate is not None:
+        raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
     modes = list(dict.fromkeys(mode or ["zero", "retain"]))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
-    from mwtool.cli.terminal import note
+    from mwtool.cli.terminal import note, say_once
+    from mwtool.continuation import prompt_ids
     from mwtool.evaluate import Options
     from mwtool.load import load
     from mwtool.save import check_savable
@@ -99,6 +102,7 @@ def ablate(
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
 
+    say_once()
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or ["ppl:demo"])
@@ -114,6 +118,8 @@ def ablate(
     )
     if save is not None:
         check_savable(loaded, sweep.modes[0])
+    if generate is not None:
+        prompt_ids(loaded, generate, bos)
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     choice = Choice(massive, layer, expert, given, each_layer)
     targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
@@ -173,7 +179,7 @@ def _said(
 ) -> list[tuple[str, str]]:
     if prompt is None:
         return []
-    from mwtool.ablate import continuations
+    from mwtool.continuation import continuations
     from mwtool.evaluate import prepare
 
     return continuations(loaded, targets[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
@@ -191,6 +197,7 @@ def _give(
     output: Path | None,
     json: bool,
 ) -> None:
+    """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablate_document import ablate_document
     from mwtool.cli.terminal import command_line, note
     from mwtool.document import text_of, write
@@ -200,17 +207,21 @@ def _give(
         attack = found.runs[0].attack
         save_attacked(loaded, target.ffn, target.indices[: attack.k], attack, save)
         note(f"the attacked model is in {save}")
-    if plot is not None:
-        from mwtool.plots import plot_ablation
-
-        plot_ablation(found, plot)
     saved = None if save is None else str(save)
     document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
     if output is not None:
         write(output, text_of(document))
     if json:
         sys.stdout.write(text_of(document))
-        return
+    else:
+        _show(found, said)
+    if plot is not None:
+        from mwtool.plots import plot_ablation
+
+        plot_ablation(found, plot)
+
+
+def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
     from rich.console import Console
 
     from mwtool.ablate_report import ablate_report

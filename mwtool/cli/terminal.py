@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -29,6 +30,27 @@ def give_up_stdout() -> None:
     """Drop what could not be written, or Python tries once more at exit and complains again."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def say_once() -> None:
+    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward."""
+    handler = logging.lastResort
+    if handler is not None and not any(isinstance(one, _Once) for one in handler.filters):
+        handler.addFilter(_Once())
 
 
 def command_line() -> str:
