@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
     ) -> None:
         self.macdrop, self.settings, self.before, self.on_step = macdrop, settings, before, on_step
         self.step = 0
-        self.began, self.first = 0.0, 0.0
+        self.began = self.first = 0.0
         self.loss: float | None = None
         self.seconds: list[float] = []
 
@@ -70,7 +70,8 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps  # and not those of a checkpoint
+        # those of this command and not of the checkpoint gone on from
+        state.save_steps, state.logging_steps = int(args.save_steps), int(args.logging_steps)
         self.step, self.first = state.global_step, time.perf_counter()
 
     def on_step_begin(
