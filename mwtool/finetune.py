@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from mwtool.callback import MacDropCallback, guard
 from mwtool.encoding import Encoded, collate
-from mwtool.errors import BadValue, MwtoolError, OutputError
+from mwtool.errors import BadValue, MwtoolError, OutputError, UnsupportedModel
 from mwtool.interrupt import StopAtStepEnd
 from mwtool.load import load
 from mwtool.massive import MassiveWeights
@@ -132,13 +133,14 @@ def with_adapter(source: Source, recipe: Recipe, device: str) -> PeftModel:
 
     Raises BadValue where the target modules do not exist.
     """
-    from peft import get_peft_model
     from transformers import set_seed
 
     options: dict[str, Any] = {}
     if recipe.quantize is not None:
         options["quantization_config"] = _four_bit(recipe)
-    loaded = load_whole(source, recipe.dtype, device, options)
+    loaded = _whole(source, recipe.dtype, device, options)
+    if recipe.packing:
+        _refuse_mixing(loaded)
     loaded.config.use_cache = False
     set_seed(recipe.seed)
     if recipe.quantize is not None:
@@ -149,16 +151,34 @@ def with_adapter(source: Source, recipe: Recipe, device: str) -> PeftModel:
             use_gradient_checkpointing=recipe.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
+    return adapted(loaded, source, recipe)
+
+
+def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
+    """The model wrapped by PEFT. Raises BadValue where the target modules do not exist."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it says which kernels it lacks
+    from peft import LoraConfig, get_peft_model
+
+    chosen = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.target_modules) or "all-linear",
+        use_dora=recipe.peft == "dora",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source.repo or str(source.folder.resolve()),
+        revision=source.revision,
+    )
     try:
         with warnings.catch_warnings():  # PEFT asks transformers by a former name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            model: PeftModel = get_peft_model(loaded, adapter_config(source, recipe))
+            wrapped: PeftModel = get_peft_model(model, chosen)
     except ValueError as fault:
         raise BadValue(f"no adapter can be put on {source.name}: {' '.join(str(fault).split())}") from fault
-    return model
+    return wrapped
 
 
-def load_whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> Any:
+def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> Any:
     """The pre-trained model in the precision of training."""
     return load(
         source.name,
@@ -187,20 +207,17 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def adapter_config(source: Source, recipe: Recipe) -> Any:
-    """PEFT's configuration of the adapter."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(recipe.target_modules) or "all-linear",
-        use_dora=recipe.peft == "dora",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=source.repo or str(source.folder.resolve()),
-        revision=source.revision,
-    )
+def _refuse_mixing(model: Any) -> None:
+    """Packed examples must not see each other: what the second gives may not depend on what the first is."""
+    device, size = model.get_input_embeddings().weight.device, min(model.config.get_text_config().vocab_size, 16)
+    places = torch.arange(8, device=device).repeat(2)[None]
+    given = []
+    for first in (torch.arange(8), torch.arange(8).flip(0)):
+        ids = (torch.cat([first, torch.arange(8)]) % size).to(device)[None]
+        with torch.inference_mode():
+            given.append(model(input_ids=ids, position_ids=places, use_cache=False).logits[0, 8:].float())
+    if float((given[0] - given[1]).abs().max()) > 1e-3 * float(given[0].abs().max()):
+        raise UnsupportedModel(f"{model.config.model_type} lets packed examples see each other; leave out --packing")
 
 
 def _four_bit(recipe: Recipe) -> Any:

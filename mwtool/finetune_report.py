@@ -23,7 +23,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇█"
 def curriculum_chart(curriculum: Curriculum, steps: int, per_epoch: int, width: int = 80) -> RenderableType:
     """p over the steps as bars from 0 to 1, and its value at the start, the middle and the end."""
     values = curriculum.values(steps, per_epoch)
-    columns = min(steps, max(10, width - 6))
+    columns = max(10, width - 6)
     bars = [values[at * steps // columns] for at in range(columns)]
     lines = []
     for line in range(HEIGHT, 0, -1):
@@ -66,15 +66,17 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
     lengths = [len(ids) for ids in plan.train.ids]
     left_out = plan.too_long + len(plan.data.unreadable)
+    examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
+    examples = "one text" if plan.data.stream else examples
     rows = "none: trained without MacDrop"
     if plan.massive is not None:
         shown = ", ".join(map(str, plan.massive.indices[: recipe.curriculum.k]))
         rows = f"{recipe.curriculum.scope}: {shown} of {plan.massive.module} (layer {plan.massive.layer})"
     return [
         ("model", f"{plan.source.name}, {footprint.parameters:,} parameters"),
-        ("data", f"{plan.data.name}: {len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"),
+        ("data", f"{plan.data.name}: {examples}"),
         ("sequences", f"{len(lengths):,} of {sum(lengths) / len(lengths):,.0f} tokens on average, {held:,} held out"),
-        ("steps", f"{plan.steps:,}, {plan.per_epoch:,} an epoch, of {_batch(plan)} sequences"),
+        ("steps", f"{plan.steps:,}, {plan.per_epoch:,} an epoch; a batch is {_batch(plan)}"),
         ("adapter", f"{recipe.peft}, rank {recipe.rank}: {footprint.trainable:,} parameters, {footprint.share:.3%}"),
         ("rows", rows),
         ("memory", f"about {_bytes(footprint.total)} a device: {footprint.parts}"),
@@ -83,7 +85,8 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
 
 def _batch(plan: Plan) -> str:
     recipe, accumulated = plan.recipe, plan.recipe.accumulation(plan.processes)
-    return f"{recipe.effective_batch} = {recipe.batch_size} x {accumulated} accumulated x {plan.processes} processes"
+    processes = f" x {plan.processes} processes" if plan.processes > 1 else ""
+    return f"{recipe.effective_batch} ({recipe.batch_size} at once x {accumulated} accumulated{processes})"
 
 
 def _points(values: Sequence[float]) -> Text:

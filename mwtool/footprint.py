@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mwtool.errors import BadValue
-from mwtool.finetune import adapter_config
+from mwtool.finetune import adapted
 
 if TYPE_CHECKING:
     from mwtool.plan import Plan
@@ -52,8 +51,6 @@ class Footprint:
 
 def footprint(plan: Plan) -> Footprint:
     """Of a run that is planned; its skeleton gets an adapter. Raises BadValue where the target modules do not exist."""
-    from peft import get_peft_model
-
     model, recipe = plan.skeleton, plan.recipe
     size = torch.finfo(getattr(torch, recipe.dtype)).bits // 8
     parameters = sum(p.numel() for p in model.parameters())
@@ -62,11 +59,8 @@ def footprint(plan: Plan) -> Footprint:
     )
     packed = linear if recipe.quantize else 0
     activations, kept = _activations(plan, size), _kept(plan) * size
-    try:
-        with torch.device("meta"):
-            wrapped = get_peft_model(model, adapter_config(plan.source, recipe), low_cpu_mem_usage=True)
-    except ValueError as fault:
-        raise BadValue(f"no adapter can be put on {plan.source.name}: {' '.join(str(fault).split())}") from fault
+    with torch.device("meta"):
+        wrapped = adapted(model, plan.source, recipe)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     weights = (parameters - packed) * size + packed * FOUR_BIT
     return Footprint(parameters, trainable, weights, 16.0 * trainable, activations, float(kept))
