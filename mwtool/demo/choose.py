@@ -37,7 +37,7 @@ def main() -> None:
     for run in runs:
         run["chosen"] = run is best
     if args.output is not None:
-        args.output.write_text(json.dumps(runs, indent=1) + "\n")
+        args.output.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     print(table(runs))
 
 

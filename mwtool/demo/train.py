@@ -97,8 +97,8 @@ def prepare(corpus: Path, cache: Path) -> np.ndarray[tuple[int], np.dtype[np.uin
     ids = cache / "tokens.npy"
     if not ids.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        text = (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8").read()
-        lines = text.splitlines(keepends=True)
+        with (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines(keepends=True)
         if not (cache / "tokenizer.json").exists():
             PreTrainedTokenizerFast(
                 tokenizer_object=train_tokenizer(lines), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
