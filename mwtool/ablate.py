@@ -15,6 +15,7 @@ from mwtool.evaluate import Measured, OnProgress, Options, Prepared, prepare
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
 from mwtool.override import averaging
+from mwtool.perplexity import check_vocabulary
 from mwtool.registry import adapter_for
 from mwtool.scan import decoder_layers
 from mwtool.surgery import Attack, edited, parse_mode, rows_of
@@ -138,6 +139,8 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     def stop(_module: Any, _args: Any, _output: Any) -> None:
         raise _Stop
 
+    windows = list(windows)
+    check_vocabulary(model, windows)
     device = model.get_input_embeddings().weight.device
     handle = base.get_submodule(layer).register_forward_hook(stop)
     try:

@@ -31,6 +31,7 @@ def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), wi
     parts: list[RenderableType] = [_where(found)]
     for piece in pieces:
         parts += [_table(found, piece), Text()]
+    parts += [Text(f"{line}\n") for line in _nonfinite(found)]
     parts += [Text(f"{one.text}\n") for one in _foremost(found)]
     if generated:
         room = max(PANEL, (width + 1) // len(generated) - 1)  # all side by side if they fit, a column between them
@@ -112,6 +113,16 @@ def _foremost(found: Ablation) -> Iterator[Verdict]:
     for one in found.verdicts:
         if one.attack.k in (largest, counts[one.layer]):
             yield one
+
+
+def _nonfinite(found: Ablation) -> Iterator[str]:
+    """Why figures are missing."""
+    measured = [("without an attack", found.baseline)]
+    measured += [(f"{run.attack} in layer {run.target.layer}", run.measured) for run in found.runs if not run.control]
+    for under, several in measured:
+        for name, one in named(several).items():
+            if one.nonfinite:
+                yield f"{short(name)} is not finite {under}: {one.nonfinite}."
 
 
 def _value(one: Measured) -> str:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -160,6 +161,9 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
     place = source.folder if source.repo is None else source.repo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    logger = logging.get_logger("transformers.modeling_utils")
+    silence = _NoReport()
+    logger.addFilter(silence)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -168,23 +172,39 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
             trust_remote_code=source.trust_remote_code,
             local_files_only=source.repo is None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, by name
             **options,
         )
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
     except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
         raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+    finally:
+        logger.removeFilter(silence)
     model, info = loaded
     # transformers fills what is absent with random numbers and goes on
     absent = sorted(info["missing_keys"])
     if absent:
         raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]} and {len(absent) - 1} more; it is incomplete")
+    misshapen = sorted(info["mismatched_keys"])
+    if misshapen:
+        name, found, expected = misshapen[0]
+        raise BadCheckpoint(
+            f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+        )
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+class _NoReport(Filter):
+    """transformers logs a table of absent and misshapen tensors, the first of which is said here in one line."""
+
+    def filter(self, record: LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
 
 def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:

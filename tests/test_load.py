@@ -110,9 +110,8 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(60, 32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadCheckpoint, match="cannot be loaded") as caught:
+    with pytest.raises(BadCheckpoint, match=r"up_proj.weight of .* shape \(60, 32\); config.json makes it \(64, 32\)"):
         load(str(folder))
-    assert "\n" not in str(caught.value)
 
 
 def test_weights_cut_short_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from mwtool.targets import Target
 
 
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model over devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
 class On(StrEnum):
     """Where rows are taken out of a PEFT adapter folder's model."""
 
@@ -76,7 +85,9 @@ def ablate(
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    device_map: Annotated[
+        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
+    ] = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -113,7 +124,7 @@ def ablate(
         revision=revision,
         dtype=dtype.value,
         device=device,
-        device_map=device_map,
+        device_map=None if device_map is None else device_map.value,
         trust_remote_code=trust_remote_code,
     )
     if save is not None:
