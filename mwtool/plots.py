@@ -35,9 +35,13 @@ def plot_ablation(found: Ablation, path: Path) -> None:
     figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(5.5 * max(1, len(tasks)), 4), squeeze=False)
     for panel, task in zip(axes[0], tasks, strict=False):
         _curves(panel, found, task)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.lstrip("."), bbox_inches="tight", dpi=150)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     write(path, drawn.getvalue())
 
 

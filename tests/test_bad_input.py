@@ -104,6 +104,13 @@ def legacy(write: bytes | object) -> Damage:
     return damage
 
 
+def legacy_with(name: str, new: torch.Tensor) -> Damage:
+    def damage(folder: Path) -> None:
+        legacy({**load_file(folder / "model.safetensors"), name: new})(folder)
+
+    return damage
+
+
 def pickled(value: object) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
@@ -174,6 +181,12 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ["model.embed_tokens.weight", "(64, 31)", "(64, 32)"],
     ),
     "config of another size": (config(intermediate_size=128), ["layers.0.mlp.down_proj", "(32, 64)", "(32, 128)"]),
+    "whole numbers": (tensor(UP, torch.ones(64, 32, dtype=torch.int8)), [UP, "I8", "floating point"]),
+    "whole numbers for bos": (
+        tensor("model.embed_tokens.weight", torch.ones(64, 32, dtype=torch.int32)),
+        ["model.embed_tokens.weight", "I32", "floating point"],
+    ),
+    "whole numbers in a legacy file": (legacy_with(UP, torch.ones(64, 32, dtype=torch.uint8)), [UP, "uint8"]),
     "one NaN": (tensor(UP, with_one(float("nan"), 64, 32)), [UP, "NaN"]),
     "one inf": (tensor(UP, with_one(float("-inf"), 64, 32)), [UP, "inf"]),
     "NaN for bos": (
@@ -252,6 +265,7 @@ def test_a_damaged_shard_or_index_is_one_line_naming_it(sharded: Path, name: str
         ("./nowhere", ["no such folder: ./nowhere"]),
         ("/no/where", ["no such folder: /no/where"]),
         ("one/two/three", ["no such folder: one/two/three"]),
+        ("~nobody/model", ["no such folder: ~nobody/model"]),
         ("not an id!", ["'not an id!'", "neither a folder nor a Hub id"]),
         ("", ["''", "neither a folder nor a Hub id"]),
         (".", [". has no config.json"]),
