@@ -91,7 +91,10 @@ def ablate(
     plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
     means = {target.layer: means_for(loaded, target, sweep, ready) for target in targets}
     _try(loaded, plans, means)
-    distinct = {plan.same: plan for plan in plans if not plan.attack.idle}
+    distinct: dict[Any, _Plan] = {}
+    for plan in plans:
+        if not plan.attack.idle:
+            distinct.setdefault(plan.same, plan)
     measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
     baseline = measured.under("baseline", None)
     found = {

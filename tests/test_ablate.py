@@ -488,7 +488,8 @@ def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
         QUICK,
         on_run=lambda _done, _total, name: names.append(name),
     )
-    assert len(names) == 4  # the baseline, the row, two random ones
+    expected = ["baseline", *(f"layer 1, zero:1{beside}" for beside in ("", " (random:0)", " (random:1)"))]
+    assert names == expected
     assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
     assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured
 
