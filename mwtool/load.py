@@ -226,4 +226,7 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
 
 
 def _line(fault: BaseException) -> str:
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    first, _, rest = str(fault).strip().partition("\n")
+    if first.endswith(":"):  # the reason comes below
+        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
+    return first or type(fault).__name__

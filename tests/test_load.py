@@ -138,6 +138,14 @@ def test_an_adapter_without_its_base_or_with_damaged_weights_is_refused(tmp_path
         load(str(folder))
 
 
+def test_an_adapter_of_a_model_of_another_size_is_refused_with_the_shape(tmp_path: Path) -> None:
+    folder, _ = with_adapter(tmp_path)
+    tiny.saved(tmp_path / "base", tiny.model("llama", num_hidden_layers=4, intermediate_size=48))
+    with pytest.raises(BadCheckpoint, match=r"cannot be applied: .*: size mismatch for .*up_proj") as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_layer_and_an_expert_are_found_by_number_or_refused_by_it() -> None:
     layers = tuple(tiny.layers_of(tiny.model("qwen2_moe", num_hidden_layers=2)))
     assert ffn_at(layers, 1, 3).expert == 3
