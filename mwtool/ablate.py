@@ -112,7 +112,7 @@ def ablate(
 @contextmanager
 def ablated(
     model: PreTrainedModel | PeftModel,
-    massive: MassiveWeights,
+    massive: MassiveWeights | None,
     *,
     mode: str = "zero",
     k: int = 5,
@@ -121,8 +121,11 @@ def ablated(
     """A transformers model, wrapped by PEFT or not, with its massive rows attacked inside the block.
 
     mode: ``zero``, ``retain``, ``scale:X`` or ``mean``. windows: token ids, each (T,), over which ``mean`` averages.
-    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, UnsupportedModel.
+    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, also for None, which is what the scan of
+    a model without massive weights gives, and UnsupportedModel.
     """
+    if massive is None:
+        raise BadValue("there are no massive weights to attack: the scan found none")
     base: Any = getattr(model, "get_base_model", lambda: model)()
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
     ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
@@ -153,6 +156,8 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
                     model(input_ids=ids[None].to(device), use_cache=False)
     finally:
         handle.remove()
+    if average.values is None and ffn.expert is None:
+        raise BadValue("mean needs windows to take the rows' mean values over; none were given")
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()

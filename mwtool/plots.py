@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,19 @@ def check_plottable(path: Path) -> None:
 
 
 def plot_ablation(found: Ablation, path: Path) -> None:
-    """Ratio over k, one panel a perplexity task (the paper's Figure 4); random rows with their range, dashed.
+    """Ratio over k, one panel a task (the paper's Figure 4); of an accuracy the points lost.
+
+    Random rows are dashed, with their range, and rows of largest norm dotted.
 
     Written whole or not at all; raises OutputError where it cannot be.
     """
     pyplot = _pyplot()
-    tasks = [name for name, one in named(found.baseline).items() if one.weights is not None]
-    figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(5.5 * max(1, len(tasks)), 4), squeeze=False)
-    for panel, task in zip(axes[0], tasks, strict=False):
+    tasks = list(named(found.baseline))
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
+    for panel, task in zip(axes[0], tasks, strict=True):
         _curves(panel, found, task)
+    # the panels have the same lines; beside them it hides none
+    axes[0][-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
 
 
@@ -60,10 +65,11 @@ def _curves(panel: Any, found: Ablation, task: str) -> None:
                 panel.plot(list(drawn), mean, style, color=color, label=f"{label}, {control} rows")
                 low, high = [min(v) for v in drawn.values()], [max(v) for v in drawn.values()]
                 panel.fill_between(list(drawn), low, high, color=color, alpha=0.15, linewidth=0)
-    panel.axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    panel.set(xlabel="k", ylabel="perplexity over the model's own", title=short(task))
+    ratio = named(found.baseline)[task].weights is not None
+    panel.axhline(1 if ratio else 0, color="0.6", linewidth=0.8, zorder=0)
+    label = "perplexity over the model's own" if ratio else "points against the model itself"
+    panel.set(xlabel="k", ylabel=label, title=short(task))
     _readable(panel)
-    panel.legend(frameon=False, fontsize="small")
 
 
 def _readable(panel: Any) -> None:
@@ -78,13 +84,15 @@ def _readable(panel: Any) -> None:
 
 
 def _points(runs: list[Run], found: Ablation, task: str) -> dict[int, list[float]]:
-    """k -> the ratios that are finite."""
+    """k -> the ratios, or differences of accuracies in points, that are finite."""
     plain = named(found.baseline)[task]
     points: dict[int, list[float]] = {}
     for run in sorted(runs, key=lambda one: one.attack.k):
-        ratio = ratio_of(named(run.measured)[task], plain)
-        if ratio is not None:
-            points.setdefault(run.attack.k, []).append(ratio.value)
+        one = named(run.measured)[task]
+        ratio = ratio_of(one, plain)
+        change = 100 * (one.value - plain.value) if plain.weights is None else None if ratio is None else ratio.value
+        if change is not None and math.isfinite(change):
+            points.setdefault(run.attack.k, []).append(change)
     return points
 
 

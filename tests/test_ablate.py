@@ -385,7 +385,15 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
         found = swept(loaded, Sweep((parse_mode(mode),), (3,), draws=0))
         with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
             assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
-    with pytest.raises(BadValue, match="mean needs windows"), mwtool.ablated(loaded.base, massive, mode="mean"):
+    for options, message in (
+        ({"mode": "mean"}, "mean needs windows"),
+        ({"mode": "mean", "windows": []}, "mean needs windows .* none were given"),
+        ({"k": -1}, "k is -1; expected a number from 0 on"),
+        ({"k": 99}, "the scan ranked 5: scan with -k 99"),
+    ):
+        with pytest.raises(BadValue, match=message), mwtool.ablated(loaded.base, massive, **options):
+            pass
+    with pytest.raises(BadValue, match="no massive weights to attack"), mwtool.ablated(loaded.base, None):
         pass
 
 
@@ -537,6 +545,33 @@ def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, 
         plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
         assert (tmp_path / "curve.svg").read_text().count("random rows") == (2 if choice.layer else 4)
         (tmp_path / "curve.svg").unlink()
+
+
+def test_the_curves_of_an_accuracy_are_points(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    _, panel = plt.subplots()
+    _curves(panel, made_up(loaded), "mc:x.jsonl")
+    own, random, norm, zero = [list(line.get_ydata()) for line in panel.lines]
+    label = panel.get_ylabel()
+    plt.close("all")
+    assert (own, random, norm, set(zero)) == ([-25.0], [12.5], [0.0], {0})
+    assert "points" in label
+
+
+def test_the_legend_hides_no_curve(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its box lies beside the axes, whatever is drawn in them."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_options: drawn.append(figure))
+    modes = tuple(map(parse_mode, ("zero", "retain", "mean", "scale:0.5")))
+    plot_ablation(swept(loaded, Sweep(modes, (0, 1, 3), draws=2)), tmp_path / "curve.png")
+    (panel,) = drawn[0].axes
+    legend = panel.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == len(panel.lines) - 1 == 12
+    assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
 
 
 def test_the_curves_are_the_ratios_over_k(loaded: Loaded) -> None:
