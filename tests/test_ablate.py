@@ -543,8 +543,42 @@ def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, 
     loaded = opened(tmp_path, tiny.model(model_type, num_hidden_layers=2))
     for choice in (Choice(layer=1), Choice(each_layer=True)):
         plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
-        assert (tmp_path / "curve.svg").read_text().count("random rows") == (2 if choice.layer else 4)
+        assert (tmp_path / "curve.svg").read_text().count("random rows") == 2
         (tmp_path / "curve.svg").unlink()
+
+
+def test_several_layers_are_drawn_over_the_layers(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    found = swept(loaded, Sweep((Attack("zero"),), (1, 2), draws=0), Choice(each_layer=True))
+    _, panel = plt.subplots()
+    _curves(panel, found, found.baseline[0].task)
+    lines = {str(line.get_label()): line for line in panel.lines}
+    axis = panel.get_xlabel()
+    plt.close("all")
+    assert axis == "layer"
+    for k in (1, 2):
+        values = [run.measured[0].value for run in found.runs if run.attack.k == k]
+        expected = [value / found.baseline[0].value for value in values]
+        assert list(lines[f"zero:{k}"].get_xdata()) == list(range(tiny.LAYERS))
+        assert list(lines[f"zero:{k}"].get_ydata()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("more", "scale"), [(0.5, "linear"), (3.0, "log"), (6.0, "log")])
+def test_ratios_over_more_than_a_decade_have_a_log_axis(loaded: Loaded, more: float, scale: str) -> None:
+    """Of 20 and of 400 times the perplexity: the larger the ratio, the further below zero a linear axis begins."""
+    from matplotlib import pyplot as plt
+
+    found = made_up(loaded)
+    plain = found.baseline[0]
+    assert plain.weights is not None
+    attacked = measured([x + more for x in plain.samples], list(plain.weights))
+    first = replace(found.runs[0], measured=(attacked, found.runs[0].measured[1]))
+    _, panel = plt.subplots()
+    _curves(panel, replace(found, runs=(first, *found.runs[1:])), "ppl:x")
+    drawn = panel.get_yscale()
+    plt.close("all")
+    assert drawn == scale
 
 
 def test_the_curves_of_an_accuracy_are_points(loaded: Loaded) -> None:
