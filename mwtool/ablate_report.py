@@ -58,7 +58,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
     names = list(named(found.baseline))
     for at in tasks:
         for column in (short(names[at]), "ratio", *(["random", "norm"] if controls else [])):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(Text(column), justify="right", no_wrap=True)  # brackets in a file's name are no markup
     start = [*([""] if layers else []), "none", "0"]
     blank = [""] * (3 if controls else 1)
     table.add_row(*start, *(cell for at in tasks for cell in (_value(found.baseline[at]), *blank)))

@@ -70,7 +70,8 @@ def _curves(panel: Any, found: Ablation, task: str) -> None:
     ratio = named(found.baseline)[task].weights is not None
     panel.axhline(1 if ratio else 0, color="0.6", linewidth=0.8, zorder=0)
     label = "perplexity over the model's own" if ratio else "points against the model itself"
-    panel.set(xlabel="layer" if several else "k", ylabel=label, title=short(task))
+    panel.set(xlabel="layer" if several else "k", ylabel=label)
+    panel.set_title(short(task), parse_math=False)  # a dollar sign in a file's name is no formula
     _readable(panel)
 
 

@@ -96,6 +96,17 @@ def test_the_curve_is_drawn_in_the_format_its_name_says(folder: Path, tmp_path: 
     assert figure.read_bytes().startswith(starts[suffix])
 
 
+def test_a_text_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    """Brackets are Rich's markup and dollar signs matplotlib's, but here they are a file's."""
+    name = "a[b]$x_{2$.txt"
+    (tmp_path / name).write_text((folder / "text.txt").read_text())
+    options = ("-k", "1", "--no-controls", "--plot", tmp_path / "curve.svg")
+    ran = run("ablate", folder, "--task", f"ppl:{tmp_path / name}", *options)
+    assert ran.code == 0
+    assert f"ppl:{name}  ratio" in ran.out
+    assert f"<!-- ppl:{name} -->" in (tmp_path / "curve.svg").read_text()
+
+
 def test_the_saved_model_has_the_perplexity_that_was_measured(folder: Path, tmp_path: Path) -> None:
     ran = ablate(folder, "--mode", "zero", "-k", "2", "--no-controls", "--save", tmp_path / "saved", "--json")
     document = ran.document

@@ -175,7 +175,9 @@ def test_adapters_lists_every_entry_point() -> None:
     assert "llama" in run("adapters").out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["adapters", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["ablate", "--help"], ["adapters", "--json"]]
+)
 def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -> None:
     ran = run_apart(*arguments, python=("-X", "importtime"))
     assert ran.code == 0
