@@ -64,6 +64,17 @@ def test_the_document_has_the_baseline_every_run_and_the_ratios(folder: Path, tm
     assert document["runs"][1]["indices"][0] == 17
 
 
+def test_what_is_noted_on_stderr_is_in_the_document(folder: Path, tmp_path: Path) -> None:
+    """Of loading, of the saved scan, of the text and of the sweep, in this order."""
+    scanned = {**scan_document(scan_checkpoint(str(folder))), "model": "another"}
+    (tmp_path / "scan.json").write_text(text_of(scanned))
+    ran = ablate(folder, "-k", "60", "--indices", ",".join(map(str, range(60))), "--mode", "zero", "--massive",
+                 tmp_path / "scan.json", "--revision", "main", "--window", "99", "--json")  # fmt: skip
+    assert ran.err.splitlines() == [f"note: {note}" for note in ran.document["notes"]]
+    expected = ("--revision main is ignored", "was made with another", "shortened to the 64", "too few rows")
+    assert all(words in note for words, note in zip(expected, ran.document["notes"], strict=True))
+
+
 def test_the_table_has_a_line_an_attack_and_the_verdict_below_it(folder: Path) -> None:
     ran = ablate(folder, "-k", "0,1", "--draws", 2, "--generate", "w1 w2")
     assert ran.code == 0

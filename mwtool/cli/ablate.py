@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,6 +140,7 @@ def ablate(
     found = _measured(loaded, targets, tasks, sweep, measuring)
     for line in found.notes:
         note(line)
+    found = replace(found, notes=(*notes, *found.notes))
     said = _said(loaded, targets, tasks, sweep, measuring, generate)
     _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
 
