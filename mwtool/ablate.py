@@ -209,23 +209,26 @@ class _Plan:
 
 
 def _plans(loaded: Loaded, target: Target, sweep: Sweep) -> Iterator[_Plan]:
+    wanted = sweep.draws > 0 and max(sweep.ks) > 0
+    largest = norm_rows(loaded, target, max(sweep.ks)) if wanted else None  # reads all rows: once
     for mode in sweep.modes:
         for k in sweep.ks:
             attack = mode.at(k)
             yield _Plan(attack, None, target, target.indices[:k])
             if k > 0 and sweep.draws > 0:
-                yield from _controls(loaded, target, attack, sweep)
+                yield from _controls(loaded, target, attack, sweep, largest)
 
 
-def _controls(loaded: Loaded, target: Target, attack: Attack, sweep: Sweep) -> Iterator[_Plan]:
+def _controls(
+    loaded: Loaded, target: Target, attack: Attack, sweep: Sweep, largest: tuple[int, ...] | None
+) -> Iterator[_Plan]:
     width = target.ffn.width(loaded.base)
     for seed in range(sweep.seed, sweep.seed + sweep.draws):
         rows = random_rows(target, width, attack.k, seed)
         if rows is not None:
             yield _Plan(attack, f"random:{seed}", target, rows)
-    largest = norm_rows(loaded, target, attack.k)
     if largest is not None:
-        yield _Plan(attack, "norm", target, largest)
+        yield _Plan(attack, "norm", target, largest[: attack.k])
 
 
 def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]) -> None:
