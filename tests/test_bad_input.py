@@ -216,6 +216,20 @@ def test_a_damaged_model_is_one_line_naming_the_damage(single: Path, name: str) 
     assert [word for word in words if word not in fault] == [], fault
 
 
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_that_is_loaded_whole_is_one_line_too(single: Path, name: str) -> None:
+    """With the words of a scan where the same file or value is at fault; the rest need a tokenizer or a library."""
+    damage, words = DAMAGES[name]
+    damage(single)
+    ran = run("ablate", single, "--layer", 1, "--indices", 3)
+    assert (ran.code, ran.out) == (1, "")
+    *logged, fault = ran.err.splitlines()
+    assert fault.startswith("error: ")
+    assert [line for line in logged if not line.startswith("Failed to load CPU gemm")] == []  # bitsandbytes
+    otherwise = ("has no tokenizer", "lacks tensor", "config.json makes", "cannot be loaded")
+    assert all(word in fault for word in words) or any(word in fault for word in otherwise), fault
+
+
 def index(**changes: Any) -> Damage:
     return lambda folder: change(folder / "model.safetensors.index.json", **changes)
 
@@ -257,6 +271,9 @@ def test_a_damaged_shard_or_index_is_one_line_naming_it(sharded: Path, name: str
     damage(sharded)
     fault = run("scan", sharded).fault
     assert [word for word in words if word not in fault] == [], fault
+    if not name.startswith("index that lacks") and not name.startswith("index that places"):  # whole files are loaded
+        fault = run("ablate", sharded).fault
+        assert [word for word in words if word not in fault] == [], fault
 
 
 @pytest.mark.parametrize(

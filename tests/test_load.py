@@ -101,7 +101,7 @@ def test_an_absent_tensor_is_named_and_never_made_up(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadCheckpoint, match=r"lacks tensor model.layers.2.mlp.up_proj.weight and 0 more"):
+    with pytest.raises(BadCheckpoint, match=r"lacks tensor model.layers.2.mlp.up_proj.weight; it is"):
         load(str(folder))
 
 
@@ -118,7 +118,7 @@ def test_weights_cut_short_are_refused_in_one_line(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(BadCheckpoint, match="cannot be loaded") as caught:
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors \([\d,]+ bytes\) is cut short") as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
 
