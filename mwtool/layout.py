@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mwtool.errors import UnsupportedModel as UnsupportedModel  # re-exported: adapters import this module alone
@@ -35,7 +35,7 @@ class WeightSlice:
     """
 
     param: str
-    index: Index = ()
+    index: Index = field(default=(), hash=False)  # slices have no hash before Python 3.12
     transposed: bool = False
 
     def read(self, model: nn.Module) -> Tensor:

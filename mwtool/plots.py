@@ -13,6 +13,8 @@ from mwtool.errors import OutputError
 from mwtool.verdict import named, ratio_of, short
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mwtool.ablate import Ablation, Run
 
 
@@ -40,6 +42,29 @@ def plot_ablation(found: Ablation, path: Path) -> None:
         _curves(panel, found, task)
     # the panels have the same lines; beside them it hides none
     axes[0][-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def plot_training(log: Sequence[dict[str, Any]], p: Sequence[float], path: Path) -> None:
+    """Loss and held-out loss over the steps, and below them p of each step where MacDrop dropped.
+
+    log: entries of `step` with `loss` or `eval_loss`. Raises OutputError where it cannot be written.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        2 if p else 1, 1, figsize=(7, 5 if p else 4), sharex=True, squeeze=False, height_ratios=[3, 1] if p else None
+    )
+    upper = axes[0][0]
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
+        if points:
+            upper.plot(*zip(*points, strict=True), style, label=label)
+    upper.set(ylabel="loss")
+    upper.legend(frameon=False, fontsize="small")
+    if p:
+        axes[1][0].step(range(1, len(p) + 1), p, where="mid", color="C2")
+        axes[1][0].set(ylabel="p", ylim=(-0.02, 1.02))
+    axes[-1][0].set(xlabel="step")
     _save(figure, path)
 
 

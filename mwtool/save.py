@@ -60,6 +60,19 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
         _record(temporary / RECORD, loaded, ffn, rows, attack)
 
 
+def save_merged(loaded: Loaded, folder: Path) -> None:
+    """Write the sum of a base model and its adapter to `folder`, which must not exist or be empty.
+
+    loaded: an adapter folder's model under ``on="merged"``. The checkpoint has the base's shards, names and types.
+    Raises UnsupportedModel where the base's tensors cannot be changed, OutputError where it cannot be written; nothing
+    is left then.
+    """
+    check_free(folder)
+    with _made(folder) as temporary, _one_line(folder):
+        _rewrite(loaded.source, _by_stored_name(loaded, _whole(loaded.base)), temporary)
+        _copy_small(loaded.source, temporary)
+
+
 def check_savable(loaded: Loaded, attack: Attack) -> None:
     """Raise before the work begins if the attack is no change of weights, or the weights are packed."""
     if attack.mode == "mean":
@@ -197,8 +210,6 @@ def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
 
 def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:
     """Stored name -> the tensor of base and adapter together, for all tensors. Under `base` a copy is merged."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     with edited(loaded.base, ffn, rows, attack):
         model: Any = copy.deepcopy(loaded.model)
     if loaded.on == "base":
@@ -207,6 +218,13 @@ def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> di
             place
         ) in ffn.inputs:  # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
             place.read(model).nan_to_num_(nan=0.0)
+    return _whole(model)
+
+
+def _whole(model: Any) -> dict[str, New]:
+    """Stored name -> the tensor of this model, for all of its tensors."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: partial(_cast, tensor) for name, tensor in revert_weight_conversion(model, state).items()}

@@ -169,7 +169,7 @@ def _taken(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model whose every parameter is random, norms and biases included."""
+    """A model whose every number that a checkpoint holds is random: norms, biases, what routers add to scores."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -177,6 +177,10 @@ def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                nn.init.normal_(buffer, std=0.3)
         with torch.no_grad():
             model(input_ids=torch.tensor([[BOS]]), use_cache=False)
     except UNBUILDABLE as fault:

@@ -298,6 +298,9 @@ def test_a_rank_beyond_an_experts_width_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_layer_of_a_layout_is_described_once() -> None:
-    for model_type in tiny.MOE_TYPES:
+    mixtures = []
+    for model_type in tiny.ALL_TYPES:
         layers: list[DecoderLayer] = decoder_layers(adapter_for(model_type), tiny.config(model_type))
         assert len({layer.path for layer in layers}) == tiny.LAYERS
+        mixtures += [model_type] if any(layer.experts for layer in layers) else []
+    assert mixtures == sorted(tiny.MOE_TYPES)

@@ -110,7 +110,7 @@ def test_fixing_at_the_mean_is_what_replacing_the_state_by_hand_gives(made: PreT
         with edited(made, ffn, [1, 4], Attack("zero", 2)), added_by_hand(made, ffn, means):
             expected = logits(made)
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
-        if means.any():
+        if means[[1, 4]].any():
             assert not torch.equal(found, logits(made))
 
 

@@ -11,6 +11,7 @@ import typer
 from mwtool import __version__
 from mwtool.cli.ablate import ablate
 from mwtool.cli.adapters import adapters
+from mwtool.cli.finetune import finetune
 from mwtool.cli.scan import scan
 from mwtool.errors import MwtoolError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(scan)
 app.command()(ablate)
+app.command()(finetune)
 app.add_typer(adapters, name="adapters")
 
 
