@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.load import Loaded, load
-from mwtool.save import save_attacked
+from mwtool.save import save_attacked, save_merged
 from mwtool.surgery import Attack, edited, places
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])
@@ -234,6 +234,9 @@ def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_writt
     loaded = load(str(tmp_path / "adapter"), on=on)
     with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):
         save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    if on == "merged":
+        with pytest.raises(UnsupportedModel, match="once for both"):
+            save_merged(loaded, tmp_path / "saved")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 
 
