@@ -82,7 +82,7 @@ def ablate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first random control.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
