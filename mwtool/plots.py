@@ -24,7 +24,7 @@ def check_plottable(path: Path) -> None:
     figure = pyplot.figure()
     known = sorted(figure.canvas.get_supported_filetypes())
     pyplot.close(figure)
-    if path.suffix.lstrip(".") not in known:
+    if _format(path) not in known:
         raise OutputError(f"{path}: no figure of type {path.suffix or '(none)'}; expected one of {', '.join(known)}")
 
 
@@ -70,9 +70,13 @@ def plot_training(log: Sequence[dict[str, Any]], p: Sequence[float], path: Path)
 
 def _save(figure: Any, path: Path) -> None:
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix.lstrip("."), bbox_inches="tight", dpi=150)
+    figure.savefig(drawn, format=_format(path), bbox_inches="tight", dpi=150)
     _pyplot().close(figure)
     write(path, drawn.getvalue())
+
+
+def _format(path: Path) -> str:
+    return path.suffix.lstrip(".").lower()
 
 
 def _curves(panel: Any, found: Ablation, task: str) -> None:
