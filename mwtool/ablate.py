@@ -15,6 +15,7 @@ from mwtool.evaluate import Measured, OnProgress, Options, Prepared, prepare
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
 from mwtool.override import averaging
+from mwtool.perplexity import check_vocabulary
 from mwtool.registry import adapter_for
 from mwtool.scan import decoder_layers
 from mwtool.surgery import Attack, edited, parse_mode, rows_of
@@ -90,7 +91,10 @@ def ablate(
     plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
     means = {target.layer: means_for(loaded, target, sweep, ready) for target in targets}
     _try(loaded, plans, means)
-    distinct = {plan.same: plan for plan in plans if not plan.attack.idle}
+    distinct: dict[Any, _Plan] = {}
+    for plan in plans:
+        if not plan.attack.idle:
+            distinct.setdefault(plan.same, plan)
     measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
     baseline = measured.under("baseline", None)
     found = {
@@ -108,7 +112,7 @@ def ablate(
 @contextmanager
 def ablated(
     model: PreTrainedModel | PeftModel,
-    massive: MassiveWeights,
+    massive: MassiveWeights | None,
     *,
     mode: str = "zero",
     k: int = 5,
@@ -117,8 +121,11 @@ def ablated(
     """A transformers model, wrapped by PEFT or not, with its massive rows attacked inside the block.
 
     mode: ``zero``, ``retain``, ``scale:X`` or ``mean``. windows: token ids, each (T,), over which ``mean`` averages.
-    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, UnsupportedModel.
+    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, also for None, which is what the scan of
+    a model without massive weights gives, and UnsupportedModel.
     """
+    if massive is None:
+        raise BadValue("there are no massive weights to attack: the scan found none")
     base: Any = getattr(model, "get_base_model", lambda: model)()
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
     ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
@@ -138,6 +145,8 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     def stop(_module: Any, _args: Any, _output: Any) -> None:
         raise _Stop
 
+    windows = list(windows)
+    check_vocabulary(model, windows)
     device = model.get_input_embeddings().weight.device
     handle = base.get_submodule(layer).register_forward_hook(stop)
     try:
@@ -147,6 +156,8 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
                     model(input_ids=ids[None].to(device), use_cache=False)
     finally:
         handle.remove()
+    if average.values is None and ffn.expert is None:
+        raise BadValue("mean needs windows to take the rows' mean values over; none were given")
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()
@@ -198,23 +209,26 @@ class _Plan:
 
 
 def _plans(loaded: Loaded, target: Target, sweep: Sweep) -> Iterator[_Plan]:
+    wanted = sweep.draws > 0 and max(sweep.ks) > 0
+    largest = norm_rows(loaded, target, max(sweep.ks)) if wanted else None  # reads all rows: once
     for mode in sweep.modes:
         for k in sweep.ks:
             attack = mode.at(k)
             yield _Plan(attack, None, target, target.indices[:k])
             if k > 0 and sweep.draws > 0:
-                yield from _controls(loaded, target, attack, sweep)
+                yield from _controls(loaded, target, attack, sweep, largest)
 
 
-def _controls(loaded: Loaded, target: Target, attack: Attack, sweep: Sweep) -> Iterator[_Plan]:
+def _controls(
+    loaded: Loaded, target: Target, attack: Attack, sweep: Sweep, largest: tuple[int, ...] | None
+) -> Iterator[_Plan]:
     width = target.ffn.width(loaded.base)
     for seed in range(sweep.seed, sweep.seed + sweep.draws):
         rows = random_rows(target, width, attack.k, seed)
         if rows is not None:
             yield _Plan(attack, f"random:{seed}", target, rows)
-    largest = norm_rows(loaded, target, attack.k)
     if largest is not None:
-        yield _Plan(attack, "norm", target, largest)
+        yield _Plan(attack, "norm", target, largest[: attack.k])
 
 
 def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]) -> None:

@@ -13,6 +13,7 @@ from mwtool.bos import find_bos
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared, positions
 from mwtool.load import Loaded
+from mwtool.perplexity import check_vocabulary
 from mwtool.surgery import Attack, edited
 from mwtool.targets import Target
 
@@ -44,7 +45,10 @@ def continuations(
 
 
 def prompt_ids(loaded: Loaded, prompt: str, bos: str = "auto") -> Tensor:
-    """bos and the prompt, (1, T); raises BadValue without a tokenizer, or where the model has no position for more."""
+    """bos and the prompt, (1, T).
+
+    Raises BadValue without a tokenizer, for tokens the model does not have, or where it has no position for more.
+    """
     if loaded.tokenizer is None:
         raise BadValue(f"{loaded.source.name} has no tokenizer; --generate needs one to read the prompt")
     first = find_bos(bos, loaded.tokenizer, loaded.base.config).id
@@ -52,7 +56,9 @@ def prompt_ids(loaded: Loaded, prompt: str, bos: str = "auto") -> Tensor:
     most = positions(loaded)
     if most is not None and len(ids) >= most:
         raise BadValue(f"the prompt has {len(ids)} tokens with bos and the model {most} positions; give a shorter one")
-    return torch.tensor([ids])
+    whole = torch.tensor([ids])
+    check_vocabulary(loaded.model, whole)
+    return whole
 
 
 def _greedy(loaded: Loaded, ids: Tensor, new_tokens: int) -> str:

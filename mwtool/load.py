@@ -6,15 +6,18 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from logging import Filter, LogRecord
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
+from mwtool.checkpoint import open_checkpoint
 from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
-from mwtool.source import Source, locate
+from mwtool.source import Source, locate, unusable
 from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
@@ -160,6 +163,10 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
     place = source.folder if source.repo is None else source.repo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    logger = logging.get_logger("transformers.modeling_utils")
+    faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
+    silence = _NoReport()
+    logger.addFilter(silence)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
@@ -168,23 +175,49 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
             trust_remote_code=source.trust_remote_code,
             local_files_only=source.repo is None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, by name
             **options,
         )
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
-    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
+    except faults as fault:
+        _blame_file(source)
         raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+    finally:
+        logger.removeFilter(silence)
     model, info = loaded
     # transformers fills what is absent with random numbers and goes on
     absent = sorted(info["missing_keys"])
     if absent:
-        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]} and {len(absent) - 1} more; it is incomplete")
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]}{more}; it is incomplete")
+    misshapen = sorted(info["mismatched_keys"])
+    if misshapen:
+        name, found, expected = misshapen[0]
+        raise BadCheckpoint(
+            f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+        )
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _blame_file(source: Source) -> None:
+    """Raise BadCheckpoint, naming the file, if loading failed for one that is absent or damaged."""
+    checkpoint = open_checkpoint(source)
+    for name in {file: name for name, file in checkpoint.files.items()}.values():  # one tensor of each file
+        with checkpoint.tensors([name]):
+            pass
+
+
+class _NoReport(Filter):
+    """transformers logs a table of absent and misshapen tensors, the first of which is said here in one line."""
+
+    def filter(self, record: LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
 
 
 def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
@@ -206,4 +239,9 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
 
 
 def _line(fault: BaseException) -> str:
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    first, _, rest = str(fault).strip().partition("\n")
+    if first.endswith(":"):  # the reason comes below
+        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
+    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
+        return f"{type(fault).__name__} {first}".strip()
+    return first or type(fault).__name__

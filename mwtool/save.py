@@ -67,8 +67,9 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
     Raises UnsupportedModel where the base's tensors cannot be changed, OutputError where it cannot be written; nothing
     is left then.
     """
+    _check_tied(loaded)
     check_free(folder)
-    with _made(folder) as temporary, _one_line(folder):
+    with _one_line(folder), _made(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, _whole(loaded.base)), temporary)
         _copy_small(loaded.source, temporary)
 

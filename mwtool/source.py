@@ -132,7 +132,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _find(model: str, revision: str | None) -> Source:
     if model == "demo":
         return Source("demo", DEMO)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~name, and nobody of that name
+        raise ModelNotFound(f"no such folder: {model}") from None
     if path.is_file():
         raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
     source = _local(model, path) if model and path.is_dir() else _hub(model, revision)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -190,13 +191,22 @@ class _Watch:
         ]
         self.parts.append(part)
 
+    def _refuse(self) -> None:
+        """Of a model in memory nobody has looked at the weights yet."""
+        later = f"{self.layer.path.rpartition('.')[0]}.{self.index + 1}."
+        for name, parameter in takewhile(lambda one: not one[0].startswith(later), self.model.named_parameters()):
+            plain = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
+            if plain and not parameter.isfinite().all():
+                raise BadCheckpoint(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
+        raise BadCheckpoint(
+            f"the residual stream after layer {self.index} is not finite although its weights are; "
+            f"float16 overflows above 65,504: try --dtype bfloat16 or float32"
+        )
+
     def _at_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden = first(output)
         if not hidden.isfinite().all():
-            raise BadCheckpoint(
-                f"the residual stream after layer {self.index} is not finite although its weights are; "
-                f"float16 overflows above 65,504: try --dtype bfloat16 or float32"
-            )
+            self._refuse()
         parts, supers = self._weighted(), tuple(self.supers)
         added = self.caught["added"] * self.layer.scale
         self.parts, self.supers, self.caught = [], [], {}

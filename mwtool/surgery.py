@@ -96,7 +96,9 @@ def _mode(text: str) -> Attack | None:
 
 
 def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
-    """The first k ranked rows; raises BadValue where fewer were ranked."""
+    """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
+    if attack.k < 0:
+        raise BadValue(f"k is {attack.k}; expected a number from 0 on")
     if attack.k > len(massive.indices):
         raise BadValue(
             f"{attack} needs {attack.k} ranked rows; the scan ranked {len(massive.indices)}: scan with -k {attack.k}"

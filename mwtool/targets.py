@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ class Target:
     """
 
     layer: int
-    ffn: FFN = field(hash=False)  # slices have no hash before Python 3.12
+    ffn: FFN
     indices: tuple[int, ...]
     count: int | None = None
     avoided: tuple[int, ...] = ()

@@ -385,7 +385,15 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
         found = swept(loaded, Sweep((parse_mode(mode),), (3,), draws=0))
         with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
             assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
-    with pytest.raises(BadValue, match="mean needs windows"), mwtool.ablated(loaded.base, massive, mode="mean"):
+    for options, message in (
+        ({"mode": "mean"}, "mean needs windows"),
+        ({"mode": "mean", "windows": []}, "mean needs windows .* none were given"),
+        ({"k": -1}, "k is -1; expected a number from 0 on"),
+        ({"k": 99}, "the scan ranked 5: scan with -k 99"),
+    ):
+        with pytest.raises(BadValue, match=message), mwtool.ablated(loaded.base, massive, **options):
+            pass
+    with pytest.raises(BadValue, match="no massive weights to attack"), mwtool.ablated(loaded.base, None):
         pass
 
 
@@ -488,7 +496,8 @@ def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
         QUICK,
         on_run=lambda _done, _total, name: names.append(name),
     )
-    assert len(names) == 4  # the baseline, the row, two random ones
+    expected = ["baseline", *(f"layer 1, zero:1{beside}" for beside in ("", " (random:0)", " (random:1)"))]
+    assert names == expected
     assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
     assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured
 
@@ -534,8 +543,69 @@ def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, 
     loaded = opened(tmp_path, tiny.model(model_type, num_hidden_layers=2))
     for choice in (Choice(layer=1), Choice(each_layer=True)):
         plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
-        assert (tmp_path / "curve.svg").read_text().count("random rows") == (2 if choice.layer else 4)
+        assert (tmp_path / "curve.svg").read_text().count("random rows") == 2
         (tmp_path / "curve.svg").unlink()
+
+
+def test_several_layers_are_drawn_over_the_layers(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    found = swept(loaded, Sweep((Attack("zero"),), (1, 2), draws=0), Choice(each_layer=True))
+    _, panel = plt.subplots()
+    _curves(panel, found, found.baseline[0].task)
+    lines = {str(line.get_label()): line for line in panel.lines}
+    axis = panel.get_xlabel()
+    plt.close("all")
+    assert axis == "layer"
+    for k in (1, 2):
+        values = [run.measured[0].value for run in found.runs if run.attack.k == k]
+        expected = [value / found.baseline[0].value for value in values]
+        assert list(lines[f"zero:{k}"].get_xdata()) == list(range(tiny.LAYERS))
+        assert list(lines[f"zero:{k}"].get_ydata()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("more", "scale"), [(0.5, "linear"), (3.0, "log"), (6.0, "log")])
+def test_ratios_over_more_than_a_decade_have_a_log_axis(loaded: Loaded, more: float, scale: str) -> None:
+    """Of 20 and of 400 times the perplexity: the larger the ratio, the further below zero a linear axis begins."""
+    from matplotlib import pyplot as plt
+
+    found = made_up(loaded)
+    plain = found.baseline[0]
+    assert plain.weights is not None
+    attacked = measured([x + more for x in plain.samples], list(plain.weights))
+    first = replace(found.runs[0], measured=(attacked, found.runs[0].measured[1]))
+    _, panel = plt.subplots()
+    _curves(panel, replace(found, runs=(first, *found.runs[1:])), "ppl:x")
+    drawn = panel.get_yscale()
+    plt.close("all")
+    assert drawn == scale
+
+
+def test_the_curves_of_an_accuracy_are_points(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    _, panel = plt.subplots()
+    _curves(panel, made_up(loaded), "mc:x.jsonl")
+    own, random, norm, zero = [list(line.get_ydata()) for line in panel.lines]
+    label = panel.get_ylabel()
+    plt.close("all")
+    assert (own, random, norm, set(zero)) == ([-25.0], [12.5], [0.0], {0})
+    assert "points" in label
+
+
+def test_the_legend_hides_no_curve(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its box lies beside the axes, whatever is drawn in them."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_options: drawn.append(figure))
+    modes = tuple(map(parse_mode, ("zero", "retain", "mean", "scale:0.5")))
+    plot_ablation(swept(loaded, Sweep(modes, (0, 1, 3), draws=2)), tmp_path / "curve.png")
+    (panel,) = drawn[0].axes
+    legend = panel.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == len(panel.lines) - 1 == 12
+    assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
 
 
 def test_the_curves_are_the_ratios_over_k(loaded: Loaded) -> None:

@@ -149,6 +149,19 @@ def test_what_a_library_logs_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert shown.getvalue().splitlines() == ["cast 1", "cast 2"]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("mwtool ab", ["ablate"]), ("mwtool scan --all", ["--all-layers"]), ("mwtool scan --dtype bf", ["bfloat16"])],
+)
+def test_the_shell_completes_commands_options_and_values(
+    monkeypatch: pytest.MonkeyPatch, words: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("_MWTOOL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run().out.split() == expected
+
+
 def test_version_is_the_package_s() -> None:
     assert run("--version").out == f"mwtool {mwtool.__version__}\n"
 
@@ -162,7 +175,9 @@ def test_adapters_lists_every_entry_point() -> None:
     assert "llama" in run("adapters").out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["adapters", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["ablate", "--help"], ["adapters", "--json"]]
+)
 def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -> None:
     ran = run_apart(*arguments, python=("-X", "importtime"))
     assert ran.code == 0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.load import Loaded, load
-from mwtool.save import save_attacked
+from mwtool.save import save_attacked, save_merged
 from mwtool.surgery import Attack, edited, places
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])
@@ -57,7 +57,7 @@ def opened(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("model_type", "attack"),
     [
-        *((kind, ZERO) for kind in ("llama", "phi", "phi3", "gpt2", "mixtral", "gpt_oss", "qwen2_moe", "bloom")),
+        *((kind, ZERO) for kind in tiny.ALL_TYPES),
         ("phi3", Attack("retain", 2)),
         ("mixtral", Attack("scale", 2, -0.5)),
     ],
@@ -78,6 +78,16 @@ def test_the_saved_model_is_the_attacked_one_and_all_else_is_bit_identical(
         expected, inside = loaded.base.state_dict(), logits(loaded.base)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
         assert torch.equal(logits(again), inside)
+
+
+def test_a_tensor_that_two_parameters_share_stays_one(tmp_path: Path) -> None:
+    made = tiny.model("llama", torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=True)
+    loaded = load(str(tiny.saved(tmp_path / "model", made)))
+    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    assert tensors(tmp_path / "saved").keys() == tensors(tmp_path / "model").keys()
+    again = opened(tmp_path / "saved")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, made.get_input_embeddings().weight)
 
 
 def test_shards_configuration_and_tokenizer_are_those_of_the_original(tmp_path: Path) -> None:
@@ -224,6 +234,9 @@ def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_writt
     loaded = load(str(tmp_path / "adapter"), on=on)
     with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):
         save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    if on == "merged":
+        with pytest.raises(UnsupportedModel, match="once for both"):
+            save_merged(loaded, tmp_path / "saved")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 
 

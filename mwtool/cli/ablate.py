@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from mwtool.ablate import Ablation, Sweep
     from mwtool.load import Loaded
     from mwtool.targets import Target
+
+
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model over devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
 
 
 class On(StrEnum):
@@ -72,11 +82,13 @@ def ablate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first random control.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    device_map: Annotated[
+        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
+    ] = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -113,7 +125,7 @@ def ablate(
         revision=revision,
         dtype=dtype.value,
         device=device,
-        device_map=device_map,
+        device_map=None if device_map is None else device_map.value,
         trust_remote_code=trust_remote_code,
     )
     if save is not None:
@@ -128,6 +140,7 @@ def ablate(
     found = _measured(loaded, targets, tasks, sweep, measuring)
     for line in found.notes:
         note(line)
+    found = replace(found, notes=(*notes, *found.notes))
     said = _said(loaded, targets, tasks, sweep, measuring, generate)
     _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
 
