@@ -267,7 +267,9 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
         raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if causal is None and model_type in MODEL_MAPPING_NAMES:
-        raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")
+        seeing = any(_causal_like(model_type))
+        hint = "; of models that see, those that transformers opens as one are read (gemma3, qwen3_5)" if seeing else ""
+        raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model{hint}")
     if causal is None:
         return  # a type transformers does not know: the adapter lookup and --trust-remote-code decide
     fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}

@@ -127,8 +127,8 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     # what kind of model it is
     "unknown model type": (config(model_type="zeppelin"), ["'zeppelin'", "installed are", "llama", "adapters new"]),
     "known type without adapter": (
-        config(model_type="xglm", architectures=["XGLMForCausalLM"]),
-        ["'xglm'", "installed are", "llama", "adapters new"],
+        config(model_type="cwm", architectures=["CwmForCausalLM"]),
+        ["'cwm'", "installed are", "llama", "adapters new"],
     ),
     "own code": (config(model_type="mine", auto_map={"AutoConfig": "c.C"}), ["--trust-remote-code"]),
     "a classifier": (
