@@ -130,8 +130,13 @@ def tiny_config(model_type: str, adapter: Adapter | None = None, **options: Any)
     does not take; given `options` win. For a type made of several configurations they go to its text model.
     Raises BadPlugin where no such configuration can be made.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if model_type not in CONFIG_MAPPING:
+        raise BadPlugin(
+            f"transformers does not know model type {model_type!r}; have the adapter's module register the type "
+            f"(AutoConfig.register, AutoModelForCausalLM.register)"
+        )
     special = dict(getattr(adapter, "tiny", {}).get(model_type, {}))
     inner = special.pop("text_config", None)
     common = _taken({**TINY, **(special if inner is None else inner), **options})
@@ -159,8 +164,7 @@ UNBUILDABLE = (
 def _unbuildable(model_type: str, fault: BaseException) -> str:
     line = str(fault).strip().partition("\n")[0] or type(fault).__name__
     return (
-        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's "
-        f"`tiny`, and let its module register the type if it is not one of transformers'"
+        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's `tiny`"
     )
 
 
