@@ -63,7 +63,18 @@ def test_an_installed_plugin_serves_its_type(tmp_path: Path, site: Path) -> None
     assert check_type(CWM, adapter_for(CWM)).fault is None
 
 
+def elsewhere(adds: str) -> str:
+    """What the stream receives is said to come from a module that exists and has nothing to do with it."""
+    return plugins.source(CWM).replace('adds=f"{path}.mlp"', adds)
+
+
 BROKEN: list[tuple[str, str, str]] = [
+    (
+        "names what runs later",
+        elsewhere('adds="model.norm"'),
+        "model.norm is named for model.layers.0 but does not run",
+    ),
+    ("a word for a number", elsewhere('adds=path, scale="x"'), r"gave scale 'x' in model.layers.0; expected a number"),
     ("raises on import", "raise OSError('no licence file')", "cannot be imported: OSError: no licence file"),
     ("no such object", "OTHER = 1", "cannot be imported: AttributeError"),
     ("not an adapter", "ADAPTER = 3", r"is 3; expected an object with a method layer"),
