@@ -13,7 +13,7 @@ from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, decoder_layers, scan_model
-from mwtool.source import Source, locate
+from mwtool.source import Source, locate, model_class
 from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
@@ -138,14 +138,13 @@ def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = No
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     place = source.folder if source.repo is None else source.repo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(config).from_pretrained(
             place,
             config=config,
             revision=source.revision or "main",

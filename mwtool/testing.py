@@ -25,6 +25,7 @@ from mwtool.fitting import check_fit
 from mwtool.layout import Adapter
 from mwtool.registry import Installed
 from mwtool.scan import decoder_layers
+from mwtool.source import model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -168,11 +169,9 @@ def _taken(options: dict[str, Any]) -> dict[str, Any]:
 
 def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model whose every number that a checkpoint holds is random: norms, biases, what routers add to scores."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = model_class(config).from_config(config, dtype=dtype).eval()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
         stored = model.state_dict()

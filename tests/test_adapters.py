@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from mwtool import Settings, scan_checkpoint, scan_model
@@ -89,10 +89,10 @@ def test_the_language_model_of_a_checkpoint_with_images_is_scanned(tmp_path: Pat
     assert (found.layer, found.expert, found.indices[0], found.dimension) == (1, ffn.expert, 11, 5)
 
 
-def test_a_model_with_images_that_is_no_causal_model_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    with pytest.raises(UnsupportedModel, match=r"qwen2_5_vl, which is not a causal language model; .*gemma3, qwen3_5"):
-        scan_checkpoint(str(tmp_path))
+def test_a_model_with_images_around_another_language_model_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("llava", text_config={"model_type": "bloom"})
+    with pytest.raises(UnsupportedModel, match="the language model of this llava is a bloom; read are llama, "):
+        decoder_layers(adapter_for("llava"), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
