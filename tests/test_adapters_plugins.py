@@ -20,7 +20,7 @@ from click.testing import Result
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mwtool import MwtoolError, scan_checkpoint, scan_model
+from mwtool import MwtoolError, __version__, scan_checkpoint, scan_model
 from mwtool.cli import app
 from mwtool.errors import BadPlugin
 from mwtool.registry import adapter_for, installed
@@ -237,6 +237,11 @@ def test_a_new_package_is_complete_and_conforms(tmp_path: Path, site: Path) -> N
     assert adapter_for(CWM).plugin.distribution == "mwtool-cwm"
     runpy.run_path(str(package / "tests" / "test_adapter.py"))["test_the_adapter_describes_the_model"]()
     assert "mwtool adapters check cwm" in (package / project["readme"]).read_text()
+
+
+def test_a_new_package_for_a_type_that_is_served_says_by_whom(tmp_path: Path) -> None:
+    assert f"(mwtool {__version__}) serves llama too" in run("adapters", "new", "llama", str(tmp_path / "llama")).stderr
+    assert run("adapters", "new", CWM, str(tmp_path / CWM)).stderr == ""
 
 
 @pytest.mark.parametrize("name", ["x", "my-Type.v2", "a_b"])
