@@ -120,11 +120,14 @@ class Experts:
         the shared expert, if there is one.
     router: module whose output is, or begins with, the logits over all experts, (T, E).
     scores: what turns logits into probabilities.
+    proportional: whether the weights of the chosen are in proportion to their probabilities, as they are in all
+        but phimoe.
     """
 
     module: str
     router: str
     scores: Literal["softmax", "sigmoid"] = "softmax"
+    proportional: bool = True
 
     @property
     def block(self) -> str:

@@ -17,7 +17,7 @@ from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
-from mwtool.source import Source, locate, unusable
+from mwtool.source import Source, locate, model_class, unusable
 from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
@@ -157,7 +157,6 @@ def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = No
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     place = source.folder if source.repo is None else source.repo
@@ -168,7 +167,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
     silence = _NoReport()
     logger.addFilter(silence)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(config).from_pretrained(
             place,
             config=config,
             revision=source.revision or "main",

@@ -128,7 +128,8 @@ def scan_checkpoint(
             *notes,
             f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
         )
-    return _scan(_Subject(stream.model, layers, bos, source.name, source.revision, notes, stream), settings, on_layer)
+    subject = _Subject(stream.model, layers, bos, source.name, str(adapter), source.revision, notes, stream)
+    return _scan(subject, settings, on_layer)
 
 
 def scan_model(
@@ -155,7 +156,7 @@ def scan_model(
     training: bool = base.training
     base.eval()
     try:
-        return _scan(_Subject(base, layers, bos, name), settings)
+        return _scan(_Subject(base, layers, bos, name, str(adapter)), settings)
     finally:
         base.train(training)
 
@@ -198,6 +199,8 @@ def _fault(layer: object) -> str | None:
         return f"{layer!r}; expected a DecoderLayer with FFNs"
     experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
     others = [ffn for ffn in layer.ffns if ffn.expert is None]
+    if not isinstance(layer.scale, int | float):
+        return f"scale {layer.scale!r} in {layer.path}; expected a number"
     if any(ffn.hook is None for ffn in others):
         return f"an FFN without a hook in {layer.path}; only routed experts have none"
     if experts != list(range(len(experts))):
@@ -217,12 +220,13 @@ def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A model ready to run; `stream` where its weights come from disk."""
+    """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
 
     model: PreTrainedModel
     layers: list[DecoderLayer]
     bos: Bos
     name: str
+    adapter: str
     revision: str | None = None
     notes: tuple[str, ...] = ()
     stream: Stream | None = None
@@ -245,7 +249,10 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
             on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
 
     with nullcontext(model) if stream is None else stream.flowing() as running:
-        states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+        try:
+            states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+        except BadPlugin as fault:
+            raise BadPlugin(f"{subject.adapter} does not describe {type(model).__name__}: {fault}") from fault
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
     massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
     return Scan(

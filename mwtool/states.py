@@ -180,7 +180,13 @@ class _Watch:
     def _probabilities(self) -> Tensor:
         """The router's, for every expert, (E,)."""
         assert self.layer.experts is not None
-        logits = self.caught["logits"]
+        logits, expected = self._recall("logits", self.layer.experts.router), len(self.layer.ffns)
+        expected -= sum(ffn.expert is None for ffn in self.layer.ffns)
+        if logits.numel() != expected:
+            raise BadPlugin(
+                f"the router {self.layer.experts.router} gives {logits.numel()} values; expected {expected}, "
+                f"one for each expert"
+            )
         return logits.sigmoid() if self.layer.experts.scores == "sigmoid" else logits.softmax(-1)
 
     def _take(self, part: Part, readable: FFN) -> None:
@@ -208,10 +214,17 @@ class _Watch:
         if not hidden.isfinite().all():
             self._refuse()
         parts, supers = self._weighted(), tuple(self.supers)
-        added = self.caught["added"] * self.layer.scale
+        if not parts:
+            raise BadPlugin(f"no `hook` of {self.layer.path} runs before that module ends")
+        added = self._recall("added", self.layer.adds) * self.layer.scale
         self.parts, self.supers, self.caught = [], [], {}
         main = max(parts, key=lambda part: float(part.output.abs().max()))
         self.seen(LayerState(self.index, hidden, main.intermediate, added, supers, parts))
+
+    def _recall(self, name: str, path: str) -> Tensor:
+        if name not in self.caught:
+            raise BadPlugin(f"module {path} is named for {self.layer.path} but does not run before it is needed there")
+        return self.caught[name]
 
     def _weighted(self) -> tuple[Part, ...]:
         """Routed experts by falling weight; the shared one gives what they do not."""

@@ -21,7 +21,7 @@ from mwtool.checkpoint import Checkpoint, open_checkpoint
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
-from mwtool.source import unusable
+from mwtool.source import model_class, unusable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -263,7 +263,6 @@ def open_stream(
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -272,7 +271,7 @@ def open_stream(
     quantizer = _dequantizer(source, config)
     try:
         with _without_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code
             )
     except unusable() as fault:

@@ -24,8 +24,17 @@ TYPES += ["olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3"]
 """Enough of the dense types for what does not depend on the layout."""
 ALL_TYPES = [plugin.model_type for plugin in installed() if plugin.distribution == "mwtool"]
 MOE_TYPES = ["deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite"]
-MOE_TYPES += ["gpt_oss", "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "mixtral"]
-MOE_TYPES += ["olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open"]
+MOE_TYPES += ["gpt_oss", "hunyuan_v1_moe", "jamba", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "mixtral"]
+MOE_TYPES += [
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "solar_open",
+]
 DENSE_TYPES = [name for name in ALL_TYPES if name not in MOE_TYPES]
 
 

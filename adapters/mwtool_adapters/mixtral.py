@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Mixtral:
-    """router, shared: names in the block; scores: what makes probabilities of the router's logits."""
+    """router, shared: names in the block; scores, proportional: as in `Experts`."""
 
     tiny: ClassVar[dict[str, dict[str, Any]]] = {
         "hunyuan_v1_moe": {
@@ -26,14 +26,21 @@ class Mixtral:
     }
 
     def __init__(
-        self, router: str = "gate", *, scores: Literal["softmax", "sigmoid"] = "softmax", shared: str | None = None
+        self,
+        router: str = "gate",
+        *,
+        scores: Literal["softmax", "sigmoid"] = "softmax",
+        proportional: bool = True,
+        shared: str | None = None,
     ) -> None:
-        self.router, self.scores, self.shared = router, scores, shared
+        self.router, self.scores, self.proportional, self.shared = router, scores, proportional, shared
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path, act = f"model.layers.{index}", config.hidden_act
         mlp = f"{path}.mlp"
-        experts = Experts(f"{mlp}.experts", router=f"{mlp}.{self.router}", scores=self.scores)
+        experts = Experts(
+            f"{mlp}.experts", router=f"{mlp}.{self.router}", scores=self.scores, proportional=self.proportional
+        )
         routed = fused_experts(experts.module, config.num_local_experts, config.intermediate_size, act)
         shared = () if self.shared is None else (gated_mlp(f"{mlp}.{self.shared}", act),)
         return DecoderLayer(path, (*routed, *shared), adds=mlp, experts=experts)
@@ -42,4 +49,4 @@ class Mixtral:
 HUNYUAN = Mixtral(shared="shared_mlp")
 MINIMAX_M2 = Mixtral(scores="sigmoid")
 MIXTRAL = Mixtral()
-PHIMOE = Mixtral(router="router")
+PHIMOE = Mixtral(router="router", proportional=False)  # each expert is weighted without those chosen before

@@ -17,6 +17,7 @@ LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
+VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
 
 
 class QwenMoe:
@@ -24,6 +25,7 @@ class QwenMoe:
         "qwen2_moe": {**MOE, "mlp_only_layers": [2]},
         "qwen3_moe": {**MOE, "decoder_sparse_step": 2},
         "qwen3_next": {**MOE, **LINEAR},
+        "qwen3_5_moe": {"text_config": {**MOE, **LINEAR}, "vision_config": VISION},
         "qwen3_5_moe_text": {**MOE, **LINEAR},
     }
 
@@ -31,6 +33,7 @@ class QwenMoe:
         self.shared = shared
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        config = config.get_text_config()  # Qwen3.5 with images is opened as its text model
         path, act = f"model.layers.{index}", config.hidden_act
         mlp = f"{path}.mlp"
         if _dense(config, index):
