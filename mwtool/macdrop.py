@@ -192,13 +192,18 @@ def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT."""
+    from peft import PeftMixedModel
+
     inner: Any = model
     while not hasattr(inner, "get_base_model"):
+        if isinstance(inner, PeftMixedModel):
+            inner = inner.base_model.model
+            break
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(wrapped, nn.Module) or hasattr(inner, "config"):
             return inner if isinstance(inner, nn.Module) else model
         inner = wrapped
-    base: nn.Module = inner.get_base_model()
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return base
 
 
