@@ -57,7 +57,7 @@ class MacDrop:
     p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices.
     Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
     do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
-    quantized ones under DoRA or torch.compile or by another library than bitsandbytes or torchao.
+    quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
     """
 
     def __init__(

@@ -217,12 +217,10 @@ class RecomputedRows(_Rows):
 
         super().__init__(place)
         matrix = place.matrix
-        if not isinstance(self.layer, nn.Module) or not isinstance(getattr(self.layer, "out_features", None), int):
-            raise _packed(matrix.param, place.weight.dtype)
+        if not type(place.weight).__module__.startswith("bitsandbytes."):  # what is tested to be unpacked as it acts
+            raise _packed(matrix.param, place.weight)
         with torch.no_grad():
             whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), for this moment alone
-        if whole.dtype not in WRITABLE or type(whole) not in {Tensor, nn.Parameter}:
-            raise _packed(matrix.param, whole.dtype)
         # bitsandbytes turns a Conv1D, which the adapter describes as (in, out), into a layer of (out, in)
         shape = tuple(whole.T.shape if matrix.transposed else whole.shape)
         self.entries = torch.tensor(matrix.rows(list(place.rows), shape)[1], device=whole.device)
@@ -295,8 +293,8 @@ def _refuse(param: str, layer: nn.Module, weight: Any) -> None:
         )
 
 
-def _packed(param: str, dtype: torch.dtype) -> UnsupportedModel:
+def _packed(param: str, weight: Tensor) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{param} holds packed {dtype} weights that cannot be unpacked here; load the model unquantized, or with "
-        f"bitsandbytes"
+        f"{param} holds packed {weight.dtype} weights ({type(weight).__name__}) that cannot be unpacked here; load the "
+        f"model unquantized, or with bitsandbytes"
     )

@@ -298,6 +298,21 @@ def test_a_layer_that_has_no_weight_is_refused_by_its_type() -> None:
         MacDrop(model, rows, "step:0.8", steps=3)
 
 
+class Packed(nn.Parameter):
+    """A weight of another library: its type is a floating one, its entries are not where they seem."""
+
+
+def test_packed_weights_of_other_libraries_are_refused_whatever_their_type() -> None:
+    model = frozen()
+    rows, layer = massive(model), model.model.layers[1].mlp.up_proj
+    layer.weight = Packed(layer.weight.detach(), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"up_proj\.weight holds packed torch.float32 weights \(Packed\)"):
+        MacDrop(model, rows, "step:0.8", steps=3)
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(2, 3).to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"holds packed torch.int8 weights"):
+        MacDrop(model, rows, "step:0.8", steps=3)
+
+
 def test_zero_3_is_refused_by_name_where_experts_have_no_shape_either() -> None:
     model = frozen("mixtral")
     rows = massive(model, 1, 2)
