@@ -109,10 +109,13 @@ class MacDrop:
     def step(self, t: int) -> Iterator[MacDrop]:
         """Optimizer step `t`, from 1: entries are dropped inside the block, however it ends."""
         try:
-            self.begin(t)
-            yield self
+            try:
+                self.begin(t)
+                yield self
+            finally:
+                self.restore()
         finally:
-            self.restore()
+            self.restore()  # nothing, unless Ctrl-C came before the first had begun
 
     def begin(self, t: int) -> None:
         """Drop the entries of step `t`, from 1; to be followed by `restore`.
