@@ -272,10 +272,12 @@ def test_a_dora_row_without_norm_gives_zero_and_never_nan(model_type: str, targe
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi", "phi3"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_rows_give_exactly_what_the_attack_leaves_of_them(tmp_path: Path, model_type: str, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "storage"), [(4, "uint8"), (4, "bfloat16"), (8, "int8")])
+def test_quantized_rows_give_exactly_what_the_attack_leaves_of_them(
+    tmp_path: Path, model_type: str, bits: int, storage: str
+) -> None:
     """Layer 1 receives what it always does, so its modules' outputs can be compared to the last bit."""
-    model = quantized(tmp_path, model_type, bits)
+    model = quantized(tmp_path, model_type, bits, storage)
     ffn, plain, means = tiny.layers_of(model)[1].ffns[0], logits(model), None
     for attack in ATTACKS:
         means = with_means(model, ffn)
@@ -309,16 +311,21 @@ def outputs(model: PreTrainedModel, ffn: FFN, block: AbstractContextManager[None
 
 # bitsandbytes casts what it is given to float16, and says so each time
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
-def quantized(folder: Path, model_type: str, bits: int) -> PreTrainedModel:
+def quantized(folder: Path, model_type: str, bits: int, storage: str) -> PreTrainedModel:
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+    options = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_compute_dtype=torch.float32,
+        **{"bnb_4bit_quant_storage": storage} if bits == 4 else {},
+    )
     tiny.saved(folder, tiny.model(model_type, num_hidden_layers=4, hidden_size=64, head_dim=16))  # a block is 64 wide
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, quantization_config=options)
     assert loaded.get_submodule("model.layers.1.mlp").get_parameter(
         "down_proj.weight" if model_type != "phi" else "fc2.weight"
-    ).dtype in (torch.uint8, torch.int8)
+    ).dtype == getattr(torch, storage)
     return loaded.eval()
 
 
