@@ -219,6 +219,8 @@ class RecomputedRows(_Rows):
         matrix = place.matrix
         if not type(place.weight).__module__.startswith("bitsandbytes."):  # what is tested to be unpacked as it acts
             raise _packed(matrix.param, place.weight)
+        if getattr(getattr(place.weight, "quant_state", None), "packing_format_for_cpu", False):
+            self.layer.state_dict()  # bitsandbytes then takes back the layout that an evaluation on the CPU left
         with torch.no_grad():
             whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), for this moment alone
         # bitsandbytes turns a Conv1D, which the adapter describes as (in, out), into a layer of (out, in)
