@@ -180,9 +180,8 @@ class WrittenRows(_Rows):
         self.kept = local(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
 
     def _write(self, values: Tensor) -> None:
-        with torch.no_grad():
-            memory = local(self._weight())
-            memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
+        memory = local(self._weight())  # detached; `no_grad` could be left on by Ctrl-C at its end
+        memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
 
     def _into_state_dict(self, _layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """A state dict taken while entries are dropped holds the pre-trained weight."""

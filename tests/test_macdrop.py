@@ -154,6 +154,7 @@ def test_ctrl_c_at_any_line_leaves_no_trace(dora: bool) -> None:  # noqa: FBT001
         assert digest(model) == before, f"at line {lines}"
         assert not any({"merge", "get_weight_norm"} & set(vars(module)) for module in model.modules())
         assert not any(module._forward_hooks for module in model.modules())
+        assert torch.is_grad_enabled()
         lines += 1
     assert lines > 100
     with macdrop.step(1):
