@@ -118,11 +118,18 @@ def guard(trainer: Trainer) -> Iterator[Trainer]:
     callbacks = trainer.callback_handler.callbacks
     callbacks.sort(key=lambda callback: not isinstance(callback, MacDropCallback))
     try:
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            _restore(callbacks)
     finally:
-        for callback in callbacks:
-            if isinstance(callback, MacDropCallback):
-                uninterrupted(callback.restore)
+        _restore(callbacks)  # nothing, unless Ctrl-C came before the first had begun
+
+
+def _restore(callbacks: Sequence[TrainerCallback]) -> None:
+    for callback in callbacks:
+        if isinstance(callback, MacDropCallback):
+            uninterrupted(callback.restore)
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int | None:

@@ -57,7 +57,7 @@ class MacDrop:
     p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices.
     Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
     do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
-    quantized ones under DoRA or torch.compile or by another library than bitsandbytes or torchao.
+    quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
     """
 
     def __init__(
@@ -109,10 +109,13 @@ class MacDrop:
     def step(self, t: int) -> Iterator[MacDrop]:
         """Optimizer step `t`, from 1: entries are dropped inside the block, however it ends."""
         try:
-            self.begin(t)
-            yield self
+            try:
+                self.begin(t)
+                yield self
+            finally:
+                self.restore()
         finally:
-            self.restore()
+            self.restore()  # nothing, unless Ctrl-C came before the first had begun
 
     def begin(self, t: int) -> None:
         """Drop the entries of step `t`, from 1; to be followed by `restore`.
@@ -192,13 +195,18 @@ def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT."""
+    from peft import PeftMixedModel
+
     inner: Any = model
     while not hasattr(inner, "get_base_model"):
+        if isinstance(inner, PeftMixedModel):
+            inner = inner.base_model.model
+            break
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(wrapped, nn.Module) or hasattr(inner, "config"):
             return inner if isinstance(inner, nn.Module) else model
         inner = wrapped
-    base: nn.Module = inner.get_base_model()
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return base
 
 

@@ -180,9 +180,8 @@ class WrittenRows(_Rows):
         self.kept = local(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
 
     def _write(self, values: Tensor) -> None:
-        with torch.no_grad():
-            memory = local(self._weight())
-            memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
+        memory = local(self._weight())  # detached; `no_grad` could be left on by Ctrl-C at its end
+        memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
 
     def _into_state_dict(self, _layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """A state dict taken while entries are dropped holds the pre-trained weight."""
@@ -217,12 +216,12 @@ class RecomputedRows(_Rows):
 
         super().__init__(place)
         matrix = place.matrix
-        if not isinstance(self.layer, nn.Module) or not isinstance(getattr(self.layer, "out_features", None), int):
-            raise _packed(matrix.param, place.weight.dtype)
+        if not type(place.weight).__module__.startswith("bitsandbytes."):  # what is tested to be unpacked as it acts
+            raise _packed(matrix.param, place.weight)
+        if getattr(getattr(place.weight, "quant_state", None), "packing_format_for_cpu", False):
+            self.layer.state_dict()  # bitsandbytes then takes back the layout that an evaluation on the CPU left
         with torch.no_grad():
             whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), for this moment alone
-        if whole.dtype not in WRITABLE or type(whole) not in {Tensor, nn.Parameter}:
-            raise _packed(matrix.param, whole.dtype)
         # bitsandbytes turns a Conv1D, which the adapter describes as (in, out), into a layer of (out, in)
         shape = tuple(whole.T.shape if matrix.transposed else whole.shape)
         self.entries = torch.tensor(matrix.rows(list(place.rows), shape)[1], device=whole.device)
@@ -295,8 +294,8 @@ def _refuse(param: str, layer: nn.Module, weight: Any) -> None:
         )
 
 
-def _packed(param: str, dtype: torch.dtype) -> UnsupportedModel:
+def _packed(param: str, weight: Tensor) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{param} holds packed {dtype} weights that cannot be unpacked here; load the model unquantized, or with "
-        f"bitsandbytes"
+        f"{param} holds packed {weight.dtype} weights ({type(weight).__name__}) that cannot be unpacked here; load the "
+        f"model unquantized, or with bitsandbytes"
     )

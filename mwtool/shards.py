@@ -43,12 +43,12 @@ def reach(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> tuple[Inde
     column_part = [n for n, at in enumerate(column_at) if here and at in spans[column_dim]]
     device = weight.device
     index: list[Any] = [slice(None)] * len(shape)
-    for dim, part in fixed.items():
-        index[dim] = part - spans[dim].start if here else 0
     index[row_dim] = torch.tensor([row_at[n] - spans[row_dim].start for n in row_part], device=device).long()[:, None]
     index[column_dim] = torch.tensor(
         [column_at[n] - spans[column_dim].start for n in column_part], device=device
     ).long()[None, :]
+    for dim, part in fixed.items():  # a process with no expert at all has no 0 to name, either
+        index[dim] = part - spans[dim].start if here else index[row_dim]
     whole = len(row_part) == len(row_at) and len(column_part) == len(column_at)
     held = None if whole else (torch.tensor(row_part).long()[:, None], torch.tensor(column_part).long()[None, :])
     return tuple(index), held

@@ -191,7 +191,8 @@ def _packed(model: nn.Module, ffn: FFN) -> bool:
             f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
             f"with more device memory or --device cpu"
         )
-    return any(view.dtype not in WRITABLE for view in views)
+    width = ffn.width(model)  # 4 bit may be stored as floats, which FSDP needs: then the shape alone shows it
+    return any(view.dtype not in WRITABLE or len(view) != width for view in views)
 
 
 def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:

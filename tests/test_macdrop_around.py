@@ -9,6 +9,7 @@ import peft.tuners.lora.dora
 import pytest
 import tiny
 import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from training import ROWS, digest, frozen, gradients, loss_of, massive, small, with_adapter
 
@@ -236,6 +237,44 @@ def test_experts_that_peft_trains_by_parameter_are_dropped_at_weight_level(model
     assert all(torch.equal(saved[name], parameter) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("way", ["mixed", "transformers"])
+def test_other_ways_to_add_adapters_are_dropped_from_alike(way: str) -> None:
+    base, plain = small(), frozen()
+    before = digest(plain)
+    options = LoraConfig(r=4, target_modules=["up_proj"])
+    model: Any = get_peft_model(base, options, mixed=True) if way == "mixed" else base
+    if way == "transformers":
+        base.add_adapter(options)
+    with engine(model, base).step(1), engine(plain).step(1):
+        torch.testing.assert_close(loss_of(model), loss_of(plain))
+        assert torch.equal(up(base), up(plain))
+    assert digest(plain) == before
+    assert torch.equal(up(base), up(plain))
+
+
+@pytest.mark.parametrize("config", [IA3Config, LoHaConfig, OFTConfig, VeraConfig], ids=lambda kind: kind.__name__)
+def test_every_kind_of_adapter_finds_the_rows_as_they_were(config: Any) -> None:
+    base = small()
+    targets: dict[str, Any] = {"target_modules": ["up_proj"]}
+    extra = {IA3Config: {"feedforward_modules": []}, OFTConfig: {"r": 0, "oft_block_size": 4}}.get(config, {})
+    model = get_peft_model(base, config(**targets, **extra))
+    before, plain = digest(model), loss_of(model)
+    with engine(model, base, "constant:1").step(1):
+        loss_of(model).backward()
+        assert not torch.equal(loss_of(model), plain)
+    assert digest(model) == before
+    assert torch.equal(loss_of(model), plain)
+
+
+def test_a_backward_after_its_step_is_an_error_of_torch_not_a_wrong_gradient() -> None:
+    base = small()
+    model = with_adapter(base)
+    with engine(model, base).step(1):
+        loss = loss_of(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_module_saved_whole_is_refused_as_trained() -> None:
     base = small()
     model = with_adapter(base, target_modules=["q_proj"], modules_to_save=["mlp"])
@@ -256,6 +295,21 @@ def test_a_layer_that_has_no_weight_is_refused_by_its_type() -> None:
     rows = massive(model)
     model.model.layers[1].mlp.up_proj = Foreign()
     with pytest.raises(UnsupportedModel, match=r"up_proj\.weight is no tensor but packed in a Foreign"):
+        MacDrop(model, rows, "step:0.8", steps=3)
+
+
+class Packed(nn.Parameter):
+    """A weight of another library: its type is a floating one, its entries are not where they seem."""
+
+
+def test_packed_weights_of_other_libraries_are_refused_whatever_their_type() -> None:
+    model = frozen()
+    rows, layer = massive(model), model.model.layers[1].mlp.up_proj
+    layer.weight = Packed(layer.weight.detach(), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"up_proj\.weight holds packed torch.float32 weights \(Packed\)"):
+        MacDrop(model, rows, "step:0.8", steps=3)
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.ones(2, 3).to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"holds packed torch.int8 weights"):
         MacDrop(model, rows, "step:0.8", steps=3)
 
 

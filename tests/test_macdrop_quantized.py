@@ -143,6 +143,16 @@ def test_dora_elsewhere_does_not_matter(tmp_path: Path) -> None:
         assert loss_of(model).isfinite()
 
 
+def test_an_evaluation_before_does_not_change_what_is_kept(tmp_path: Path) -> None:
+    """On CPUs that have a kernel for it, bitsandbytes then stores 4 bit in another order, its scales in bfloat16."""
+    base = quantized(tmp_path, "llama", 4)
+    expected = MacDrop(base, massive(base), "constant:1", steps=3).matrices[0].kept
+    with torch.no_grad():
+        loss_of(base.eval())
+    kept = MacDrop(base, massive(base), "constant:1", steps=3).matrices[0].kept
+    torch.testing.assert_close(kept, expected, rtol=1 / 128, atol=0)
+
+
 def test_compiled_quantized_models_are_refused_because_hooks_would_be_ignored(tmp_path: Path) -> None:
     base = quantized(tmp_path, "llama", 4)
     rows = massive(base)
