@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mwtool.bos import find_bos
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared, prepare
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
 from mwtool.measured import Measured, OnProgress, Options
 from mwtool.override import averaging
+from mwtool.perplexity import check_vocabulary
 from mwtool.registry import adapter_for
 from mwtool.scan import decoder_layers
 from mwtool.surgery import Attack, edited, parse_mode, rows_of
@@ -90,9 +90,12 @@ def ablate(
     options = options or Options()
     ready = prepare(loaded, tasks, options)
     plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
-    means = {target.layer: _means_for(loaded, target, sweep, ready) for target in targets}
+    means = {target.layer: means_for(loaded, target, sweep, ready) for target in targets}
     _try(loaded, plans, means)
-    distinct = {plan.same: plan for plan in plans if not plan.attack.idle}
+    distinct: dict[Any, _Plan] = {}
+    for plan in plans:
+        if not plan.attack.idle:
+            distinct.setdefault(plan.same, plan)
     measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
     baseline = measured.under("baseline", None)
     found = {
@@ -110,7 +113,7 @@ def ablate(
 @contextmanager
 def ablated(
     model: PreTrainedModel | PeftModel,
-    massive: MassiveWeights,
+    massive: MassiveWeights | None,
     *,
     mode: str = "zero",
     k: int = 5,
@@ -119,8 +122,11 @@ def ablated(
     """A transformers model, wrapped by PEFT or not, with its massive rows attacked inside the block.
 
     mode: ``zero``, ``retain``, ``scale:X`` or ``mean``. windows: token ids, each (T,), over which ``mean`` averages.
-    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, UnsupportedModel.
+    Under PEFT the rows are those of the pre-trained weights. Raises BadValue, also for None, which is what the scan of
+    a model without massive weights gives, and UnsupportedModel.
     """
+    if massive is None:
+        raise BadValue("there are no massive weights to attack: the scan found none")
     base: Any = getattr(model, "get_base_model", lambda: model)()
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
     ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
@@ -140,6 +146,8 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     def stop(_module: Any, _args: Any, _output: Any) -> None:
         raise _Stop
 
+    windows = list(windows)
+    check_vocabulary(model, windows)
     device = model.get_input_embeddings().weight.device
     handle = base.get_submodule(layer).register_forward_hook(stop)
     try:
@@ -149,33 +157,11 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
                     model(input_ids=ids[None].to(device), use_cache=False)
     finally:
         handle.remove()
+    if average.values is None and ffn.expert is None:
+        raise BadValue("mean needs windows to take the rows' mean values over; none were given")
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()
-
-
-def continuations(
-    loaded: Loaded,
-    target: Target,
-    sweep: Sweep,
-    tasks: Sequence[Prepared],
-    prompt: str,
-    *,
-    bos: str = "auto",
-    new_tokens: int = 48,
-) -> list[tuple[str, str]]:
-    """What the model says after `prompt`, by greedy decoding: as it is, and under each mode at the largest k."""
-    if loaded.tokenizer is None:
-        raise BadValue(f"{loaded.source.name} has no tokenizer; --generate needs one to read the prompt")
-    first = find_bos(bos, loaded.tokenizer, loaded.base.config).id
-    ids = torch.tensor([[first, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
-    means = _means_for(loaded, target, sweep, tasks)
-    said = []
-    for mode in (Attack(), *sweep.modes):
-        attack = mode.at(max(sweep.ks)) if mode.mode != "none" else mode
-        with edited(loaded.base, target.ffn, target.indices[: attack.k], attack, means=means):
-            said.append((str(attack) if attack.mode != "none" else "original", _greedy(loaded, ids, new_tokens)))
-    return said
 
 
 def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verdict]:
@@ -224,23 +210,26 @@ class _Plan:
 
 
 def _plans(loaded: Loaded, target: Target, sweep: Sweep) -> Iterator[_Plan]:
+    wanted = sweep.draws > 0 and max(sweep.ks) > 0
+    largest = norm_rows(loaded, target, max(sweep.ks)) if wanted else None  # reads all rows: once
     for mode in sweep.modes:
         for k in sweep.ks:
             attack = mode.at(k)
             yield _Plan(attack, None, target, target.indices[:k])
             if k > 0 and sweep.draws > 0:
-                yield from _controls(loaded, target, attack, sweep)
+                yield from _controls(loaded, target, attack, sweep, largest)
 
 
-def _controls(loaded: Loaded, target: Target, attack: Attack, sweep: Sweep) -> Iterator[_Plan]:
+def _controls(
+    loaded: Loaded, target: Target, attack: Attack, sweep: Sweep, largest: tuple[int, ...] | None
+) -> Iterator[_Plan]:
     width = target.ffn.width(loaded.base)
     for seed in range(sweep.seed, sweep.seed + sweep.draws):
         rows = random_rows(target, width, attack.k, seed)
         if rows is not None:
             yield _Plan(attack, f"random:{seed}", target, rows)
-    largest = norm_rows(loaded, target, attack.k)
     if largest is not None:
-        yield _Plan(attack, "norm", target, largest)
+        yield _Plan(attack, "norm", target, largest[: attack.k])
 
 
 def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]) -> None:
@@ -250,7 +239,7 @@ def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]
             pass
 
 
-def _means_for(loaded: Loaded, target: Target, sweep: Sweep, tasks: Sequence[Prepared]) -> Tensor | None:
+def means_for(loaded: Loaded, target: Target, sweep: Sweep, tasks: Sequence[Prepared]) -> Tensor | None:
     """Mean intermediate state over the windows of every perplexity task; None where no mode needs it."""
     if all(mode.mode != "mean" for mode in sweep.modes):
         return None
@@ -289,24 +278,9 @@ def _notes(targets: Sequence[Target], sweep: Sweep, plans: Sequence[_Plan]) -> l
         notes.append(f"the rows of {biased.module} have biases, which are attacked with them")
     wanted = sweep.draws > 0 and max(sweep.ks) > 0
     if wanted and not any(plan.control == "norm" for plan in plans):
-        notes.append("the weights are quantized: rows of largest norm are left out of the controls")
+        notes.append("the weights are quantized or offloaded: rows of largest norm are left out of the controls")
     if wanted and len([p for p in plans if p.control and p.control != "norm"]) < sum(
         sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in targets
     ):
         notes.append("an FFN has too few rows beside the ranked ones to draw as many at random for every k")
     return notes
-
-
-def _greedy(loaded: Loaded, ids: Tensor, new_tokens: int) -> str:
-    model: Any = loaded.model
-    place = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
-        found = model.generate(
-            input_ids=ids.to(place),
-            attention_mask=torch.ones_like(ids, device=place),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=loaded.base.config.get_text_config().eos_token_id or 0,
-        )
-    assert loaded.tokenizer is not None
-    return str(loaded.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))

@@ -46,7 +46,7 @@ def ablate_document(
         "verdicts": [_verdict(one) for one in found.verdicts],
         "generated": [{"attack": attack, "text": text} for attack, text in generated],
         "saved": saved,
-        "notes": [*loaded.notes, *found.notes],
+        "notes": list(dict.fromkeys((*loaded.notes, *found.notes))),
     }
 
 

@@ -18,6 +18,8 @@ from mwtool.verdict import Verdict, named, ratio_of, short
 
 BESIDE, WIDE = 26, 46
 """Columns that name the attack, and those that one task with its controls takes."""
+PANEL = 24
+"""Columns that a continuation takes at least."""
 SHOWN = 8
 """Row indices listed before the rest is counted."""
 
@@ -26,10 +28,14 @@ def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), wi
     """The table, cut into pieces that fit the width; the verdicts; and the continuations side by side."""
     step = max(1, (width - BESIDE) // WIDE)
     pieces = [range(start, min(start + step, len(found.baseline))) for start in range(0, len(found.baseline), step)]
-    parts: list[RenderableType] = [_where(found), *(_table(found, piece) for piece in pieces)]
-    parts += [Text(f"\n{one.text}") for one in _foremost(found)]
+    parts: list[RenderableType] = [_where(found)]
+    for piece in pieces:
+        parts += [_table(found, piece), Text()]
+    parts += [Text(f"{line}\n") for line in _nonfinite(found)]
+    parts += [Text(f"{one.text}\n") for one in _foremost(found)]
     if generated:
-        parts += [Text(), Columns([Panel(Text(text), title=attack, width=38) for attack, text in generated])]
+        room = max(PANEL, (width + 1) // len(generated) - 1)  # all side by side if they fit, a column between them
+        parts.append(Columns([Panel(Text(text), title=attack, width=room) for attack, text in generated]))
     return Group(*parts)
 
 
@@ -52,7 +58,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
     names = list(named(found.baseline))
     for at in tasks:
         for column in (short(names[at]), "ratio", *(["random", "norm"] if controls else [])):
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(Text(column), justify="right", no_wrap=True)  # brackets in a file's name are no markup
     start = [*([""] if layers else []), "none", "0"]
     blank = [""] * (3 if controls else 1)
     table.add_row(*start, *(cell for at in tasks for cell in (_value(found.baseline[at]), *blank)))
@@ -107,6 +113,16 @@ def _foremost(found: Ablation) -> Iterator[Verdict]:
     for one in found.verdicts:
         if one.attack.k in (largest, counts[one.layer]):
             yield one
+
+
+def _nonfinite(found: Ablation) -> Iterator[str]:
+    """Why figures are missing."""
+    measured = [("without an attack", found.baseline)]
+    measured += [(f"{run.attack} in layer {run.target.layer}", run.measured) for run in found.runs if not run.control]
+    for under, several in measured:
+        for name, one in named(several).items():
+            if one.nonfinite:
+                yield f"{short(name)} is not finite {under}: {one.nonfinite}."
 
 
 def _value(one: Measured) -> str:

@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 
 class MacDropCallback(TrainerCallback):
-    """Drops entries in every training step of the trainer it is given to.
+    """Drops entries in every training step of the trainer it is given to (Algorithm 1 of the paper).
 
-    Masks at the beginning of an optimizer step and restores at its end, so that logging, evaluation and saving see
-    the pre-trained weights. Trainer tells callbacks of no exception: train inside `guard(trainer)` to have the
-    weights restored then, too. Adds `macdrop_p` to what is logged.
+    massive: which rows, as a scan finds them. curriculum: a line, a file's name, or a Curriculum; the paper's by
+    default. layers: where the FFNs are; by default as the adapter installed for the model's type says.
+
+    Masks at the beginning of an optimizer step and restores right after the optimizer's own step, so that logging,
+    evaluation and saving see the pre-trained weights, whatever the order of the callbacks. Trainer tells callbacks of
+    no exception: train inside `guard(trainer)` to have the weights restored then, too. Adds `macdrop_p` to what is
+    logged.
+
+    Raises BadValue for None in place of massive weights or a curriculum that cannot be read; when training begins,
+    as `MacDrop` does, and BadValue for just-in-time checkpointing.
     """
 
     def __init__(
@@ -64,6 +71,8 @@ class MacDropCallback(TrainerCallback):
             per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
             layers=self.layers,
         )
+        if args.torch_compile:  # the model is compiled after this event, or apart from the one seen here
+            self.engine.refuse_compiled()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -74,6 +83,11 @@ class MacDropCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._running().next_microbatch()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()  # not at the end of the step alone: other callbacks may act there first
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
@@ -97,13 +111,25 @@ class MacDropCallback(TrainerCallback):
 
 @contextmanager
 def guard(trainer: Trainer) -> Iterator[Trainer]:
-    """Restores what the trainer's MacDrop callbacks have dropped when the block ends, by an exception or Ctrl-C too."""
+    """Restores what the trainer's MacDrop callbacks have dropped when the block ends, by an exception or Ctrl-C too.
+
+    It also moves them before all others, so that TensorBoard and its like are given `macdrop_p`, too.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.sort(key=lambda callback: not isinstance(callback, MacDropCallback))
     try:
-        yield trainer
+        try:
+            yield trainer
+        finally:
+            _restore(callbacks)
     finally:
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, MacDropCallback):
-                uninterrupted(callback.restore)
+        _restore(callbacks)  # nothing, unless Ctrl-C came before the first had begun
+
+
+def _restore(callbacks: Sequence[TrainerCallback]) -> None:
+    for callback in callbacks:
+        if isinstance(callback, MacDropCallback):
+            uninterrupted(callback.restore)
 
 
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int | None:

@@ -28,9 +28,27 @@ Scope = Literal["massive", "others", "all"]
 Resample = Literal["step", "microbatch"]
 Masks = Literal["shared", "separate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "scope": get_args(Scope),
+    "resample": get_args(Resample),
+    "masks": get_args(Masks),
+}
 ALPHA = 0.01
 """The paper's first value, taken where `exp` names none."""
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Advice on an unknown name: the nearest known one, else all of them."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+def _refuse_unknown(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise BadValue(f"{what} is {value!r}; {nearest(value, known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +56,21 @@ class Schedule:
     """p as a function of the step. `str` gives back the text it is parsed from.
 
     start: p0, or the first value of `linear`; end: its last; alpha: the rate of `exp`.
+    Raises BadValue for an unknown kind, a p outside [0, 1] or a rate that is not above 0.
     """
 
     kind: Kind = "none"
     start: float = 0.0
     end: float = 0.0
     alpha: float = ALPHA
+
+    def __post_init__(self) -> None:
+        _refuse_unknown("schedule", self.kind, KINDS)
+        for p in (self.start, self.end):
+            if not 0 <= p <= 1:  # NaN is not, either
+                raise BadValue(f"p is {p}; expected a number between 0 and 1")
+        if not 0 < self.alpha < math.inf:
+            raise BadValue(f"alpha is {self.alpha}; expected a rate above 0")
 
     def p(self, t: int, steps: int, per_epoch: int) -> float:
         """The probability in step `t` of 1 to `steps`, with `per_epoch` steps an epoch; between 0 and 1."""
@@ -77,12 +104,18 @@ class Phase:
     """A schedule over part of the run, with t and T of its own.
 
     steps, share: how long it lasts, in steps or as a share of all of them; the last phase has neither and takes
-    what is left.
+    what is left. Raises BadValue for steps below 1 or a share outside ]0, 1[.
     """
 
     schedule: Schedule
     steps: int | None = None
     share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise BadValue(f"a phase lasts {self.steps} steps; expected 1 or more")
+        if self.share is not None and not 0 < self.share < 1:
+            raise BadValue(f"a phase has a share of {self.share}; expected one between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +127,7 @@ class Curriculum:
     resample: a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
     masks: one mask for gate and up (the paper), or one each.
     seed: of the masks alone; the global random state is never touched.
+    Raises BadValue for a k below 1, an unknown choice (naming the nearest), and phases that do not follow on.
     """
 
     phases: tuple[Phase, ...] = field(default=(Phase(Schedule()),))
@@ -102,6 +136,17 @@ class Curriculum:
     resample: Resample = "step"
     masks: Masks = "shared"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise BadValue(f"k is {self.k}; expected 1 row or more")
+        for name, value in (("scope", self.scope), ("resample", self.resample), ("masks", self.masks)):
+            _refuse_unknown(name, value, CHOICES[name])
+        lengths = [(phase.steps is not None) + (phase.share is not None) for phase in self.phases]
+        if lengths != [1] * (len(lengths) - 1) + [0]:
+            raise BadValue("a curriculum needs phases; each before the last has either steps or a share, the last none")
+        if sum(phase.share or 0.0 for phase in self.phases) >= 1:
+            raise BadValue("the shares of the phases sum to 1 or more; nothing is left for the last one")
 
     def p(self, t: int, steps: int, per_epoch: int | None = None) -> float:
         """The probability in step `t` of 1 to `steps`; without `per_epoch` the run is one epoch.
@@ -129,10 +174,12 @@ class Curriculum:
 
     def _spans(self, steps: int) -> Iterator[tuple[Phase, int, int]]:
         """Each phase with its first step and its number of steps."""
-        first, share = 1, 0.0
+        first, share, before = 1, 0.0, 0
         for phase in self.phases[:-1]:
             share += phase.share or 0.0
-            length = phase.steps if phase.steps is not None else max(1, round((phase.share or 0.0) * steps))
+            upto = round(share * steps)  # of all shares so far, so that their rounding does not add up
+            length = phase.steps if phase.steps is not None else max(1, upto - before)
+            before = upto
             if first + length > steps:
                 raise BadValue(f"the phases {self} do not fit into {steps} steps; each phase needs one at least")
             yield phase, first, length
@@ -220,11 +267,3 @@ class _Reader:
 
     def _fault(self, position: int, message: str) -> BadSyntax:
         return BadSyntax(f"schedule {self.text!r}, character {position + 1}: {message}", self.text, position)
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Advice on an unknown name: the nearest known one, else all of them."""
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

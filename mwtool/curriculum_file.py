@@ -16,17 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from mwtool.curriculum import (
+    CHOICES,
     Curriculum,
-    Masks,
     Phase,
-    Resample,
     Schedule,
-    Scope,
     curriculum_of,
     nearest,
     parse_schedule,
@@ -35,11 +33,6 @@ from mwtool.errors import BadSyntax, BadValue
 
 _KEYS = ("k", "scope", "resample", "masks", "seed", "schedule", "phases")
 _PHASE_KEYS = ("schedule", "steps", "share")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": get_args(Scope),
-    "resample": get_args(Resample),
-    "masks": get_args(Masks),
-}
 
 
 def read_curriculum(text: str) -> Curriculum:
@@ -62,6 +55,8 @@ def parse_curriculum(content: str, name: str = "curriculum") -> Curriculum:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.YAMLError as fault:
         raise BadValue(f"{name} is no YAML: {' '.join(str(fault).split())}") from fault
+    except RecursionError as fault:
+        raise BadValue(f"{name} is nested too deeply; expected keys such as schedule") from fault
     if root is None:
         raise BadValue(f"{name} is empty; expected keys such as schedule")
     return _File(name).curriculum(root)
@@ -77,7 +72,7 @@ class _File:
         nodes = self._mapping(root, _KEYS)
         if ("schedule" in nodes) == ("phases" in nodes):
             raise self._fault(root, "expected either schedule or phases")
-        whole: dict[str, Any] = {name: self._choice(nodes[name], name) for name in _CHOICES if name in nodes}
+        whole: dict[str, Any] = {name: self._choice(nodes[name], name) for name in CHOICES if name in nodes}
         if "k" in nodes:
             whole["k"] = self._number(nodes["k"], "k", int, "a whole number, 1 or more", lambda value: value >= 1)
         if "seed" in nodes:
@@ -130,13 +125,14 @@ class _File:
         try:
             return parse_schedule(node.value)
         except BadSyntax as fault:
-            offset = fault.position + (1 if node.style else 0)  # a quoted text begins after its quote
+            block = node.style in {"|", ">"}  # such a text begins on a line of its own; point at its mark
+            offset = 0 if block else fault.position + (1 if node.style else 0)  # a quoted one begins after its quote
             raise self._fault(node, str(fault).partition(": ")[2], offset) from fault
 
     def _choice(self, node: yaml.Node, name: str) -> str:
         value = str(node.value)
-        if value not in _CHOICES[name]:
-            raise self._fault(node, f"{name} is {value!r}; {nearest(value, _CHOICES[name])}")
+        if value not in CHOICES[name]:
+            raise self._fault(node, f"{name} is {value!r}; {nearest(value, CHOICES[name])}")
         return value
 
     def _number(self, node: yaml.Node, name: str, kind: type[Any], expected: str, fits: Callable[[Any], bool]) -> Any:

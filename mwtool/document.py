@@ -151,20 +151,21 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path} cannot be written: no permission")
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: under a temporary name beside it, then moved into place.
 
     Pipes and devices are written to directly. Raises OutputError.
     """
     temporary: str | None = None
+    data = content.encode() if isinstance(content, str) else content
     try:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(data)
             return
         target = path.resolve()  # a link stays a link; what it points to is replaced
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o666 & ~_umask())

@@ -38,6 +38,11 @@ def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:
 
 
 def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
+    from transformers.activations import ACT2FN
+
+    if ffn.act not in ACT2FN:
+        yield f"act is {ffn.act!r}; expected a name in transformers.activations.ACT2FN"
+        return
     shapes: dict[str, tuple[int, ...]] = {}
     for name in ("up", "gate", "down", "up_bias", "gate_bias", "down_bias"):
         place: WeightSlice | None = getattr(ffn, name)
@@ -46,9 +51,12 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
         if not isinstance(place, WeightSlice):
             yield f"{name} is {place!r}; expected a WeightSlice"
             return
+        if not _basic(place.index):
+            yield f"{name}, in {place.param}, has index {place.index!r}; expected a tuple of integers and slices"
+            return
         try:
             shapes[name] = tuple(place.read(model).shape)
-        except (AttributeError, IndexError, TypeError) as fault:
+        except (AttributeError, IndexError, TypeError, ValueError) as fault:
             yield f"{name} is {place.param}{_brackets(place)}, which cannot be read: {fault}"
             return
     if _packed(ffn, model):
@@ -61,6 +69,11 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
             place = getattr(ffn, name)
             where = f"{place.param}{_brackets(place)}"
             yield f"{name}, {where}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
+
+
+def _basic(index: object) -> bool:
+    """Whether it gives a view: of a list of rows, for one, torch gives a copy, and writing to it changes nothing."""
+    return isinstance(index, tuple) and all(type(part) in (int, slice) for part in index)
 
 
 def _packed(ffn: FFN, model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from mwtool.errors import UnsupportedModel as UnsupportedModel  # re-exported: adapters import this module alone
@@ -35,7 +35,7 @@ class WeightSlice:
     """
 
     param: str
-    index: Index = ()
+    index: Index = field(default=(), hash=False)  # slices have no hash before Python 3.12
     transposed: bool = False
 
     def read(self, model: nn.Module) -> Tensor:
@@ -120,11 +120,14 @@ class Experts:
         the shared expert, if there is one.
     router: module whose output is, or begins with, the logits over all experts, (T, E).
     scores: what turns logits into probabilities.
+    proportional: whether the weights of the chosen are in proportion to their probabilities, as they are in all
+        but phimoe.
     """
 
     module: str
     router: str
     scores: Literal["softmax", "sigmoid"] = "softmax"
+    proportional: bool = True
 
     @property
     def block(self) -> str:

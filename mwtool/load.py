@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from logging import Filter, LogRecord
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
+from mwtool.checkpoint import open_checkpoint
 from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
-from mwtool.scan import Scan, Settings, decoder_layers, scan_model
-from mwtool.source import Source, locate
+from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
+from mwtool.source import Source, locate, model_class, unusable
 from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
@@ -76,7 +80,8 @@ def load(
 
     dtype: ``auto`` (as stored) or a torch dtype's name. device_map: ``auto`` spreads over devices (accelerate).
     model_options: further arguments of `from_pretrained`, such as a quantization_config.
-    Raises MwtoolError where it cannot be opened or a weight is absent or misshapen.
+    Raises MwtoolError where it cannot be opened, a weight is absent or misshapen, or no device has room for its
+    embedding.
     """
     source = locate(model, revision, trust_remote_code=trust_remote_code)
     config = source.config()
@@ -85,7 +90,8 @@ def load(
     base = _from_pretrained(source, config, options)
     tokenizer = source.tokenizer()
     if source.adapter is None:
-        return Loaded(base, base, tokenizer, source, layers, notes=source.notes)
+        unused = (f"--on {on} is ignored: {source.name} is no adapter folder",) if on != "base" else ()
+        return Loaded(base, base, tokenizer, source, layers, notes=(*source.notes, *unused))
     wrapped: Any = _with_adapter(base, source.adapter)
     if on == "merged":
         merged = wrapped.merge_and_unload().eval()
@@ -110,7 +116,8 @@ def massive_for(
 def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
     """A scan of the model in memory; of the pre-trained one where an adapter is kept apart.
 
-    Raises UnsupportedModel where its weights are packed.
+    One that is offloaded is scanned from its files, a layer at a time. Raises UnsupportedModel where its weights are
+    packed, or where it is offloaded and merged with an adapter, so that no file holds them.
     """
     down = loaded.layers[0].ffns[0].down.read(loaded.base)
     if down.dtype not in WRITABLE:
@@ -118,9 +125,21 @@ def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
             f"{loaded.source.name} is quantized (packed {str(down.dtype).removeprefix('torch.')}) and cannot be "
             f"scanned; scan the model it was made of and give --massive FILE, or name --layer and --indices"
         )
+    if any(parameter.is_meta for parameter in loaded.base.parameters()):
+        return _scan_files(loaded, settings)
     model: Any = loaded.model
     with model.disable_adapter() if loaded.on == "base" else nullcontext():
         return scan_model(loaded.base, loaded.tokenizer, settings)
+
+
+def _scan_files(loaded: Loaded, settings: Settings | None) -> Scan:
+    if loaded.on == "merged":
+        raise UnsupportedModel(
+            f"{loaded.source.name} is offloaded, and no file holds its sum with {loaded.source.adapter} that could be "
+            f"scanned; merge and save it with PEFT, or give it more memory"
+        )
+    source = replace(loaded.source, adapter=None, notes=())  # said already
+    return scan_checkpoint(source, settings, dtype=str(loaded.base.dtype).removeprefix("torch."))
 
 
 def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
@@ -138,44 +157,90 @@ def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = No
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     place = source.folder if source.repo is None else source.repo
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    logger = logging.get_logger("transformers.modeling_utils")
+    faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
+    silence = _NoReport()
+    logger.addFilter(silence)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class(config).from_pretrained(
             place,
             config=config,
             revision=source.revision or "main",
             trust_remote_code=source.trust_remote_code,
             local_files_only=source.repo is None,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, by name
             **options,
         )
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
-    except (OSError, ValueError, RuntimeError, SafetensorError) as fault:
+    except faults as fault:
+        _blame_file(source)
         raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+    finally:
+        logger.removeFilter(silence)
     model, info = loaded
     # transformers fills what is absent with random numbers and goes on
     absent = sorted(info["missing_keys"])
     if absent:
-        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]} and {len(absent) - 1} more; it is incomplete")
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]}{more}; it is incomplete")
+    misshapen = sorted(info["mismatched_keys"])
+    if misshapen:
+        name, found, expected = misshapen[0]
+        raise BadCheckpoint(
+            f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+        )
+    if model.get_input_embeddings().weight.is_meta:
+        raise UnsupportedModel(
+            f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
+        )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
 
 
+def _blame_file(source: Source) -> None:
+    """Raise BadCheckpoint, naming the file, if loading failed for one that is absent or damaged."""
+    checkpoint = open_checkpoint(source)
+    for name in {file: name for name, file in checkpoint.files.items()}.values():  # one tensor of each file
+        with checkpoint.tensors([name]):
+            pass
+
+
+class _NoReport(Filter):
+    """transformers logs a table of absent and misshapen tensors, the first of which is said here in one line."""
+
+    def filter(self, record: LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+
 def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(base, adapter).eval()
+        config = PeftConfig.from_pretrained(adapter)
+        if config.is_prompt_learning:
+            raise UnsupportedModel(
+                f"the adapter {adapter} is {config.peft_type.value}, which puts virtual tokens where bos should be "
+                f"first; expected an adapter of weights, such as LoRA"
+            )
+        with warnings.catch_warnings():  # peft asks transformers by a former name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            return PeftModel.from_pretrained(base, adapter).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
         raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {_line(fault)}") from fault
 
 
 def _line(fault: BaseException) -> str:
-    return str(fault).strip().partition("\n")[0] or type(fault).__name__
+    first, _, rest = str(fault).strip().partition("\n")
+    if first.endswith(":"):  # the reason comes below
+        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
+    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
+        return f"{type(fault).__name__} {first}".strip()
+    return first or type(fault).__name__

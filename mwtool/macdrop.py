@@ -1,15 +1,23 @@
-"""MacDrop: dropout on pre-trained massive weights while an adapter is trained (paper, Algorithm 1).
+"""MacDrop: dropout on pre-trained massive weights while an adapter is trained.
 
-For one optimizer step each entry of the k rows of ``W_up`` and ``W_gate`` is zero with
-probability p, by one elementwise mask for both and without rescaling; then the rows are
-put back bit for bit. `mwtool.MacDropCallback` does this in `transformers.Trainer` and TRL's
-trainers; any other loop uses the engine:
+Source: Oh, Shin, Oh, "House of Cards" (arXiv 2410.01866v2), Algorithm 1. For one optimizer
+step t of T each entry of the k rows of ``W_up`` and ``W_gate``, (k, H) both, is zero with
+probability p(t), by one mask ``rand(k, H) > p`` for both and without rescaling; then the
+rows are put back bit for bit. Only frozen weights are touched, never the adapter.
+
+`mwtool.MacDropCallback` does this in `transformers.Trainer` and TRL's trainers; any other
+loop uses the engine:
 
     macdrop = MacDrop(model, massive, "step:0.8", steps=1000)
     for t, batch in enumerate(batches, start=1):
         with macdrop.step(t):
             model(**batch).loss.backward()
         optimizer.step()
+
+Inside a step everything that reads the weights sees the dropped rows, whatever the mode: an
+evaluation, and also a reference computed with the adapter disabled, as preference training
+does. Only a state dict has the pre-trained ones. DoRA's norm sees them too: it divides by
+the norm of what is left, which gives the row back by about 1/sqrt(1-p).
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.load import ffn_at
 from mwtool.registry import adapter_for
-from mwtool.rows import rows_of_matrix
+from mwtool.rows import Place, rows_of_matrix
 from mwtool.scan import decoder_layers
 
 if TYPE_CHECKING:
@@ -39,15 +47,17 @@ log = logging.getLogger(__name__)
 
 
 class MacDrop:
-    """The engine: drops entries for a step and puts them back.
+    """The engine: drops entries for a step and puts them back (Algorithm 1 of the paper).
 
-    model: transformers model, wrapped by PEFT, DDP or FSDP2 or not; its massive rows must be frozen.
+    model: transformers model, wrapped by PEFT, DDP, FSDP2 or torch.compile or not; its massive rows must be frozen.
     massive: which rows, as a scan finds them. curriculum: a line, a file's name, or a Curriculum.
     steps: optimizer steps of the run, T; per_epoch: of one epoch, all of them by default.
     layers: where the FFNs are; by default as the adapter installed for the model's type says.
 
-    p: of the step at hand, or of the last one. history: p of every step so far, by t.
-    Raises BadValue or UnsupportedModel where the rows cannot be dropped from, naming what was found.
+    p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices.
+    Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
+    do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
+    quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
     """
 
     def __init__(
@@ -66,10 +76,14 @@ class MacDrop:
         self.steps, self.per_epoch = steps, per_epoch
         self.curriculum.values(steps, per_epoch)  # phases that do not fit are found now, not in the middle
         _refuse_wrapper(model)
-        base = unwrapped(model)
+        self.model, base = model, unwrapped(model)
         self.ffn = _network(base, massive, layers)
+        for place in self.ffn.inputs:
+            Place(base, place)  # refuses what has no rows to count
         self.rows = chosen_rows(massive, self.curriculum, self.ffn.width(base))
         self.matrices = [rows_of_matrix(base, place, self.rows) for place in self.ffn.inputs]
+        if any(_compiled(module) for module in model.modules()):
+            self.refuse_compiled()
         self.p, self.history = 0.0, dict[int, float]()
         self._t, self._microbatch, self._dropped = 0, 0, False
         log.info("%s", self)
@@ -84,19 +98,33 @@ class MacDrop:
         """Extra memory: the copy of the rows."""
         return sum(matrix.kept_bytes for matrix in self.matrices)
 
+    def refuse_compiled(self) -> None:
+        """Raises UnsupportedModel if the model, which is compiled or will be, would not see what is dropped."""
+        if self.how == "outputs":
+            raise UnsupportedModel(
+                f"{self.ffn.module} is quantized, and torch.compile ignores hooks set after it; train uncompiled"
+            )
+
     @contextmanager
     def step(self, t: int) -> Iterator[MacDrop]:
         """Optimizer step `t`, from 1: entries are dropped inside the block, however it ends."""
         try:
-            self.begin(t)
-            yield self
+            try:
+                self.begin(t)
+                yield self
+            finally:
+                self.restore()
         finally:
-            self.restore()
+            self.restore()  # nothing, unless Ctrl-C came before the first had begun
 
     def begin(self, t: int) -> None:
-        """Drop the entries of step `t`; to be followed by `restore`."""
-        self._t, self._microbatch = t, 0
+        """Drop the entries of step `t`, from 1; to be followed by `restore`.
+
+        Raises BadValue if t is outside 1 to `steps`, an adapter is merged into the rows, or another engine drops
+        from them.
+        """
         self.p = self.curriculum.p(t, self.steps, self.per_epoch)
+        self._t, self._microbatch = t, 0
         self.history[t] = self.p
         self._drop()
 
@@ -131,11 +159,23 @@ class MacDrop:
         self._dropped = True
         for matrix, keep in zip(self.matrices, masks.expand(len(self.matrices), -1, -1), strict=True):
             matrix.drop(keep)
+        self._gather_again()
 
     def _restore(self) -> None:
         for matrix in self.matrices:
             matrix.restore()
+        self._gather_again()
         self._dropped = False
+
+    def _gather_again(self) -> None:
+        """Where FSDP2 keeps weights gathered between forwards, let go of them: the next one gathers what is written."""
+        if not any(matrix.gathered for matrix in self.matrices):
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> list[int]:
@@ -155,13 +195,18 @@ def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT."""
+    from peft import PeftMixedModel
+
     inner: Any = model
     while not hasattr(inner, "get_base_model"):
+        if isinstance(inner, PeftMixedModel):
+            inner = inner.base_model.model
+            break
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(wrapped, nn.Module) or hasattr(inner, "config"):
             return inner if isinstance(inner, nn.Module) else model
         inner = wrapped
-    base: nn.Module = inner.get_base_model()
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return base
 
 
@@ -170,6 +215,10 @@ def _network(base: nn.Module, massive: MassiveWeights, layers: Sequence[DecoderL
     if layers is None:
         layers = decoder_layers(adapter_for(config.model_type), config)
     return ffn_at(tuple(layers), massive.layer, massive.expert)
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _refuse_wrapper(model: nn.Module) -> None:

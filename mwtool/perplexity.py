@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -162,9 +162,10 @@ def perplexity(
     """Perplexity of a causal language model as it stands, adapters and attacks included.
 
     batch_size: windows at once; None for about 8,192 tokens, on a CPU 2,048.
-    on_batch: called with windows done and in all.
+    on_batch: called with windows done and in all. Raises BadValue for tokens the model does not have.
     """
     start = time.perf_counter()
+    check_vocabulary(model, windows.ids)
     device = model.get_input_embeddings().weight.device
     size = batch_size or max(1, TOKENS.get(device.type, OTHERS) // max(len(ids) for ids in windows.ids))
     with torch.inference_mode():
@@ -175,6 +176,14 @@ def perplexity(
         nll[sample] += value
     notes = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
     return summarize(nll, windows.units, time.perf_counter() - start, notes)
+
+
+def check_vocabulary(model: Any, ids: Iterable[Tensor]) -> None:
+    """Raise BadValue where a token has no row in the model's embedding: the tokenizer is another model's."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((int(one.max()) for one in ids), default=0)
+    if largest >= rows:
+        raise BadValue(f"the tokenizer gives token id {largest}, outside the vocabulary of {rows}; is it this model's?")
 
 
 def summarize(nll: Sequence[float], counts: Sequence[int], seconds: float, notes: tuple[str, ...] = ()) -> Perplexity:

@@ -12,7 +12,7 @@ from mwtool.massive import MassiveWeights
 from mwtool.states import LayerState, Part
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mwtool.stream import Stream
 
@@ -85,9 +85,9 @@ def rank(
     """
     z = part.intermediate  # (I,)
     order = z.abs().argsort(descending=True, stable=True)
-    pieces = held.down.read(model)[origin.dimension].to("cpu", z.dtype) * z  # (I,): W_down[d, i] z_i
+    row = held.down.read(model)[origin.dimension]
+    pieces = row.to("cpu", z.dtype) * z  # (I,): W_down[d, i] z_i
     whole = float(pieces.sum())
-    running = (pieces[order].cumsum(0) / whole).tolist() if whole else []
     indices = tuple(int(i) for i in order[:k])
     entries = sum(k * matrix.read(model).shape[1] for matrix in held.inputs)
     return MassiveWeights(
@@ -98,11 +98,22 @@ def rank(
         magnitudes=tuple(abs(float(z[i])) for i in indices),
         shares=tuple(float(pieces[i]) / whole if whole else 0.0 for i in indices),
         median=median(z),
-        count=next((n for n, share in enumerate(running, start=1) if share >= SHARE), len(running)),
+        count=massive_count(z, row),
         share_of_parameters=entries / parameters,
         dimension=origin.dimension,
         value=origin.value,
     )
+
+
+def massive_count(z: Tensor, row: Tensor) -> int:
+    """How many rows are truly massive for one output entry, ``W_down[d] @ z``: the fewest that make up 90 % of it.
+
+    z: (I,), float64; row: ``W_down[d]``, (I,).
+    """
+    pieces = (row.to("cpu", z.dtype) * z)[z.abs().argsort(descending=True, stable=True)]
+    whole = float(pieces.sum())
+    running = (pieces.cumsum(0) / whole).tolist() if whole else []
+    return next((n for n, share in enumerate(running, start=1) if share >= SHARE), len(running))
 
 
 def to_protect(ffn: FFN, model: nn.Module, indices: Sequence[int], stream: Stream | None) -> tuple[Protected, ...]:

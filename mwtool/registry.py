@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
 from mwtool.layout import Adapter, DecoderLayer
+from mwtool.refused import REASONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,6 +65,8 @@ def adapter_for(model_type: str) -> Installed:
     """
     entries = entry_points(group=GROUP, name=model_type)
     claims = {(entry.value, _plugin(entry).distribution): entry for entry in entries}
+    if not claims and model_type in REASONS:
+        raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
     if not claims:
         raise UnsupportedModel(
             f"no adapter for model type {model_type!r}; installed are {_names(p.model_type for p in installed())}. "

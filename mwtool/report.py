@@ -52,8 +52,10 @@ def conformance_table(results: Sequence[Conformance]) -> Table:
     """One row a model type, one column a check; a check that was not tried is left empty."""
     table = Table(box=None, pad_edge=False)
     names = results[0].names if results else ()
-    for column in ("model type", *names, "from"):
-        table.add_column(column, justify="center" if column in names else "left")
+    table.add_column("model type", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="center")
+    table.add_column("from", overflow="fold")  # a distribution's name is never cut
     for result in results:
         marks = {check.name: "[green]✓[/]" if check.passed else "[bold red]✗[/]" for check in result.checks}
         table.add_row(result.model_type, *[marks.get(name, "") for name in names], result.source)
@@ -125,8 +127,8 @@ def _nothing(scan: Scan) -> Iterator[Text]:
     limits = scan.settings.thresholds
     yield Text("No massive activations at this token.", "bold")
     yield Text(
-        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} the median, after layer "
-        f"{largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
+        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} times the median, after "
+        f"layer {largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
     )
 
 

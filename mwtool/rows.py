@@ -7,16 +7,22 @@ is packed, a hook computes the rows' outputs again from an unpacked copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import WeightSlice
+from mwtool.shards import local, matrix_shape, reach
 from mwtool.surgery import WRITABLE
+
+log = logging.getLogger(__name__)
 
 
 def rows_of_matrix(model: nn.Module, place: WeightSlice, rows: Sequence[int]) -> WrittenRows | RecomputedRows:
@@ -25,138 +31,222 @@ def rows_of_matrix(model: nn.Module, place: WeightSlice, rows: Sequence[int]) ->
     model: the module whose parameters the adapter names; PEFT may have wrapped layers within it.
     Raises BadValue where the rows are themselves trained, UnsupportedModel where they cannot be reached.
     """
-    path, _, name = place.param.rpartition(".")
-    outer: Any = model.get_submodule(path)
-    layer: Any = outer
-    while hasattr(layer, "base_layer"):  # experts are wrapped once for each of their parameters
-        layer = layer.base_layer
-    weight: Tensor = getattr(outer, name) if hasattr(outer, name) else getattr(layer, name)
-    _refuse(place.param, weight)
-    magnitudes = getattr(outer, "lora_magnitude_vector", None) or {}
-    dora = [magnitudes[adapter] for adapter in magnitudes]
-    if weight.dtype in WRITABLE:
-        return WrittenRows(layer, name, place, rows, dora)
-    if dora:
+    found = Place(model, place, rows)
+    if found.ordinary:
+        return WrittenRows(found)
+    if found.magnitudes():
         raise UnsupportedModel(
             f"{place.param} is quantized under DoRA, whose norm reads packed rows; use LoRA, or load it unquantized"
         )
-    return RecomputedRows(layer, place, rows)
+    return RecomputedRows(found)
 
 
-class WrittenRows:
-    """Rows of a frozen weight, written in place. Keeps a copy of them, (R, H): the only extra memory."""
+class Place:
+    """Rows of one matrix in a model, and the modules around them.
 
-    how = "weights"
+    wrappers: PEFT's layers around the matrix, the outermost first; layer: the module that owns it.
+    Raises as `rows_of_matrix` does.
+    """
 
-    def __init__(self, layer: nn.Module, name: str, place: WeightSlice, rows: Sequence[int], dora: list[Any]) -> None:
-        self.layer, self.name, self.dora = layer, name, dora
-        weight: Tensor = getattr(layer, name)
-        self.width = _matrix_shape(place, weight)[1]
-        self.index, self.part = _reach(place, rows, weight)
-        self.kept = _local(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
+    def __init__(self, model: nn.Module, matrix: WeightSlice, rows: Sequence[int] = ()) -> None:
+        path, _, self.name = matrix.param.rpartition(".")
+        self.matrix, self.rows = matrix, tuple(rows)
+        outer: Any = model.get_submodule(path)
+        chain = [outer]
+        while hasattr(chain[-1], "base_layer"):  # experts are wrapped once for each of their parameters
+            chain.append(chain[-1].base_layer)
+        *self.wrappers, self.layer = chain
+        weight: Any = getattr(outer, self.name, None)  # a module that is saved whole is trained, and forwards its own
+        weight = getattr(self.layer, self.name, None) if weight is None else weight
+        _refuse(matrix.param, self.layer, weight)
+        self.weight: Tensor = weight
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the weight's entries lie where the adapter says; packed ones may have a floating type, too."""
+        sized = all(isinstance(getattr(self.layer, name, None), int) for name in ("out_features", "in_features"))
+        whole = not sized or self.weight.numel() == self.layer.out_features * self.layer.in_features
+        plain = type(self.weight) in {Tensor, nn.Parameter, DTensor}
+        return whole and plain and self.weight.dtype in WRITABLE
+
+    def magnitudes(self) -> list[Any]:
+        """DoRA's, of every adapter on the matrix."""
+        found = [getattr(wrapper, "lora_magnitude_vector", None) or {} for wrapper in self.wrappers]
+        return [each[adapter] for each in found for adapter in each]
+
+    def overlaps(self, other: Place) -> bool:
+        """Whether both have a row in common; the layer is the same."""
+        return self.matrix == other.matrix and bool({*self.rows} & {*other.rows})
+
+
+_dropping: WeakKeyDictionary[nn.Module, list[_Rows]] = WeakKeyDictionary()
+"""Of each layer the rows that entries are dropped from at this moment."""
+
+
+class _Rows:
+    """What both ways share: nobody else may drop from the rows, or merge an adapter into them, in the meantime."""
+
+    kept: Tensor
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.layer = place, place.layer
         self.undo: list[Callable[[], None]] = []
+        for other in self._others():
+            log.warning("%s was left with entries dropped by a step that failed; restored", place.matrix.param)
+            other.restore()
 
     @property
     def kept_bytes(self) -> int:
         """Memory the copy takes."""
         return self.kept.numel() * self.kept.element_size()
 
-    def drop(self, keep: Tensor) -> None:
-        """Zero the entries where `keep`, (R, H) of bool on the CPU, is false; all others get their own values."""
-        if not self.undo:
-            register: Any = self.layer.register_state_dict_post_hook  # torch does not annotate it
-            self.undo.append(register(partial(self._into_state_dict)).remove)  # torch marks the hook, not a method
-        if self.dora and not keep.any(1).all():
-            for magnitude in self.dora:
-                self._guard_norm(magnitude)
-        here = keep if self.part is None else keep[self.part]
-        self._write(self.kept * here.to(self.kept.device, non_blocking=True))
-
     def restore(self) -> None:
-        """Put the copy back, bit for bit."""
-        self._write(self.kept)
+        """Put everything back; nothing where nothing is dropped."""
         while self.undo:
             self.undo[-1]()
             self.undo.pop()
 
+    def _claim(self) -> None:
+        """Raises BadValue where the rows are not the pre-trained ones, or are being dropped from already."""
+        param = self.place.matrix.param
+        if any(getattr(wrapper, "merged", False) for wrapper in self.place.wrappers):
+            raise BadValue(f"an adapter is merged into {param}; unmerge it (unmerge_adapter) to train with MacDrop")
+        if any(self._others()):
+            raise BadValue(
+                f"rows of {param} are being dropped by another MacDrop; give a trainer one callback for them"
+            )
+        claimed = _dropping.setdefault(self.layer, [])
+        self.undo.append(lambda: claimed.remove(self) if self in claimed else None)
+        claimed.append(self)
+        for wrapper in self.place.wrappers:
+            self.undo.append(partial(vars(wrapper).pop, "merge", None))
+            vars(wrapper)["merge"] = partial(_refuse_merging, param)
+
+    def _others(self) -> Iterator[_Rows]:
+        for one in list(_dropping.get(self.layer, ())):
+            if one is not self and one.place.overlaps(self.place):
+                yield one
+
+    def _masked(self, keep: Tensor) -> Tensor:
+        """The copy with entries dropped. On CUDA nothing waits: the mask travels from pinned memory."""
+        here = keep.pin_memory() if self.kept.is_cuda else keep
+        return self.kept * here.to(self.kept.device, non_blocking=True)
+
+
+class WrittenRows(_Rows):
+    """Rows of a frozen weight, written in place. Keeps a copy of them, (R, H): the only extra memory."""
+
+    how = "weights"
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.sharded: DTensor | None = None
+        self.width = matrix_shape(place.matrix, place.weight)[1]
+        self._take(self._weight())
+
+    @property
+    def gathered(self) -> bool:
+        """Whether FSDP2 holds the weight whole at the moment: what is written shows when it is gathered again."""
+        return self.sharded is not None and not isinstance(getattr(self.layer, self.place.name), DTensor)
+
+    def drop(self, keep: Tensor) -> None:
+        """Zero the entries where `keep`, (R, H) of bool on the CPU, is false; all others get their own values.
+
+        The model may have been moved, cast or sharded since the last step: the copy is then taken again.
+        Raises BadValue where an adapter is merged into the rows or another MacDrop drops from them.
+        """
+        if not self.undo:
+            self._claim()
+            weight = self._weight()
+            if self.state != _state(weight):
+                self._take(weight)
+            self.undo.append(lambda: self._write(self.kept))
+            register: Any = self.layer.register_state_dict_post_hook  # torch does not annotate it
+            self.undo.append(register(partial(self._into_state_dict)).remove)  # torch marks the hook, not a method
+            for magnitude in self.place.magnitudes():
+                self._guard_norm(magnitude)
+        self._write(self._masked(keep if self.part is None else keep[self.part]))
+
+    def _weight(self) -> Tensor:
+        """The parameter to write: under FSDP2 the sharded one, even while the module holds the gathered one."""
+        weight: Tensor = getattr(self.layer, self.place.name)
+        if isinstance(weight, DTensor):
+            self.sharded = weight
+        return weight if self.sharded is None else self.sharded
+
+    def _take(self, weight: Tensor) -> None:
+        self.state = _state(weight)
+        self.index, self.part = reach(self.place.matrix, self.place.rows, weight)
+        self.kept = local(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
+
     def _write(self, values: Tensor) -> None:
-        with torch.no_grad():
-            _local(getattr(self.layer, self.name))[self.index] = values
+        memory = local(self._weight())  # detached; `no_grad` could be left on by Ctrl-C at its end
+        memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
 
     def _into_state_dict(self, _layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """A state dict taken while entries are dropped holds the pre-trained weight."""
-        whole = state[prefix + self.name].detach().clone()
-        _local(whole)[self.index] = self.kept
-        state[prefix + self.name] = whole
+        whole = state[prefix + self.place.name].detach().clone()
+        local(whole)[self.index] = self.kept
+        state[prefix + self.place.name] = whole
 
     def _guard_norm(self, magnitude: Any) -> None:
         """DoRA scales a row by magnitude / norm: 0/0 where all of it is dropped and B is zero. Scale by 1 there.
 
         The row then acts as plain LoRA's would: it gives what the adapter gives, with the gradient of that.
+        Norms that PEFT caches in evaluation mode are of other rows: they are forgotten now and afterwards.
         """
-        if "get_weight_norm" in vars(magnitude):
-            return
-        original = magnitude.get_weight_norm
-
-        def norm(*args: Any, **kwargs: Any) -> Tensor:
-            found: Tensor = original(*args, **kwargs)
-            stand_in = magnitude.weight.detach().to(found)
-            return torch.where(found == 0, torch.where(stand_in == 0, 1.0, stand_in), found)
-
-        magnitude.get_weight_norm = norm
-
-        def unguard() -> None:
-            vars(magnitude).pop("get_weight_norm", None)
-
-        self.undo.append(unguard)
+        _forget(magnitude)
+        self.undo.append(partial(_forget, magnitude))
+        if "get_weight_norm" not in vars(magnitude):  # a fused matrix is here for gate and for up
+            self.undo.append(partial(vars(magnitude).pop, "get_weight_norm", None))
+            magnitude.get_weight_norm = partial(_norm_or_magnitude, magnitude, magnitude.get_weight_norm)
 
 
-class RecomputedRows:
+class RecomputedRows(_Rows):
     """Rows of a quantized layer: their outputs are computed again from an unpacked, masked copy, (R, H).
 
     The layer gives what it would with these rows replaced, in the precision it computes in.
     """
 
     how = "outputs"
+    gathered = False
 
-    def __init__(self, layer: Any, place: WeightSlice, rows: Sequence[int]) -> None:
+    def __init__(self, place: Place) -> None:
         from peft.utils.integrations import dequantize_module_weight
 
-        if not isinstance(layer, nn.Module) or not isinstance(getattr(layer, "out_features", None), int):
-            raise _packed(place.param, getattr(layer, place.param.rpartition(".")[2]).dtype)
+        super().__init__(place)
+        matrix = place.matrix
+        if not type(place.weight).__module__.startswith("bitsandbytes."):  # what is tested to be unpacked as it acts
+            raise _packed(matrix.param, place.weight)
+        if getattr(getattr(place.weight, "quant_state", None), "packing_format_for_cpu", False):
+            self.layer.state_dict()  # bitsandbytes then takes back the layout that an evaluation on the CPU left
         with torch.no_grad():
-            whole: Tensor = dequantize_module_weight(layer)  # (out, in), for this moment alone
-        if whole.dtype not in WRITABLE:
-            raise _packed(place.param, whole.dtype)
-        self.layer: Any = layer
+            whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), for this moment alone
         # bitsandbytes turns a Conv1D, which the adapter describes as (in, out), into a layer of (out, in)
-        shape = tuple(whole.T.shape if place.transposed else whole.shape)
-        self.entries = torch.tensor(place.rows(list(rows), shape)[1], device=whole.device)
+        shape = tuple(whole.T.shape if matrix.transposed else whole.shape)
+        self.entries = torch.tensor(matrix.rows(list(place.rows), shape)[1], device=whole.device)
         self.kept = whole[self.entries].clone()
         self.width = whole.shape[1]
         self.masked: Tensor | None = None
-        self.undo: list[Callable[[], None]] = []
-
-    @property
-    def kept_bytes(self) -> int:
-        """Memory the copy takes."""
-        return self.kept.numel() * self.kept.element_size()
+        self.bypassed = True
 
     def drop(self, keep: Tensor) -> None:
         """As `WrittenRows.drop`."""
-        self.masked = self.kept * keep.to(self.kept.device, non_blocking=True)
         if not self.undo:
+            self._claim()
             self.undo.append(self.layer.register_forward_hook(self._replace).remove)
+        self.masked = self._masked(keep)
 
     def restore(self) -> None:
         """Let the layer's own outputs through again."""
-        while self.undo:
-            self.undo[-1]()
-            self.undo.pop()
+        if self.undo and self.bypassed:
+            log.warning("%s gave no outputs in a step; what calls it bypasses MacDrop", self.place.matrix.param)
+        super().restore()
         self.masked = None
 
     def _replace(self, _layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert self.masked is not None, "the hook is there only while entries are dropped"
+        self.bypassed = False
         x, bias = args[0], self.layer.bias
         precision = getattr(self.layer, "compute_dtype", None) or x.dtype
         bias = None if bias is None else bias[self.entries].to(precision)
@@ -164,7 +254,34 @@ class RecomputedRows:
         return output.index_copy(-1, self.entries, rows.to(output.dtype))
 
 
-def _refuse(param: str, weight: Tensor) -> None:
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What must be the same for an index and a copy to be of use."""
+    return type(weight), weight.device, weight.dtype, local(weight).shape
+
+
+def _forget(magnitude: Any) -> None:
+    """Empties DoRA's cache, which PEFT does whenever it enters training mode."""
+    was = magnitude.training
+    magnitude.train(mode=True)
+    magnitude.train(mode=was)
+
+
+def _norm_or_magnitude(magnitude: Any, norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    found = norm(*args, **kwargs)
+    stand_in = magnitude.weight.detach().to(found)
+    return torch.where(found == 0, torch.where(stand_in == 0, 1.0, stand_in), found)
+
+
+def _refuse_merging(param: str, *_args: Any, **_kwargs: Any) -> None:
+    raise BadValue(f"entries of {param} are dropped for the step at hand; merge the adapter after it")
+
+
+def _refuse(param: str, layer: nn.Module, weight: Any) -> None:
+    if not isinstance(weight, Tensor):
+        raise UnsupportedModel(
+            f"{param} is no tensor but packed in a {type(layer).__name__}; load the model unquantized, or with "
+            f"bitsandbytes"
+        )
     if hasattr(weight, "ds_id"):
         raise UnsupportedModel(f"{param} is partitioned by DeepSpeed ZeRO-3; MacDrop works with ZeRO-2, DDP or FSDP2")
     if weight.requires_grad:
@@ -177,64 +294,8 @@ def _refuse(param: str, weight: Tensor) -> None:
         )
 
 
-def _packed(param: str, dtype: torch.dtype) -> UnsupportedModel:
+def _packed(param: str, weight: Tensor) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{param} holds packed {dtype} weights that cannot be unpacked here; load the model unquantized, or with "
-        f"bitsandbytes"
+        f"{param} holds packed {weight.dtype} weights ({type(weight).__name__}) that cannot be unpacked here; load the "
+        f"model unquantized, or with bitsandbytes"
     )
-
-
-def _matrix_shape(place: WeightSlice, weight: Tensor) -> tuple[int, ...]:
-    """(out, in) of the matrix at `place`, whatever part of it this process holds."""
-    view = torch.empty(weight.shape, device="meta")[place.index]
-    return tuple(view.T.shape if place.transposed else view.shape)
-
-
-def _local(weight: Tensor) -> Tensor:
-    """The memory this process holds, to be read and written; of a DTensor its shard."""
-    shard: Any = weight.detach()
-    local: Tensor = shard.to_local() if hasattr(shard, "to_local") else shard
-    return local
-
-
-Reach = tuple[tuple[Any, ...], tuple[Tensor, Tensor] | None]
-
-
-def _reach(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> Reach:
-    """Where the rows are: an index into the local memory that gives (R, H), and which part of (R, H) that is.
-
-    The part is None where the process holds all of it.
-    """
-    shape, spans = tuple(weight.shape), _spans(weight)
-    row_dim, row_at = place.rows(list(rows), shape)
-    column_dim, column_at = place.columns(list(range(_matrix_shape(place, weight)[1])), shape)
-    fixed = {dim: part for dim, part in enumerate(place.index) if isinstance(part, int)}
-    here = all(part in spans[dim] for dim, part in fixed.items())
-    row_part = [n for n, at in enumerate(row_at) if here and at in spans[row_dim]]
-    column_part = [n for n, at in enumerate(column_at) if here and at in spans[column_dim]]
-    device = weight.device
-    index: list[Any] = [slice(None)] * len(shape)
-    for dim, part in fixed.items():
-        index[dim] = part - spans[dim].start if here else 0
-    index[row_dim] = torch.tensor([row_at[n] - spans[row_dim].start for n in row_part], device=device).long()[:, None]
-    index[column_dim] = torch.tensor(
-        [column_at[n] - spans[column_dim].start for n in column_part], device=device
-    ).long()[None, :]
-    whole = len(row_part) == len(row_at) and len(column_part) == len(column_at)
-    held = None if whole else (torch.tensor(row_part).long()[:, None], torch.tensor(column_part).long()[None, :])
-    return tuple(index), held
-
-
-def _spans(weight: Tensor) -> list[range]:
-    """For each dimension the indices this process holds; all of them unless FSDP2 has sharded the weight."""
-    spans = [range(size) for size in weight.shape]
-    mesh: Any = getattr(weight, "device_mesh", None)
-    for dim, placement in enumerate(getattr(weight, "placements", ())):
-        if placement.is_replicate():
-            continue
-        if type(placement).__name__ != "Shard":
-            raise UnsupportedModel(f"a weight is placed as {placement}; MacDrop writes rows sharded by FSDP2 alone")
-        span, count, rank = spans[placement.dim], mesh.size(dim), mesh.get_local_rank(dim)
-        chunk = -(-len(span) // count)  # as torch.chunk cuts: all but the last are equal
-        spans[placement.dim] = span[rank * chunk : (rank + 1) * chunk]
-    return spans

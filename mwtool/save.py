@@ -8,6 +8,7 @@ temporary name beside the folder asked for and moved there when it is whole.
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
 import shutil
@@ -31,7 +32,10 @@ from mwtool.surgery import WRITABLE, Attack, attacked_rows, edited, places
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEPT = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+KEPT = (
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*"),
+)
 """Configuration, tokenizer and licence; the model's card describes another model and stays behind."""
 RECORD = "mwtool.json"
 
@@ -50,10 +54,24 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
     check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
-    with _made(folder) as temporary, _one_line(folder):
+    with _one_line(folder), _made(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, new), temporary)
         _copy_small(loaded.source, temporary)
         _record(temporary / RECORD, loaded, ffn, rows, attack)
+
+
+def save_merged(loaded: Loaded, folder: Path) -> None:
+    """Write the sum of a base model and its adapter to `folder`, which must not exist or be empty.
+
+    loaded: an adapter folder's model under ``on="merged"``. The checkpoint has the base's shards, names and types.
+    Raises UnsupportedModel where the base's tensors cannot be changed, OutputError where it cannot be written; nothing
+    is left then.
+    """
+    _check_tied(loaded)
+    check_free(folder)
+    with _one_line(folder), _made(folder) as temporary:
+        _rewrite(loaded.source, _by_stored_name(loaded, _whole(loaded.base)), temporary)
+        _copy_small(loaded.source, temporary)
 
 
 def check_savable(loaded: Loaded, attack: Attack) -> None:
@@ -67,6 +85,24 @@ def check_savable(loaded: Loaded, attack: Attack) -> None:
             f"{loaded.source.name} is quantized, and packed rows cannot be saved changed; save from the "
             f"model it was made of, then quantize that"
         )
+    if loaded.source.adapter is not None:
+        _check_tied(loaded)
+
+
+def _check_tied(loaded: Loaded) -> None:
+    """An adapter may change one of two parameters that the checkpoint holds once for both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    model: Any = loaded.base
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        modules = [model.get_submodule(name.rpartition(".")[0]) for name in pair]
+        adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in modules)
+        if adapted or modules[0].weight is not modules[1].weight:
+            raise UnsupportedModel(
+                f"the adapter changes {pair[0]} or {pair[1]}, which the checkpoint holds once for both; untie them in "
+                f"the base model, or merge and save it with PEFT, then ablate that"
+            )
 
 
 def check_free(folder: Path) -> None:
@@ -88,16 +124,35 @@ def _made(folder: Path) -> Iterator[Path]:
     """
     target = folder.absolute()
     temporary = target.with_name(f".{target.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
+    handle = _claim(temporary)
     try:
-        temporary.mkdir()
         yield temporary
-        for file in (*temporary.iterdir(), temporary):  # on the disk before it has its name
+        for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
             _sync(file)
         temporary.replace(target)
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _claim(temporary: Path) -> int:
+    """Make the folder, empty, and this process's alone until the handle that is returned is closed.
+
+    Raises OutputError where another process is filling it.
+    """
+    temporary.mkdir(exist_ok=True)
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere") from None
+    except OSError:  # a file system without locks: nobody else is taken to be at work
+        pass
+    for left in temporary.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return handle
 
 
 def _sync(path: Path) -> None:
@@ -156,8 +211,6 @@ def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
 
 def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:
     """Stored name -> the tensor of base and adapter together, for all tensors. Under `base` a copy is merged."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     with edited(loaded.base, ffn, rows, attack):
         model: Any = copy.deepcopy(loaded.model)
     if loaded.on == "base":
@@ -166,6 +219,13 @@ def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> di
             place
         ) in ffn.inputs:  # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
             place.read(model).nan_to_num_(nan=0.0)
+    return _whole(model)
+
+
+def _whole(model: Any) -> dict[str, New]:
+    """Stored name -> the tensor of this model, for all of its tensors."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: partial(_cast, tensor) for name, tensor in revert_weight_conversion(model, state).items()}
@@ -227,7 +287,9 @@ def _copy_small(source: Source, temporary: Path) -> None:
     patterns = [*KEPT, *(["*.py"] if "auto_map" in read_json(source.folder / "config.json") else [])]
     for file in {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}:
         if file.name not in (LEGACY_INDEX, RECORD):
-            shutil.copyfile(file, temporary / file.name)
+            copy = temporary / file.relative_to(source.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _record(path: Path, loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> None:

@@ -25,7 +25,7 @@ dependencies = ["mwtool"]
 test = ["pytest"]
 
 [project.entry-points."mwtool.adapters"]
-$name = "mwtool_$module.adapter:ADAPTER"
+"$name" = "mwtool_$module.adapter:ADAPTER"
 
 [tool.hatch.build.targets.wheel]
 packages = ["mwtool_$module"]
@@ -53,18 +53,19 @@ class $class_:
     """Options a tiny configuration needs besides the common ones, for the checks."""
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        """As in Llama: change the names to those in the model's `named_parameters()`."""
+        """As in Llama: change the names to those of `model.named_parameters()`."""
         path = f"model.layers.{index}"
-        return DecoderLayer(path, (gated_mlp(f"{path}.mlp", config.hidden_act),), adds=f"{path}.mlp")
+        ffn = gated_mlp(f"{path}.mlp", config.hidden_act)
+        return DecoderLayer(path, (ffn,), adds=f"{path}.mlp")
 
 
 ADAPTER = $class_()
 ''')
 
 TEST = Template("""\
-from mwtool_$module.adapter import ADAPTER
-
 from mwtool.testing import check_adapter, tiny_config
+
+from mwtool_$module.adapter import ADAPTER
 
 
 def test_the_adapter_describes_the_model() -> None:
@@ -81,7 +82,9 @@ Lets [mwtool](https://pypi.org/project/mwtool/) read `$name` models.
     pytest
 
 `mwtool_$module/adapter.py` starts out as Llama's layout. Change it until the checks pass; then
-`mwtool scan MODEL` works on any `$name` checkpoint.
+`mwtool scan MODEL` works on any `$name` checkpoint. If transformers does not know the type, import
+the module that registers it there (`AutoConfig.register`, `AutoModelForCausalLM.register`) in
+`adapter.py`. mwtool's docs/adapters.md walks through a whole example.
 """)
 
 
@@ -90,8 +93,8 @@ def write_package(name: str, folder: Path) -> list[Path]:
 
     Raises BadValue if the name cannot be a model type, OutputError if the folder is in use or cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name):
-        raise BadValue(f"{name!r} cannot be a model type; expected letters, digits, '_', '-' or '.', as in config.json")
+    if not re.fullmatch(r"[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
+        raise BadValue(f"{name!r} cannot be a model type; expected letters, digits and, between them, '_', '-' or '.'")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; name another")
     module = re.sub(r"[.-]", "_", name).lower()

@@ -24,7 +24,7 @@ from mwtool.analysis import (
     sun,
 )
 from mwtool.bos import PROMPT, Bos, find_bos
-from mwtool.errors import BadCheckpoint, BadPlugin, BadValue
+from mwtool.errors import BadCheckpoint, BadPlugin, BadValue, UnsupportedModel
 from mwtool.fitting import check_fit
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
@@ -35,6 +35,8 @@ from mwtool.states import LayerState, SuperWeight, walk
 from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OnLayer = Callable[[int, int, int], None]
@@ -126,7 +128,8 @@ def scan_checkpoint(
             *notes,
             f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
         )
-    return _scan(_Subject(stream.model, layers, bos, source.name, source.revision, notes, stream), settings, on_layer)
+    subject = _Subject(stream.model, layers, bos, source.name, str(adapter), source.revision, notes, stream)
+    return _scan(subject, settings, on_layer)
 
 
 def scan_model(
@@ -139,6 +142,7 @@ def scan_model(
     """Scan a model in memory, wrapped by PEFT or not; its weights, hooks and mode stay as they are.
 
     adapter: where its matrices are; by default the one installed for its model type.
+    Raises UnsupportedModel where weights are packed or offloaded, so that rows cannot be read.
     """
     settings = settings or Settings()
     wrapped: Any = model
@@ -146,14 +150,34 @@ def scan_model(
     adapter = adapter or adapter_for(base.config.model_type)
     layers = decoder_layers(adapter, base.config)
     check_fit(adapter, layers, base)
-    bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
     name: str = base.config.name_or_path or type(base).__name__
+    _check_readable(name, layers, base)
+    bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
     training: bool = base.training
     base.eval()
     try:
-        return _scan(_Subject(base, layers, bos, name), settings)
+        return _scan(_Subject(base, layers, bos, name, str(adapter)), settings)
     finally:
         base.train(training)
+
+
+def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
+    for index, layer in enumerate(layers):
+        down = layer.ffns[0].down.read(model)
+        how = "offloaded" if down.is_meta else "" if _is_plain(down) else f"quantized (packed {_short(down.dtype)})"
+        if how:
+            raise UnsupportedModel(
+                f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was made of"
+            )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Floating point of at least 16 bits; whatever is smaller is scaled by factors kept elsewhere."""
+    return weight.is_floating_point() and weight.element_size() > 1
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
@@ -175,6 +199,8 @@ def _fault(layer: object) -> str | None:
         return f"{layer!r}; expected a DecoderLayer with FFNs"
     experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
     others = [ffn for ffn in layer.ffns if ffn.expert is None]
+    if not isinstance(layer.scale, int | float):
+        return f"scale {layer.scale!r} in {layer.path}; expected a number"
     if any(ffn.hook is None for ffn in others):
         return f"an FFN without a hook in {layer.path}; only routed experts have none"
     if experts != list(range(len(experts))):
@@ -194,12 +220,13 @@ def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
 
 @dataclass(frozen=True, slots=True)
 class _Subject:
-    """A model ready to run; `stream` where its weights come from disk."""
+    """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
 
     model: PreTrainedModel
     layers: list[DecoderLayer]
     bos: Bos
     name: str
+    adapter: str
     revision: str | None = None
     notes: tuple[str, ...] = ()
     stream: Stream | None = None
@@ -222,7 +249,10 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
             on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
 
     with nullcontext(model) if stream is None else stream.flowing() as running:
-        states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+        try:
+            states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+        except BadPlugin as fault:
+            raise BadPlugin(f"{subject.adapter} does not describe {type(model).__name__}: {fault}") from fault
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
     massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
     return Scan(
@@ -237,7 +267,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
                 (f.expert + 1 for layer in subject.layers for f in layer.ffns if f.expert is not None), default=None
             ),
         ),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=_short(model.dtype),
         device=str(model.device if stream is None else stream.device),
         bos=subject.bos,
         settings=settings,

@@ -116,6 +116,23 @@ def unusable() -> tuple[type[Exception], ...]:
     return (*plain, StrictDataclassError)
 
 
+def model_class(config: PretrainedConfig) -> Any:
+    """The automatic class that builds models of this configuration with a language-modelling head.
+
+    Models of images and text that transformers does not count among the causal ones have a class of their own.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    seeing = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises BadCheckpoint if it is absent or is anything else."""
     try:
@@ -132,7 +149,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _find(model: str, revision: str | None) -> Source:
     if model == "demo":
         return Source("demo", DEMO)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~name, and nobody of that name
+        raise ModelNotFound(f"no such folder: {model}") from None
     if path.is_file():
         raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
     source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
@@ -266,10 +286,10 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
     if not isinstance(model_type, str):
         raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if causal is None and model_type in MODEL_MAPPING_NAMES:
+    if causal is None and model_type in MODEL_MAPPING_NAMES and not any(_causal_like(model_type)):
         raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")
     if causal is None:
-        return  # a type transformers does not know: the adapter lookup and --trust-remote-code decide
+        return  # a model that sees, or a type transformers does not know: adapters and --trust-remote-code decide
     fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
     architectures = raw.get("architectures") or [causal]
     if "auto_map" not in raw and not fitting.intersection(architectures):

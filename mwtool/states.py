@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -179,7 +180,13 @@ class _Watch:
     def _probabilities(self) -> Tensor:
         """The router's, for every expert, (E,)."""
         assert self.layer.experts is not None
-        logits = self.caught["logits"]
+        logits, expected = self._recall("logits", self.layer.experts.router), len(self.layer.ffns)
+        expected -= sum(ffn.expert is None for ffn in self.layer.ffns)
+        if logits.numel() != expected:
+            raise BadPlugin(
+                f"the router {self.layer.experts.router} gives {logits.numel()} values; expected {expected}, "
+                f"one for each expert"
+            )
         return logits.sigmoid() if self.layer.experts.scores == "sigmoid" else logits.softmax(-1)
 
     def _take(self, part: Part, readable: FFN) -> None:
@@ -190,18 +197,34 @@ class _Watch:
         ]
         self.parts.append(part)
 
+    def _refuse(self) -> None:
+        """Of a model in memory nobody has looked at the weights yet."""
+        later = f"{self.layer.path.rpartition('.')[0]}.{self.index + 1}."
+        for name, parameter in takewhile(lambda one: not one[0].startswith(later), self.model.named_parameters()):
+            plain = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
+            if plain and not parameter.isfinite().all():
+                raise BadCheckpoint(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
+        raise BadCheckpoint(
+            f"the residual stream after layer {self.index} is not finite although its weights are; "
+            f"float16 overflows above 65,504: try --dtype bfloat16 or float32"
+        )
+
     def _at_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
         hidden = first(output)
         if not hidden.isfinite().all():
-            raise BadCheckpoint(
-                f"the residual stream after layer {self.index} is not finite although its weights are; "
-                f"float16 overflows above 65,504: try --dtype bfloat16 or float32"
-            )
+            self._refuse()
         parts, supers = self._weighted(), tuple(self.supers)
-        added = self.caught["added"] * self.layer.scale
+        if not parts:
+            raise BadPlugin(f"no `hook` of {self.layer.path} runs before that module ends")
+        added = self._recall("added", self.layer.adds) * self.layer.scale
         self.parts, self.supers, self.caught = [], [], {}
         main = max(parts, key=lambda part: float(part.output.abs().max()))
         self.seen(LayerState(self.index, hidden, main.intermediate, added, supers, parts))
+
+    def _recall(self, name: str, path: str) -> Tensor:
+        if name not in self.caught:
+            raise BadPlugin(f"module {path} is named for {self.layer.path} but does not run before it is needed there")
+        return self.caught[name]
 
     def _weighted(self) -> tuple[Part, ...]:
         """Routed experts by falling weight; the shared one gives what they do not."""

@@ -21,7 +21,7 @@ from mwtool.checkpoint import Checkpoint, open_checkpoint
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
-from mwtool.source import unusable
+from mwtool.source import model_class, unusable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -157,6 +157,7 @@ class Stream:
             found = _shape(tensors[name])
             if found != expected:
                 raise BadCheckpoint(f"tensor {name} has shape {found}; the configuration expects {expected}")
+            _refuse_packed(tensors)
             table = torch.cat([tensors[name][row : row + 1] for row in rows]).clone()
         if not table.isfinite().all():
             raise BadCheckpoint(f"tensor {name} holds NaN or inf in the rows read ({rows}); the checkpoint is damaged")
@@ -209,6 +210,8 @@ class Stream:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
+            if self.load_config.hf_quantizer is None:
+                _refuse_packed(tensors)
             lazy = {
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
@@ -260,7 +263,6 @@ def open_stream(
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -269,7 +271,7 @@ def open_stream(
     quantizer = _dequantizer(source, config)
     try:
         with _without_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code
             )
     except unusable() as fault:
@@ -372,6 +374,16 @@ def _drop(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
             if parameter is not None and not parameter.is_meta:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
+
+
+def _refuse_packed(tensors: Mapping[str, Any]) -> None:
+    """Whole numbers are no weights; cast to floating point they would be taken for some."""
+    for name, tensor in tensors.items():
+        stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
+        if not stored.upper().startswith(("F", "BF")):  # F32, BF16; of a `.bin` file float32, bfloat16
+            raise BadCheckpoint(
+                f"tensor {name} holds {stored}; expected floating point, as config.json states no quantization_config"
+            )
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

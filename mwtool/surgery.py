@@ -96,7 +96,9 @@ def _mode(text: str) -> Attack | None:
 
 
 def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
-    """The first k ranked rows; raises BadValue where fewer were ranked."""
+    """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
+    if attack.k < 0:
+        raise BadValue(f"k is {attack.k}; expected a number from 0 on")
     if attack.k > len(massive.indices):
         raise BadValue(
             f"{attack} needs {attack.k} ranked rows; the scan ranked {len(massive.indices)}: scan with -k {attack.k}"
@@ -189,7 +191,8 @@ def _packed(model: nn.Module, ffn: FFN) -> bool:
             f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
             f"with more device memory or --device cpu"
         )
-    return any(view.dtype not in WRITABLE for view in views)
+    width = ffn.width(model)  # 4 bit may be stored as floats, which FSDP needs: then the shape alone shows it
+    return any(view.dtype not in WRITABLE or len(view) != width for view in views)
 
 
 def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:

@@ -11,8 +11,10 @@ import torch
 from mwtool.errors import BadValue
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at, massive_for, scan_loaded
+from mwtool.massive import MassiveWeights
+from mwtool.ranking import massive_count
 from mwtool.scan import Settings
-from mwtool.states import LayerState
+from mwtool.states import LayerState, Part
 from mwtool.surgery import WRITABLE
 
 RANKED = 16
@@ -26,12 +28,14 @@ class Target:
     indices: by falling |z| of bos, or as given; what is attacked are the first k. All that are truly massive are
         among them, as far as they were ranked.
     count: how many of them are truly massive; None where that is not known.
+    avoided: rows that are no random control either: truly massive ones that are not among `indices`.
     """
 
     layer: int
     ffn: FFN
     indices: tuple[int, ...]
     count: int | None = None
+    avoided: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +63,33 @@ def find_targets(
     settings = replace(settings or Settings(), k=max(k, min(RANKED, narrowest)))
     if choice.each_layer:
         scan = scan_loaded(loaded, replace(settings, all_layers=True))
-        return tuple(_top(state, None, k) for state in scan.states), scan.notes
+        return tuple(_top(loaded, state, None, k) for state in scan.states), scan.notes
     if choice.layer is not None and not choice.indices:
         expert = _first_expert(loaded, choice.layer) if choice.expert is None else choice.expert
         ffn_at(loaded.layers, choice.layer, expert)  # refused before the scan
         scan = scan_loaded(loaded, replace(settings, all_layers=True))
-        return (_top(scan.states[choice.layer], choice.expert, k),), scan.notes
+        return (_top(loaded, scan.states[choice.layer], choice.expert, k),), scan.notes
     if choice.layer is not None:
         return (_given(loaded, choice, choice.layer, choice.expert, k),), ()
     massive, notes = massive_for(loaded, choice.file, settings)
     if massive is None:
         raise BadValue(
-            f"{loaded.source.name} has no massive weights to attack; name rows yourself with --layer N --indices I,J, "
-            f"or compare all layers with --each-layer"
+            f"{_subject(loaded, choice)} has no massive weights to attack; name rows yourself with "
+            f"--layer N --indices I,J, or compare all layers with --each-layer"
         )
     expert = massive.expert if choice.expert is None else choice.expert
     if choice.indices:
-        return (_given(loaded, choice, massive.layer, expert, k),), notes
+        target = _given(loaded, choice, massive.layer, expert, k)
+        same = expert == massive.expert
+        return (replace(target, avoided=massive.indices[: massive.count] if same else ()),), notes
     if expert != massive.expert:
         raise BadValue(
             f"the massive rows are those of expert {massive.expert}; name rows of expert {expert} with --indices"
         )
     if k > len(massive.indices):
         raise BadValue(f"k is {k}; {choice.file} ranks {len(massive.indices)} rows: scan with -k {k}")
+    if massive.count > len(massive.indices):
+        notes = (*notes, _unranked(massive))
     return (Target(massive.layer, loaded.ffn(massive), massive.indices[: max(k, massive.count)], massive.count),), notes
 
 
@@ -90,7 +98,7 @@ def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...
 
     The draws of one seed are nested: k = 3 takes the first three of what k = 5 takes.
     """
-    ranked = set(target.indices)
+    ranked = {*target.indices, *target.avoided}
     others = [row for row in range(width) if row not in ranked]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
     return tuple(others[at] for at in order[:k]) if k <= len(others) else None
@@ -99,18 +107,31 @@ def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...
 def norm_rows(loaded: Loaded, target: Target, k: int) -> tuple[int, ...] | None:
     """The k rows of largest Euclidean norm, up and gate taken together, massive ones included.
 
-    None where the weights are packed.
+    None where the weights are packed or offloaded.
     """
     total = torch.zeros(())
     for place in target.ffn.inputs:
         matrix = place.read(loaded.base)  # (I, H)
-        if matrix.dtype not in WRITABLE:
+        if matrix.dtype not in WRITABLE or matrix.is_meta:
             return None
         total = total.to(matrix.device) + matrix.float().square().sum(1)
     return tuple(int(row) for row in total.argsort(descending=True, stable=True)[:k])
 
 
-def _top(state: LayerState, expert: int | None, k: int) -> Target:
+def _subject(loaded: Loaded, choice: Choice) -> str:
+    if loaded.on == "merged" and choice.file is None:
+        return f"{loaded.source.name} merged with {loaded.source.adapter}"
+    return loaded.source.name
+
+
+def _unranked(massive: MassiveWeights) -> str:
+    return (
+        f"{massive.count} rows are truly massive and {len(massive.indices)} are ranked: random controls may be among "
+        f"the others"
+    )
+
+
+def _top(loaded: Loaded, state: LayerState, expert: int | None, k: int) -> Target:
     """The rows of largest |z| in a layer: of the expert asked for, else of the network that gives the most."""
     parts = [part for part in state.parts if expert is None or part.ffn.expert == expert]
     if not parts:
@@ -124,8 +145,17 @@ def _top(state: LayerState, expert: int | None, k: int) -> Target:
         raise BadValue(
             f"k is {k}; {part.ffn.module} in layer {state.layer} has {width} rows: k must be from 0 to {width}"
         )
-    order = part.intermediate.abs().argsort(descending=True, stable=True)[: max(k, 1)]
-    return Target(state.layer, part.ffn, tuple(order.tolist()))
+    order = part.intermediate.abs().argsort(descending=True, stable=True).tolist()
+    return Target(state.layer, part.ffn, tuple(order[: max(k, 1)]), avoided=tuple(order[: _carrying(loaded, part)]))
+
+
+def _carrying(loaded: Loaded, part: Part) -> int:
+    """How many rows are truly massive for the largest entry of the output; 0 where so many are that none stands out."""
+    down = part.ffn.down.read(loaded.base)  # (H, I)
+    if down.is_meta:
+        return 0
+    count = massive_count(part.intermediate, down[int(part.output.abs().argmax())])
+    return count if count <= RANKED else 0
 
 
 def _given(loaded: Loaded, choice: Choice, layer: int, expert: int | None, k: int) -> Target:

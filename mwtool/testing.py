@@ -10,28 +10,27 @@ Seven checks, each a property that scan, ablation or MacDrop relies on::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 
+from mwtool.conformance import BOS, CHECKS
 from mwtool.errors import BadPlugin, MwtoolError
 from mwtool.fitting import check_fit
-from mwtool.layout import FFN, Adapter, DecoderLayer
+from mwtool.layout import Adapter
 from mwtool.registry import Installed
 from mwtool.scan import decoder_layers
-from mwtool.states import LayerState, Part, recompute, walk, wide
-from mwtool.surgery import Attack, edited
+from mwtool.source import model_class
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-BOS = 1
+NAMES = ("shapes", *CHECKS)
 TINY: Mapping[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -45,10 +44,6 @@ TINY: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-TOLERANCE = 1e-5
-"""Of the largest entry, in float32: a matrix product taken in another order differs by a few 1e-7."""
-APART = 1e-3
-"""Of the largest entry: swapped matrices must differ by more than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +125,13 @@ def tiny_config(model_type: str, adapter: Adapter | None = None, **options: Any)
     does not take; given `options` win. For a type made of several configurations they go to its text model.
     Raises BadPlugin where no such configuration can be made.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    if model_type not in CONFIG_MAPPING:
+        raise BadPlugin(
+            f"transformers does not know model type {model_type!r}; have the adapter's module register the type "
+            f"(AutoConfig.register, AutoModelForCausalLM.register)"
+        )
     special = dict(getattr(adapter, "tiny", {}).get(model_type, {}))
     inner = special.pop("text_config", None)
     common = _taken({**TINY, **(special if inner is None else inner), **options})
@@ -159,8 +159,7 @@ UNBUILDABLE = (
 def _unbuildable(model_type: str, fault: BaseException) -> str:
     line = str(fault).strip().partition("\n")[0] or type(fault).__name__
     return (
-        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's "
-        f"`tiny`, and let its module register the type if it is not one of transformers'"
+        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's `tiny`"
     )
 
 
@@ -169,233 +168,18 @@ def _taken(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model whose every parameter is random, norms and biases included."""
-    from transformers import AutoModelForCausalLM
-
+    """A model whose every number that a checkpoint holds is random: norms, biases, what routers add to scores."""
     torch.manual_seed(seed)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = model_class(config).from_config(config, dtype=dtype).eval()
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                nn.init.normal_(buffer, std=0.3)
         with torch.no_grad():
             model(input_ids=torch.tensor([[BOS]]), use_cache=False)
     except UNBUILDABLE as fault:
         raise BadPlugin(_unbuildable(config.model_type, fault)) from fault
     return model
-
-
-def writes_reach(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """One element written through each slice changes one element of the parameter it names."""
-    for ffn in _ffns(layers):
-        for place in (ffn.up, ffn.gate, ffn.down, ffn.up_bias, ffn.gate_bias, ffn.down_bias):
-            if place is None:
-                continue
-            parameter = model.get_parameter(place.param)
-            before, view = parameter.detach().clone(), place.read(model)
-            at = tuple(int(torch.randint(size, ())) for size in view.shape)
-            view[at] += 1
-            changed = int((parameter.detach() != before).sum())
-            parameter.data.copy_(before)
-            if changed != 1:
-                return f"a write through {place.param} at {at} changed {changed} entries of the parameter; expected 1"
-    return None
-
-
-def recomputed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """The formula applied to the slices gives what the real networks give, on random tokens."""
-    for layer, real in _calls(model, layers):
-        for name, found, expected in real.compare(model, layer, _same):
-            off = _apart(found, expected)
-            if off > TOLERANCE:
-                return f"{name}: recomputed from the slices it differs by {off:.1e} of its largest entry"
-    return None
-
-
-def swapped(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """With gate and up exchanged the formula must not give the same: they are told apart."""
-    for layer, real in _calls(model, layers):
-        ours = {name: found for name, found, _ in real.compare(model, layer, _same)}
-        for name, found, expected in real.compare(model, layer, _swap):
-            if min(_apart(found, expected), _apart(found, ours[name])) < APART:
-                return f"{name}: gate and up may be exchanged without a difference"
-    return None
-
-
-def captured(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """The intermediate states a walk captures are those recomputed from the networks' inputs."""
-    states = _walk(model, layers)
-    for (layer, real), state in zip(_calls(model, layers, [BOS]), states, strict=True):
-        for part in state.parts:
-            x = real.input_of(part.ffn)
-            z = wide(recompute(part.ffn, model, x)[0][0])
-            off = _apart(part.intermediate, z)
-            if off > TOLERANCE:
-                return f"{part.ffn.module}: the captured state differs from the recomputed one by {off:.1e}"
-        if layer.experts is not None and layer.adds == layer.experts.block:
-            total = sum((part.output for part in state.parts), torch.zeros_like(state.added)) * layer.scale
-            if _apart(total, state.added) > TOLERANCE:
-                return f"{layer.experts.block}: its networks' outputs do not add up to what it gives"
-    return None
-
-
-def added(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """What a layer's FFN is said to add is what the residual stream lacks while its `down` matrices are zero.
-
-    With them zero it must not depend on the token, or the residual is part of it.
-    """
-    states = _walk(model, layers)
-    for index, layer in enumerate(layers):
-        with _silenced(model, layer):
-            without, other = (_walk(model, layers, index, token)[index] for token in (BOS, BOS + 1))
-        state = states[index]
-        size = float(state.hidden.abs().max())
-        off = float((state.hidden - without.hidden - (state.added - without.added)).abs().max()) / size
-        if off > TOLERANCE:
-            return f"{layer.adds} times {layer.scale:g} is not what the stream receives: {off:.1e} of its largest off"
-        if float((without.added - other.added).abs().max()) > TOLERANCE * size:
-            return f"{layer.adds} gives more than the FFN's part: the residual, or attention, is in it"
-    return None
-
-
-def zeroed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """Rows that surgery zeroes, biases included, are the entries of the state that become zero, and no others."""
-    states = _walk(model, layers)
-    for index in range(len(layers)):
-        for part in states[index].parts:
-            rows = part.intermediate.abs().argsort(descending=True)[:3]
-            with edited(model, part.ffn, rows.tolist(), Attack("zero", 3)):
-                after = _part(_walk(model, layers, index)[index], part.ffn).intermediate
-            expected = part.intermediate.index_fill(0, rows, 0.0)
-            if after[rows].any():
-                return f"{part.ffn.module}: rows {rows.tolist()} are zero and their entries of the state are not"
-            if _apart(after, expected) > TOLERANCE:
-                return f"{part.ffn.module}: zeroing rows {rows.tolist()} changed other entries of the state"
-    return None
-
-
-CHECKS: Mapping[str, Callable[[PreTrainedModel, list[DecoderLayer]], str | None]] = {
-    "writes": writes_reach,
-    "output": recomputed,
-    "gate/up": swapped,
-    "state": captured,
-    "added": added,
-    "zeroing": zeroed,
-}
-NAMES = ("shapes", *CHECKS)
-
-
-@dataclass(slots=True)
-class _Calls:
-    """What went in and out of one layer's networks: module path -> (arguments, output), in a forward of T tokens."""
-
-    seen: dict[str, tuple[tuple[Any, ...], Any]]
-    experts: str | None
-
-    def input_of(self, ffn: FFN) -> Tensor:
-        """(T, H)."""
-        x: Tensor = self._at(self.experts if ffn.expert is not None and self.experts else _owner(ffn))[0][0]
-        return x.reshape(-1, x.shape[-1])
-
-    def compare(
-        self, model: nn.Module, layer: DecoderLayer, change: Callable[[FFN], FFN | None]
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, output by the formula, real output of each network, the routed experts as one."""
-        for ffn in layer.ffns:
-            changed = change(ffn)
-            if ffn.expert is None and ffn.hook is not None and changed is not None:
-                real = self._at(ffn.hook)[1]
-                yield ffn.module, recompute(changed, model, self.input_of(ffn))[1], real.reshape(-1, real.shape[-1])
-        if layer.experts is not None:
-            (x, chosen, weights), real = self._at(layer.experts.module)
-            total = torch.zeros_like(x)
-            for token in range(len(x)):
-                for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
-                    changed = change(layer.ffns[expert])
-                    if changed is None:
-                        return
-                    total[token] += weight * recompute(changed, model, x[token])[1]
-            yield layer.experts.module, total, real
-
-    def _at(self, path: str) -> tuple[tuple[Any, ...], Any]:
-        if path not in self.seen:
-            raise BadPlugin(f"{path} is never called as a module, so nothing can be captured there")
-        return self.seen[path]
-
-
-def _calls(
-    model: PreTrainedModel, layers: list[DecoderLayer], tokens: list[int] | None = None
-) -> list[tuple[DecoderLayer, _Calls]]:
-    """One forward, by default of 16 random tokens, and what each layer's networks received and gave."""
-    seen: dict[str, tuple[tuple[Any, ...], Any]] = {}
-    paths = {path for layer in layers for path in _places(layer)}
-
-    def keep(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[path] = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args), output.detach().clone()
-
-    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
-    torch.manual_seed(1)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, 16)) if tokens is None else torch.tensor([tokens])
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return [(layer, _Calls(seen, None if layer.experts is None else layer.experts.module)) for layer in layers]
-
-
-def _places(layer: DecoderLayer) -> Iterator[str]:
-    if layer.experts is not None:
-        yield layer.experts.module
-    for ffn in layer.ffns:
-        if ffn.expert is None and ffn.hook is not None:
-            yield from (_owner(ffn), ffn.hook)
-
-
-def _owner(ffn: FFN) -> str:
-    """The module that holds `up`: its input is the FFN's."""
-    return ffn.up.param.rpartition(".")[0]
-
-
-def _walk(
-    model: PreTrainedModel, layers: list[DecoderLayer], last: int | None = None, token: int = BOS
-) -> list[LayerState]:
-    """States of one token, bos by default, up to layer `last`."""
-    return walk(model, layers, token, spike=float("inf"), enough=lambda states: len(states) - 1 == last)
-
-
-def _part(state: LayerState, ffn: FFN) -> Part:
-    return next(part for part in state.parts if part.ffn.up == ffn.up)
-
-
-@contextmanager
-def _silenced(model: nn.Module, layer: DecoderLayer) -> Iterator[None]:
-    """The layer's networks give nothing inside the block."""
-    places = [place for ffn in layer.ffns for place in (ffn.down, ffn.down_bias) if place is not None]
-    kept = [place.read(model).clone() for place in places]
-    for place in places:
-        place.read(model).zero_()
-    try:
-        yield
-    finally:
-        for place, values in zip(places, kept, strict=True):
-            place.read(model).copy_(values)
-
-
-def _ffns(layers: list[DecoderLayer]) -> Iterator[FFN]:
-    for layer in layers:
-        yield from layer.ffns
-
-
-def _same(ffn: FFN) -> FFN:
-    return ffn
-
-
-def _swap(ffn: FFN) -> FFN | None:
-    if ffn.gate is None:
-        return None
-    return replace(ffn, up=ffn.gate, gate=ffn.up, up_bias=ffn.gate_bias, gate_bias=ffn.up_bias)
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest entry."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))

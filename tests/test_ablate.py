@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
+import re
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +22,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import mwtool
-from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated, continuations
+from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated
 from mwtool.ablate_document import ablate_document
 from mwtool.ablate_report import ablate_report
-from mwtool.errors import BadValue
+from mwtool.continuation import continuations, prompt_ids
+from mwtool.document import scan_document
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.evaluate import prepare
 from mwtool.load import Loaded, load
 from mwtool.measured import Measured, Options
-from mwtool.plots import _curves
+from mwtool.plots import _curves, plot_ablation
 from mwtool.surgery import Attack, edited, parse_mode
 from mwtool.targets import Choice, Target, find_targets, norm_rows, random_rows
 from mwtool.tasks import parse_tasks
@@ -108,6 +113,8 @@ def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_ty
     assert all(map(math.isfinite, values))
     assert len(set(values)) > 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    console = Console(width=120, file=io.StringIO())
+    console.print(ablate_report(found, width=120))  # every layout has its table
 
 
 @pytest.mark.parametrize(
@@ -172,6 +179,41 @@ def test_controls_are_as_many_rows_and_random_ones_are_never_ranked_ones(loaded:
         assert len({run.indices for run in beside}) == 5
         drawn = {row for run in beside if run.control != "norm" for row in run.indices}
         assert not drawn & set(found.runs[0].target.indices)
+
+
+def test_random_rows_are_never_massive_ones_however_the_rows_were_chosen(loaded: Loaded) -> None:
+    """Row 17 is the one that is truly massive in layer 1; no draw of all the others but those named may hold it."""
+    for choice, k in ((Choice(), 1), (Choice(indices=(4, 5)), 2), (Choice(layer=1), 1)):
+        (target,), _ = find_targets(loaded, choice, k)
+        others = 64 - len({*target.indices, 17})
+        assert 17 not in (random_rows(target, 64, others, 0) or (17,))
+        assert random_rows(target, 64, others + 1, 0) is None
+
+
+def test_truly_massive_rows_that_a_saved_scan_does_not_rank_are_said(loaded: Loaded, tmp_path: Path) -> None:
+    document = scan_document(mwtool.scan_model(loaded.base))
+    document["massive"]["count"] = 7
+    (tmp_path / "scan.json").write_text(json.dumps(document))
+    _, notes = find_targets(loaded, Choice(file=tmp_path / "scan.json"), 1)
+    assert "7 rows are truly massive and 5 are ranked: random controls may be among the others" in notes
+
+
+def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(tmp_path: Path) -> None:
+    here = planted(tmp_path)
+    places = {name: "cpu" for name, _ in here.base.named_modules() if re.fullmatch(r"model\.\w+|lm_head", name)}
+    places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(tiny.LAYERS)}
+    del places["model.layers"]
+    options = {"device_map": places, "offload_folder": str(tmp_path / "off")}
+    loaded = replace(load(str(tmp_path), model_options=options), tokenizer=here.tokenizer)
+    sweep = Sweep((Attack("zero"),), (1,), draws=1)
+    found, expected = (swept(one, sweep, Choice(layer=2)) for one in (loaded, here))
+    assert [run.measured[0].value for run in found.runs] == [run.measured[0].value for run in expected.runs]
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded .* without offloading"):
+        swept(loaded, sweep)
+    # a value is fixed on its way, wherever the rows are
+    fixed, plain = (swept(one, Sweep((Attack("mean"),), (1,), draws=1)) for one in (loaded, here))
+    assert fixed.runs[0].measured[0].value == plain.runs[0].measured[0].value
+    assert [run.control for run in fixed.runs] == [None, "random:0"]  # norms cannot be read
 
 
 def test_random_rows_are_nested_and_depend_on_the_seed_alone(loaded: Loaded) -> None:
@@ -292,6 +334,25 @@ def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
         assert digest(loaded.model) == before
 
 
+def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
+    """From outside, at random moments of a sweep that attacks by writing and by hooks."""
+    before, (target,) = digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
+    sweep = Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0, 1, 3), draws=1)
+    moments = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for moment in moments.tolist():
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes somewhere inside
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                while True:
+                    ablate(loaded, [target], parse_tasks([text_of(loaded)]), sweep, QUICK)
+            assert digest(loaded.model) == before
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded) -> None:
     (target,), _ = find_targets(loaded, Choice(), 2)
     said = continuations(loaded, target, Sweep(ks=(1, 2)), prepare(loaded, [], QUICK), "w3 w5", new_tokens=6)
@@ -307,6 +368,16 @@ def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded
         assert text == tokenizer.decode(ids[3:], skip_special_tokens=True)
 
 
+def test_a_prompt_ends_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
+    loaded = opened(tmp_path, tiny.model("gpt2", num_hidden_layers=2))
+    (target,), _ = find_targets(loaded, Choice(layer=1), 1)
+    with pytest.raises(BadValue, match="the prompt has 64 tokens with bos and the model 64 positions"):
+        prompt_ids(loaded, "w1 " * 63)
+    assert prompt_ids(loaded, "w1 " * 62).shape == (1, 63)
+    said = continuations(loaded, target, Sweep(ks=(1,)), [], "w1 " * 62)  # an absolute position more would not exist
+    assert [len(text.split()) <= 1 for _, text in said] == [True, True, True]
+
+
 def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
     massive = mwtool.scan_model(loaded.base, loaded.tokenizer).massive
     assert massive is not None
@@ -315,7 +386,15 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
         found = swept(loaded, Sweep((parse_mode(mode),), (3,), draws=0))
         with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
             assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
-    with pytest.raises(BadValue, match="mean needs windows"), mwtool.ablated(loaded.base, massive, mode="mean"):
+    for options, message in (
+        ({"mode": "mean"}, "mean needs windows"),
+        ({"mode": "mean", "windows": []}, "mean needs windows .* none were given"),
+        ({"k": -1}, "k is -1; expected a number from 0 on"),
+        ({"k": 99}, "the scan ranked 5: scan with -k 99"),
+    ):
+        with pytest.raises(BadValue, match=message), mwtool.ablated(loaded.base, massive, **options):
+            pass
+    with pytest.raises(BadValue, match="no massive weights to attack"), mwtool.ablated(loaded.base, None):
         pass
 
 
@@ -418,7 +497,8 @@ def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
         QUICK,
         on_run=lambda _done, _total, name: names.append(name),
     )
-    assert len(names) == 4  # the baseline, the row, two random ones
+    expected = ["baseline", *(f"layer 1, zero:1{beside}" for beside in ("", " (random:0)", " (random:1)"))]
+    assert names == expected
     assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
     assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured
 
@@ -457,6 +537,76 @@ def test_the_table_shows_the_mean_and_the_spread_of_the_controls(loaded: Loaded)
         f"zero 1 {math.exp(4.5):.2f} x{math.exp(0.5):.2f} {spread} {math.exp(0.2):.2f} 25.0 -25.0 +12.5 ± 17.7 +0.0"
     )
     assert line.split() == expected.split()
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gpt2", "mixtral"])
+def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, model_type: str) -> None:
+    loaded = opened(tmp_path, tiny.model(model_type, num_hidden_layers=2))
+    for choice in (Choice(layer=1), Choice(each_layer=True)):
+        plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
+        assert (tmp_path / "curve.svg").read_text().count("random rows") == 2
+        (tmp_path / "curve.svg").unlink()
+
+
+def test_several_layers_are_drawn_over_the_layers(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    found = swept(loaded, Sweep((Attack("zero"),), (1, 2), draws=0), Choice(each_layer=True))
+    _, panel = plt.subplots()
+    _curves(panel, found, found.baseline[0].task)
+    lines = {str(line.get_label()): line for line in panel.lines}
+    axis = panel.get_xlabel()
+    plt.close("all")
+    assert axis == "layer"
+    for k in (1, 2):
+        values = [run.measured[0].value for run in found.runs if run.attack.k == k]
+        expected = [value / found.baseline[0].value for value in values]
+        assert list(lines[f"zero:{k}"].get_xdata()) == list(range(tiny.LAYERS))
+        assert list(lines[f"zero:{k}"].get_ydata()) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("more", "scale"), [(0.5, "linear"), (3.0, "log"), (6.0, "log")])
+def test_ratios_over_more_than_a_decade_have_a_log_axis(loaded: Loaded, more: float, scale: str) -> None:
+    """Of 20 and of 400 times the perplexity: the larger the ratio, the further below zero a linear axis begins."""
+    from matplotlib import pyplot as plt
+
+    found = made_up(loaded)
+    plain = found.baseline[0]
+    assert plain.weights is not None
+    attacked = measured([x + more for x in plain.samples], list(plain.weights))
+    first = replace(found.runs[0], measured=(attacked, found.runs[0].measured[1]))
+    _, panel = plt.subplots()
+    _curves(panel, replace(found, runs=(first, *found.runs[1:])), "ppl:x")
+    drawn = panel.get_yscale()
+    plt.close("all")
+    assert drawn == scale
+
+
+def test_the_curves_of_an_accuracy_are_points(loaded: Loaded) -> None:
+    from matplotlib import pyplot as plt
+
+    _, panel = plt.subplots()
+    _curves(panel, made_up(loaded), "mc:x.jsonl")
+    own, random, norm, zero = [list(line.get_ydata()) for line in panel.lines]
+    label = panel.get_ylabel()
+    plt.close("all")
+    assert (own, random, norm, set(zero)) == ([-25.0], [12.5], [0.0], {0})
+    assert "points" in label
+
+
+def test_the_legend_hides_no_curve(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its box lies beside the axes, whatever is drawn in them."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_options: drawn.append(figure))
+    modes = tuple(map(parse_mode, ("zero", "retain", "mean", "scale:0.5")))
+    plot_ablation(swept(loaded, Sweep(modes, (0, 1, 3), draws=2)), tmp_path / "curve.png")
+    (panel,) = drawn[0].axes
+    legend = panel.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == len(panel.lines) - 1 == 12
+    assert legend.get_window_extent().x0 >= panel.get_window_extent().x1
 
 
 def test_the_curves_are_the_ratios_over_k(loaded: Loaded) -> None:

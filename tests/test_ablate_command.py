@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from command import run
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
 from typer import BadParameter
@@ -62,6 +64,17 @@ def test_the_document_has_the_baseline_every_run_and_the_ratios(folder: Path, tm
     assert document["runs"][1]["indices"][0] == 17
 
 
+def test_what_is_noted_on_stderr_is_in_the_document(folder: Path, tmp_path: Path) -> None:
+    """Of loading, of the saved scan, of the text and of the sweep, in this order."""
+    scanned = {**scan_document(scan_checkpoint(str(folder))), "model": "another"}
+    (tmp_path / "scan.json").write_text(text_of(scanned))
+    ran = ablate(folder, "-k", "60", "--indices", ",".join(map(str, range(60))), "--mode", "zero", "--massive",
+                 tmp_path / "scan.json", "--revision", "main", "--window", "99", "--json")  # fmt: skip
+    assert ran.err.splitlines() == [f"note: {note}" for note in ran.document["notes"]]
+    expected = ("--revision main is ignored", "was made with another", "shortened to the 64", "too few rows")
+    assert all(words in note for words, note in zip(expected, ran.document["notes"], strict=True))
+
+
 def test_the_table_has_a_line_an_attack_and_the_verdict_below_it(folder: Path) -> None:
     ran = ablate(folder, "-k", "0,1", "--draws", 2, "--generate", "w1 w2")
     assert ran.code == 0
@@ -74,6 +87,11 @@ def test_the_table_has_a_line_an_attack_and_the_verdict_below_it(folder: Path) -
     assert "rows of model.layers.1.mlp (layer 1), ranked: 17" in ran.out
 
 
+def test_continuations_stand_side_by_side(folder: Path) -> None:
+    out = ablate(folder, "-k", "1", "--no-controls", "--generate", "w1 w2").out
+    assert any(all(name in line for name in ("original", "zero:1", "retain:1")) for line in out.splitlines())
+
+
 def test_each_layer_is_one_line_without_controls(folder: Path) -> None:
     document = ablate(folder, "--each-layer", "--mode", "zero", "-k", "1", "--json").document
     assert [(one["layer"], one["control"]) for one in document["runs"]] == [
@@ -81,12 +99,23 @@ def test_each_layer_is_one_line_without_controls(folder: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("suffix", ["png", "SVG", "pdf"])
 def test_the_curve_is_drawn_in_the_format_its_name_says(folder: Path, tmp_path: Path, suffix: str) -> None:
     figure = tmp_path / f"curve.{suffix}"
     assert ablate(folder, "-k", "0,1,3", "--draws", 2, "--plot", figure).code == 0
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
-    assert figure.read_bytes().startswith(starts[suffix])
+    assert figure.read_bytes().startswith(starts[suffix.lower()])
+
+
+def test_a_text_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    """Brackets are Rich's markup and dollar signs matplotlib's, but here they are a file's."""
+    name = "a[b]$x_{2$.txt"
+    (tmp_path / name).write_text((folder / "text.txt").read_text())
+    options = ("-k", "1", "--no-controls", "--plot", tmp_path / "curve.svg")
+    ran = run("ablate", folder, "--task", f"ppl:{tmp_path / name}", *options)
+    assert ran.code == 0
+    assert f"ppl:{name}  ratio" in ran.out
+    assert f"<!-- ppl:{name} -->" in (tmp_path / "curve.svg").read_text()
 
 
 def test_the_saved_model_has_the_perplexity_that_was_measured(folder: Path, tmp_path: Path) -> None:
@@ -126,6 +155,7 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
         (["--task", "pl:x"], "did you mean ppl:x?"),
         (["--plot", "curve.doc"], "no figure of type .doc; expected one of"),
         (["--massive", "absent.json"], "absent.json"),
+        (["--generate", "w1 " * 64], "the prompt has 65 tokens with bos and the model 64 positions"),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_1(folder: Path, arguments: list[str], message: str) -> None:
@@ -159,7 +189,37 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
     (task,) = (document := ablate(folder, *options, "--json").document)["baseline"]
     assert document["runs"][0]["results"][task] is None
     assert "finite" in document["runs"][0]["nonfinite"][task]
-    assert "not finite" in ablate(folder, *options).out
+    said = " ".join(ablate(folder, *options).out.split())
+    assert "not finite" in said
+    assert "ppl:text.txt is not finite scale:1e+38:1 in layer 1: 7 of 7 samples gave no finite loss" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "lacks tensor model.layers.3.mlp.up_proj.weight"),
+        (torch.zeros(63, 32), "has shape (63, 32); config.json makes it (64, 32)"),
+        (torch.full((64, 32), torch.nan), "tensor model.layers.3.mlp.up_proj.weight holds NaN or inf"),
+    ],
+    ids=["absent", "misshapen", "not finite"],
+)
+def test_a_damaged_checkpoint_is_one_line_naming_the_tensor(
+    folder: Path, tmp_path: Path, change: torch.Tensor | None, message: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    if change is not None:
+        tensors["model.layers.3.mlp.up_proj.weight"] = change
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert message in ablate(tmp_path / "model", "-k", "1").fault
+
+
+@pytest.mark.parametrize("options", [["--mode", "zero"], ["--mode", "mean"], ["--generate", "w39"]], ids=str)
+def test_a_tokenizer_of_another_model_is_told_by_the_token(folder: Path, tmp_path: Path, options: list[str]) -> None:
+    made = with_tokenizer(tmp_path, tiny.model("llama", num_hidden_layers=2, vocab_size=20))
+    ran = ablate(made, "--layer", 1, "--indices", 3, "-k", "1", "--no-controls", *options)
+    assert "the tokenizer gives token id 42, outside the vocabulary of 20" in ran.fault
 
 
 @pytest.mark.parametrize(
@@ -167,11 +227,27 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
     [
         ["-k", "1,x"], ["-k", ""], ["-k", "-1"], ["-k", "1,1"], ["-k", "1.5"], ["--indices", "a"], ["--expert", "1"],
         ["--each-layer", "--layer", "1"], ["--save", "out"], ["--massive", "f", "--layer", "1"], ["--draws", "0"],
+        ["--each-layer", "--generate", "w1"], ["--device-map", "cuda"], ["--seed", str(2**32)],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_exit_2(folder: Path, arguments: list[str]) -> None:
     ran = ablate(folder, *arguments)
     assert (ran.code, ran.out) == (2, "")
+
+
+def test_a_full_disk_leaves_the_former_figure(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "curve.png").write_text("former")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))  # the figure is larger
+    try:
+        fault = ablate(folder, "-k", "1", "--no-controls", "--plot", tmp_path / "curve.png", "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "curve.png cannot be written: File too large; nothing was left there" in fault.err
+    assert fault.code == 1
+    assert fault.document["runs"]  # what was measured is not lost with it
+    assert (tmp_path / "curve.png").read_text() == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 
 def test_a_full_disk_while_saving_leaves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from mwtool import Settings, scan_checkpoint, scan_model
@@ -75,6 +75,24 @@ def test_a_planted_row_is_found_in_a_streamed_checkpoint(tmp_path: Path, model_t
     assert (massive.module, massive.count) == (ffn.module, 1)
     assert massive.indices == whole.massive.indices
     assert found.identity.experts == whole.identity.experts
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_the_language_model_of_a_checkpoint_with_images_is_scanned(tmp_path: Path, model_type: str) -> None:
+    """As such checkpoints are published: the whole model saved, the language model a part of it."""
+    text = tiny.model(model_type)
+    ffn = tiny.plant(text, layer=1, row=11, dim=5)
+    whole = AutoModelForImageTextToText.from_config(tiny.config(model_type))
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    found = scan_checkpoint(str(tiny.saved(tmp_path, whole))).massive
+    assert found is not None
+    assert (found.layer, found.expert, found.indices[0], found.dimension) == (1, ffn.expert, 11, 5)
+
+
+def test_a_model_with_images_around_another_language_model_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("llava", text_config={"model_type": "bloom"})
+    with pytest.raises(UnsupportedModel, match="the language model of this llava is a bloom; read are llama, "):
+        decoder_layers(adapter_for("llava"), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
@@ -298,6 +316,9 @@ def test_a_rank_beyond_an_experts_width_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_layer_of_a_layout_is_described_once() -> None:
-    for model_type in tiny.MOE_TYPES:
+    mixtures = []
+    for model_type in tiny.ALL_TYPES:
         layers: list[DecoderLayer] = decoder_layers(adapter_for(model_type), tiny.config(model_type))
         assert len({layer.path for layer in layers}) == tiny.LAYERS
+        mixtures += [model_type] if any(layer.experts for layer in layers) else []
+    assert mixtures == sorted(tiny.MOE_TYPES)

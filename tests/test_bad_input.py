@@ -104,6 +104,13 @@ def legacy(write: bytes | object) -> Damage:
     return damage
 
 
+def legacy_with(name: str, new: torch.Tensor) -> Damage:
+    def damage(folder: Path) -> None:
+        legacy({**load_file(folder / "model.safetensors"), name: new})(folder)
+
+    return damage
+
+
 def pickled(value: object) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
@@ -127,8 +134,8 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     # what kind of model it is
     "unknown model type": (config(model_type="zeppelin"), ["'zeppelin'", "installed are", "llama", "adapters new"]),
     "known type without adapter": (
-        config(model_type="xglm", architectures=["XGLMForCausalLM"]),
-        ["'xglm'", "installed are", "llama", "adapters new"],
+        config(model_type="cwm", architectures=["CwmForCausalLM"]),
+        ["'cwm'", "installed are", "llama", "adapters new"],
     ),
     "own code": (config(model_type="mine", auto_map={"AutoConfig": "c.C"}), ["--trust-remote-code"]),
     "a classifier": (
@@ -174,6 +181,12 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ["model.embed_tokens.weight", "(64, 31)", "(64, 32)"],
     ),
     "config of another size": (config(intermediate_size=128), ["layers.0.mlp.down_proj", "(32, 64)", "(32, 128)"]),
+    "whole numbers": (tensor(UP, torch.ones(64, 32, dtype=torch.int8)), [UP, "I8", "floating point"]),
+    "whole numbers for bos": (
+        tensor("model.embed_tokens.weight", torch.ones(64, 32, dtype=torch.int32)),
+        ["model.embed_tokens.weight", "I32", "floating point"],
+    ),
+    "whole numbers in a legacy file": (legacy_with(UP, torch.ones(64, 32, dtype=torch.uint8)), [UP, "uint8"]),
     "one NaN": (tensor(UP, with_one(float("nan"), 64, 32)), [UP, "NaN"]),
     "one inf": (tensor(UP, with_one(float("-inf"), 64, 32)), [UP, "inf"]),
     "NaN for bos": (
@@ -201,6 +214,20 @@ def test_a_damaged_model_is_one_line_naming_the_damage(single: Path, name: str) 
     damage(single)
     fault = run("scan", single, "--json").fault
     assert [word for word in words if word not in fault] == [], fault
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_that_is_loaded_whole_is_one_line_too(single: Path, name: str) -> None:
+    """With the words of a scan where the same file or value is at fault; the rest need a tokenizer or a library."""
+    damage, words = DAMAGES[name]
+    damage(single)
+    ran = run("ablate", single, "--layer", 1, "--indices", 3)
+    assert (ran.code, ran.out) == (1, "")
+    *logged, fault = ran.err.splitlines()
+    assert fault.startswith("error: ")
+    assert [line for line in logged if not line.startswith("Failed to load CPU gemm")] == []  # bitsandbytes
+    otherwise = ("has no tokenizer", "lacks tensor", "config.json makes", "cannot be loaded")
+    assert all(word in fault for word in words) or any(word in fault for word in otherwise), fault
 
 
 def index(**changes: Any) -> Damage:
@@ -244,6 +271,9 @@ def test_a_damaged_shard_or_index_is_one_line_naming_it(sharded: Path, name: str
     damage(sharded)
     fault = run("scan", sharded).fault
     assert [word for word in words if word not in fault] == [], fault
+    if not name.startswith("index that lacks") and not name.startswith("index that places"):  # whole files are loaded
+        fault = run("ablate", sharded).fault
+        assert [word for word in words if word not in fault] == [], fault
 
 
 @pytest.mark.parametrize(
@@ -252,6 +282,7 @@ def test_a_damaged_shard_or_index_is_one_line_naming_it(sharded: Path, name: str
         ("./nowhere", ["no such folder: ./nowhere"]),
         ("/no/where", ["no such folder: /no/where"]),
         ("one/two/three", ["no such folder: one/two/three"]),
+        ("~nobody/model", ["no such folder: ~nobody/model"]),
         ("not an id!", ["'not an id!'", "neither a folder nor a Hub id"]),
         ("", ["''", "neither a folder nor a Hub id"]),
         (".", [". has no config.json"]),

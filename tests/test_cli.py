@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -58,7 +60,10 @@ def test_a_model_without_massive_activations_is_no_failure(tmp_path: Path) -> No
     assert ran.code == 0
     assert ran.document["massive"] is None
     assert len(ran.document["layers"]) == tiny.LAYERS
-    assert run("scan", plain).code == 0
+    hidden = [layer["hidden"] for layer in ran.document["layers"][:-1]]
+    top, median = max((abs(one["top"][0]["value"]), one["median"]) for one in hidden)
+    said = " ".join(run("scan", plain).out.split())
+    assert f"The largest entry of the residual stream is {top:.4g}, {top / median:,.0f} times the median" in said
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,30 @@ def test_an_error_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "no such folder" in run_apart("scan", tmp_path / "nowhere").fault
 
 
+def test_what_a_library_logs_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(shown))
+    logger = logging.getLogger("a library without handlers")
+    monkeypatch.setattr(logger, "propagate", False)
+    for number in (1, 1, 2, 1):
+        terminal.say_once()
+        logger.warning("cast %d", number)
+    assert shown.getvalue().splitlines() == ["cast 1", "cast 2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("mwtool ab", ["ablate"]), ("mwtool scan --all", ["--all-layers"]), ("mwtool scan --dtype bf", ["bfloat16"])],
+)
+def test_the_shell_completes_commands_options_and_values(
+    monkeypatch: pytest.MonkeyPatch, words: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("_MWTOOL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert run().out.split() == expected
+
+
 def test_version_is_the_package_s() -> None:
     assert run("--version").out == f"mwtool {mwtool.__version__}\n"
 
@@ -146,7 +175,9 @@ def test_adapters_lists_every_entry_point() -> None:
     assert "llama" in run("adapters").out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["scan", "--help"], ["adapters", "--json"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["ablate", "--help"], ["adapters", "--json"]]
+)
 def test_nothing_heavy_is_imported_before_a_command_runs(arguments: list[str]) -> None:
     ran = run_apart(*arguments, python=("-X", "importtime"))
     assert ran.code == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,39 @@ def test_a_parse_error_points_at_the_character(text: str, position: int, message
     assert caught.value.pointer == f"{text}\n{' ' * position}^"
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule("stp", 0.8), "schedule is 'stp'; did you mean step"),
+        (lambda: Schedule("step", 1.5), "p is 1.5; expected a number between 0 and 1"),
+        (lambda: Schedule("linear", 0.5, math.nan), "p is nan"),
+        (lambda: Schedule("exp", 0.5, alpha=0.0), "alpha is 0.0; expected a rate above 0"),
+        (lambda: Phase(Schedule(), steps=0), "lasts 0 steps"),
+        (lambda: Phase(Schedule(), share=1.0), "share of 1.0"),
+        (lambda: curriculum_of("step:0.8", k=0), "k is 0; expected 1 row or more"),
+        (lambda: curriculum_of("step:0.8", scope="other"), "scope is 'other'; did you mean others"),
+        (lambda: curriculum_of("step:0.8", resample="batch"), "resample is 'batch'; did you mean microbatch"),
+        (lambda: curriculum_of("step:0.8", masks="one"), "masks is 'one'; known are shared, separate"),
+        (lambda: Curriculum(()), "needs phases"),
+        (lambda: Curriculum((Phase(Schedule()), Phase(Schedule()))), "either steps or a share, the last none"),
+        (lambda: Curriculum((Phase(Schedule(), steps=3),)), "the last none"),
+        (lambda: Curriculum((*[Phase(Schedule(), share=0.5)] * 2, Phase(Schedule()))), "sum to 1 or more"),
+    ],
+)
+def test_what_is_made_in_python_is_held_to_the_same(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(BadValue, match=re.escape(message)):
+        make()
+
+
+@given(st.lists(st.floats(0.02, 0.3), min_size=1, max_size=3), st.integers(60, 2000))
+def test_shares_end_where_their_sum_says_to_half_a_step(shares: list[float], steps: int) -> None:
+    phases = [Phase(Schedule("constant", n / 10), share=share) for n, share in enumerate(shares, start=1)]
+    values = Curriculum((*phases, Phase(Schedule()))).values(steps)
+    for n in range(1, len(shares) + 1):
+        ended = max(t for t, p in enumerate(values, start=1) if p == n / 10)
+        assert abs(ended - sum(shares[:n]) * steps) <= 0.5 + 1e-9
+
+
 FILE = """\
 k: 3
 scope: others
@@ -158,6 +193,7 @@ def test_phases_that_do_not_fit_are_refused() -> None:
         ("share: 0.5", "share: 1.5", 10, 12, "share is '1.5'; expected between 0 and 1"),
         ("constant:0.5", "constant:5", 7, 24, "p is 5"),
         ("constant:0.5", '"constant:5"', 7, 25, "p is 5"),
+        ("constant:0.5", "|\n      constant:5", 7, 15, "p is 5"),
         ("  - schedule: none", "  - schedule: none\n    steps: 3", 12, 12, "the last phase takes the steps left"),
         ("    steps: 2\n", "", 7, 5, "needs either steps or share"),
         ("seed: 7", "seed: 7\nk: 4", 6, 1, "k is given twice"),
@@ -175,7 +211,9 @@ def test_a_fault_in_a_file_names_line_and_character(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "k: [", "schedule: [1]", "phases: []", "phases: 3", "schedule:"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "k: [", "schedule: [1]", "phases: []", "phases: 3", "schedule:", "[" * 5000]
+)
 def test_files_of_another_shape_are_refused(text: str) -> None:
     with pytest.raises(BadValue, match="curriculum"):
         parse_curriculum(text)

@@ -43,6 +43,14 @@ def test_every_key_of_a_scan_document_is_described(model_type: str) -> None:
     assert set(keys(document)) - described == set()
 
 
+@pytest.mark.parametrize("file", ["model.py", "adapter.py"])
+def test_the_tutorials_code_is_the_examples(file: str) -> None:
+    """Whoever copies it from the page has the package that CI installs."""
+    tutorial = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    shown = tutorial.partition(f"`mwtool-pebble/mwtool_pebble/{file}`:\n\n```python\n")[2].partition("```\n")[0]
+    assert shown == (ROOT / "docs/examples/mwtool-pebble/mwtool_pebble" / file).read_text(encoding="utf-8")
+
+
 def test_every_module_has_its_line_in_the_readme() -> None:
     tree = README.partition("## Files")[2].partition("```\n\n")[0]
     listed = set(re.findall(r"^  (\w+\.py|\w+/) ", tree, flags=re.MULTILINE))

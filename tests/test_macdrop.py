@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +142,50 @@ def test_interrupts_while_restoring_leave_nothing_half_done(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt), engine(model).step(1):
         pass
     assert digest(model) == before
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_ctrl_c_at_any_line_leaves_no_trace(dora: bool) -> None:  # noqa: FBT001 - a parameter
+    """One interrupt before each line of ours in turn, as often as there are lines."""
+    base = small()
+    model = with_adapter(base, dora=dora, target_modules=["up_proj", "gate_proj"], layers_to_transform=[1])
+    before, macdrop, lines = digest(model), engine(model, base), 0
+    while _interrupted_at(lines, macdrop):
+        assert digest(model) == before, f"at line {lines}"
+        assert not any({"merge", "get_weight_norm"} & set(vars(module)) for module in model.modules())
+        assert not any(module._forward_hooks for module in model.modules())
+        assert torch.is_grad_enabled()
+        lines += 1
+    assert lines > 100
+    with macdrop.step(1):
+        assert digest(model) != before
+    assert digest(model) == before
+
+
+def _interrupted_at(number: int, macdrop: MacDrop) -> bool:
+    """Runs a step in which Ctrl-C comes before line `number` of ours; whether there was such a line."""
+    seen = 0
+
+    def trace(frame: Any, event: str, _arg: Any) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith(("mwtool/rows.py", "mwtool/macdrop.py", "mwtool/shards.py")):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == number + 1:
+                raise KeyboardInterrupt
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with macdrop.step(1):
+            pass
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(former)
+    return False
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "mixtral"])

@@ -10,9 +10,17 @@ import tiny
 import torch
 from torch import Tensor, nn
 from training import ROWS, gradients, loss_of, massive, with_adapter
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from mwtool.errors import UnsupportedModel
+from mwtool.callback import MacDropCallback
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.macdrop import MacDrop
 
 pytest.importorskip("bitsandbytes", reason="an optional library")
@@ -22,9 +30,11 @@ pytestmark = [
 ]
 
 
-def quantized(folder: Path, model_type: str, bits: int) -> PreTrainedModel:
+def quantized(folder: Path, model_type: str, bits: int, **changes: Any) -> PreTrainedModel:
     plain = tiny.model(model_type, num_hidden_layers=3, hidden_size=64, head_dim=16)  # a block is 64 wide
-    options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32)
+    options = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=torch.float32, **changes
+    )
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         tiny.saved(folder, plain), quantization_config=options
     )
@@ -43,11 +53,14 @@ def unpacked(folder: Path, packed: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi", "phi3"])
-def test_4bit_outputs_and_gradients_equal_those_of_written_rows(tmp_path: Path, model_type: str) -> None:
-    """In float32, to the rounding of sums in another order."""
+@pytest.mark.parametrize(
+    ("model_type", "storage"), [("llama", "uint8"), ("phi", "uint8"), ("phi3", "uint8"), ("llama", "float32")]
+)
+def test_4bit_outputs_and_gradients_equal_those_of_written_rows(tmp_path: Path, model_type: str, storage: str) -> None:
+    """In float32, to the rounding of sums in another order. Stored as floats, which FSDP needs, they are packed too."""
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    packed = quantized(tmp_path, model_type, 4)
+    packed = quantized(tmp_path, model_type, 4, bnb_4bit_quant_storage=storage)
+    assert tiny.layers_of(packed)[1].ffns[0].up.read(packed).dtype == getattr(torch, storage)
     for base in (packed, unpacked(tmp_path, packed)):
         macdrop = MacDrop(with_adapter(base), massive(base), "constant:0.6", steps=5)
         with macdrop.step(2):
@@ -128,3 +141,58 @@ def test_dora_elsewhere_does_not_matter(tmp_path: Path) -> None:
     model = with_adapter(base, dora=True, target_modules=["q_proj", "down_proj"])
     with MacDrop(model, massive(base), "step:0.8", steps=5).step(1):
         assert loss_of(model).isfinite()
+
+
+def test_an_evaluation_before_does_not_change_what_is_kept(tmp_path: Path) -> None:
+    """On CPUs that have a kernel for it, bitsandbytes then stores 4 bit in another order, its scales in bfloat16."""
+    base = quantized(tmp_path, "llama", 4)
+    expected = MacDrop(base, massive(base), "constant:1", steps=3).matrices[0].kept
+    with torch.no_grad():
+        loss_of(base.eval())
+    kept = MacDrop(base, massive(base), "constant:1", steps=3).matrices[0].kept
+    torch.testing.assert_close(kept, expected, rtol=1 / 128, atol=0)
+
+
+def test_compiled_quantized_models_are_refused_because_hooks_would_be_ignored(tmp_path: Path) -> None:
+    base = quantized(tmp_path, "llama", 4)
+    rows = massive(base)
+    with pytest.raises(UnsupportedModel, match="ignores hooks set after it"):
+        MacDrop(torch.compile(with_adapter(base), backend="eager"), rows, "step:0.8", steps=5)
+    callback, arguments = MacDropCallback(rows), TrainingArguments(str(tmp_path), torch_compile=True)
+    with pytest.raises(UnsupportedModel, match="ignores hooks set after it"):
+        callback.on_train_begin(arguments, TrainerState(max_steps=5), TrainerControl(), model=base)
+
+
+def test_merging_into_packed_rows_inside_a_step_is_refused(tmp_path: Path) -> None:
+    base = quantized(tmp_path, "llama", 4)
+    model = with_adapter(base, target_modules=["up_proj"], layers_to_transform=[1])
+    plain = rows_output(base, None)
+    with (
+        pytest.raises(BadValue, match="dropped for the step at hand"),
+        MacDrop(model, massive(base), "constant:1", steps=5).step(1),
+    ):
+        model.merge_adapter()
+    assert torch.equal(rows_output(base, None), plain)
+
+
+def test_a_failed_step_is_restored_by_the_next_engine(tmp_path: Path) -> None:
+    base = quantized(tmp_path, "llama", 4)
+    model, rows = with_adapter(base), massive(base)
+    plain = rows_output(base, None)
+    MacDrop(model, rows, "constant:1", steps=5).begin(1)
+    MacDrop(model, rows, "constant:1", steps=5)
+    assert torch.equal(rows_output(base, None), plain)
+
+
+def test_a_layer_that_is_never_called_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Kernels that read packed weights by themselves would train without MacDrop, and nobody would know."""
+    base = quantized(tmp_path, "llama", 4)
+    macdrop = MacDrop(with_adapter(base), massive(base), "constant:1", steps=5)
+    with caplog.at_level("WARNING", "mwtool"):
+        with macdrop.step(1):
+            loss_of(base)
+        assert not caplog.text
+        macdrop = MacDrop(base, massive(base), "constant:1", steps=5)
+        with macdrop.step(1):
+            pass
+    assert "up_proj.weight gave no outputs in a step" in caplog.text

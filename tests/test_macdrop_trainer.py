@@ -178,6 +178,98 @@ def test_training_again_after_a_failure_starts_from_the_pretrained_rows(tmp_path
     assert digest(model) == before
 
 
+class Evaluating(TrainerCallback):
+    """Looks at the weights at the end of a step, before callbacks given after it are told of that."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        self.seen.append(digest(kwargs["model"]))
+
+
+def test_the_order_of_callbacks_does_not_matter_to_who_looks_at_the_end_of_a_step(tmp_path: Path) -> None:
+    base = small()
+    model = with_adapter(base)
+    before, first, last = digest(model), Evaluating(), Evaluating()
+    trainer_of(tmp_path, first, MacDropCallback(massive(base), "constant:0.5"), last, model=model).train()
+    assert first.seen == last.seen == [before] * 4
+
+
+class Recording(TrainerCallback):
+    """As TensorBoard's callback does, takes what is logged; Trainer puts such ones before those it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.seen += [logs["macdrop_p"]] if "loss" in logs else []
+
+
+def test_under_guard_p_reaches_the_reports_that_come_first(tmp_path: Path) -> None:
+    base = small()
+    recording = Recording()
+    trainer = trainer_of(tmp_path, recording, MacDropCallback(massive(base), "step:0.8"), model=with_adapter(base))
+    with guard(trainer):
+        trainer.train()
+    assert recording.seen == pytest.approx([0.6, 0.4, 0.2, 0.0])
+
+
+class OutOfMemory(TrainerCallback):
+    """In the middle of the first step, once."""
+
+    raised = False
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        if not self.raised:
+            self.raised = True
+            raise RuntimeError("CUDA out of memory. Tried to allocate everything")
+
+
+def test_a_smaller_batch_found_by_trainer_starts_from_the_pretrained_rows(tmp_path: Path) -> None:
+    base = small()
+    model = with_adapter(base)
+    before, callback, failing = digest(model), MacDropCallback(massive(base), "epoch-after:0.9"), OutOfMemory()
+    trainer = trainer_of(
+        tmp_path,
+        callback,
+        failing,
+        model=model,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=2,
+        num_train_epochs=2,
+        max_steps=-1,
+    )
+    trainer.train()
+    assert failing.raised
+    assert digest(model) == before
+    assert callback.engine is not None
+    assert list(callback.engine.history.values()) == pytest.approx([0.45] * 4 + [0.0] * 4)  # twice the steps there were
+
+
+def test_a_failed_trainer_leaves_nothing_to_another_with_a_callback_of_its_own(tmp_path: Path) -> None:
+    base = small()
+    model = with_adapter(base)
+    before, callback = digest(model), MacDropCallback(massive(base), "constant:0.5")
+    with pytest.raises(ValueError, match="in the middle"):
+        trainer_of(tmp_path, callback, Failing(ValueError), model=model).train()
+    assert digest(model) != before
+    trainer_of(tmp_path, MacDropCallback(massive(base), "constant:0.5"), model=model).train()
+    assert digest(model) == before
+    trainer_of(tmp_path, callback, model=model).train()  # used again, with another trainer
+    assert digest(model) == before
+
+
+def test_two_callbacks_for_the_same_rows_are_refused(tmp_path: Path) -> None:
+    base = small()
+    model = with_adapter(base)
+    before = digest(model)
+    trainer = trainer_of(tmp_path, MacDropCallback(massive(base)), MacDropCallback(massive(base)), model=model)
+    with pytest.raises(BadValue, match="being dropped by another MacDrop"), guard(trainer):
+        trainer.train()
+    assert digest(model) == before
+
+
 def test_a_resumed_run_drops_as_the_run_that_was_not_stopped(tmp_path: Path) -> None:
     def run(folder: Path, **options: Any) -> Tensor:
         base = small()

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from mwtool import registry
 from mwtool.errors import BadPlugin, UnsupportedModel
 from mwtool.layout import Adapter
+from mwtool.refused import REASONS
 from mwtool.registry import adapter_for, installed, load_object, register
 
 
@@ -148,6 +149,18 @@ def test_a_type_unknown_to_transformers_needs_an_adapter_or_code_of_its_own(anno
         register("nosuch")
     with pytest.raises(BadPlugin, match="nosuch_module"):
         register("broken", own_code=True)
+
+
+def test_what_no_adapter_can_describe_is_refused_with_the_reason_unless_a_plugin_does(announce: Announce) -> None:
+    announce()
+    with pytest.raises(UnsupportedModel, match="'bitnet' cannot be described by an adapter: it normalises the interm"):
+        adapter_for("bitnet")
+    announce(bitnet="test_registry:GOOD")
+    assert adapter_for("bitnet").adapter is GOOD
+
+
+def test_what_is_refused_exists_and_is_not_built_in() -> None:
+    assert [name for name in REASONS if name not in CONFIG_MAPPING or name in tiny.ALL_TYPES] == []
 
 
 def test_every_built_in_name_is_a_type_transformers_knows() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.load import Loaded, load
-from mwtool.save import save_attacked
+from mwtool.save import save_attacked, save_merged
 from mwtool.surgery import Attack, edited, places
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])
@@ -55,7 +57,7 @@ def opened(folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("model_type", "attack"),
     [
-        *((kind, ZERO) for kind in ("llama", "phi", "phi3", "gpt2", "mixtral", "gpt_oss", "qwen2_moe", "bloom")),
+        *((kind, ZERO) for kind in tiny.ALL_TYPES),
         ("phi3", Attack("retain", 2)),
         ("mixtral", Attack("scale", 2, -0.5)),
     ],
@@ -78,11 +80,23 @@ def test_the_saved_model_is_the_attacked_one_and_all_else_is_bit_identical(
         assert torch.equal(logits(again), inside)
 
 
+def test_a_tensor_that_two_parameters_share_stays_one(tmp_path: Path) -> None:
+    made = tiny.model("llama", torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=True)
+    loaded = load(str(tiny.saved(tmp_path / "model", made)))
+    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    assert tensors(tmp_path / "saved").keys() == tensors(tmp_path / "model").keys()
+    again = opened(tmp_path / "saved")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, made.get_input_embeddings().weight)
+
+
 def test_shards_configuration_and_tokenizer_are_those_of_the_original(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny.saved(folder, tiny.model("llama", num_hidden_layers=2), max_shard_size="30KB")
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text("the original's card")
     loaded = load(str(folder))
     save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
@@ -90,8 +104,9 @@ def test_shards_configuration_and_tokenizer_are_those_of_the_original(tmp_path: 
     assert len([name for name in names if name.endswith(".safetensors")]) > 3
     assert {path.name for path in (tmp_path / "saved").iterdir()} == names - {"README.md"} | {"mwtool.json"}
     for name in names - {"README.md"}:
-        if not name.endswith(".safetensors"):
+        if not name.endswith((".safetensors", "templates")):
             assert (folder / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     record = json.loads((tmp_path / "saved" / "mwtool.json").read_text())
     assert (record["attack"], record["module"], record["indices"]) == ("zero", "model.layers.1.mlp", ROWS)
     assert list(tmp_path.glob(".*")) == []
@@ -179,6 +194,50 @@ def test_killed_at_any_file_operation_it_leaves_nothing_or_the_whole(tmp_path: P
     whole = {path.name for path in (tmp_path / "model").iterdir()} | {"mwtool.json"}
     assert {path.name for path in (tmp_path / "saved").iterdir()} == whole
     assert opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any().item() is False
+
+
+def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp_path: Path) -> None:
+    loaded = original(tmp_path / "model", "llama")
+    temporary = tmp_path / ".saved.incomplete"
+    (temporary / "inner").mkdir(parents=True)
+    (temporary / "model.safetensors").write_text("half")
+    holder = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="is being filled by another process"):
+        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    assert (temporary / "model.safetensors").read_text() == "half"
+    os.close(holder)  # as the system does for a process that is killed
+    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    assert not opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved"]
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # peft says what may go wrong, as here
+@pytest.mark.parametrize(
+    ("options", "on"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "base"),
+        ({"modules_to_save": ["lm_head"]}, "merged"),
+        ({"target_modules": ["up_proj", "lm_head"]}, "base"),  # merged it is added to both
+    ],
+    ids=str,
+)
+def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], on: Any
+) -> None:
+    """The checkpoint has one tensor for embedding and head; saved there, the head would lose what it learned."""
+    from peft import LoraConfig, get_peft_model
+
+    tiny.saved(tmp_path / "model", tiny.model("llama", num_hidden_layers=2, tie_word_embeddings=True))
+    peft = get_peft_model(opened(tmp_path / "model"), LoraConfig(r=2, **{"target_modules": ["up_proj"], **options}))
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    loaded = load(str(tmp_path / "adapter"), on=on)
+    with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):
+        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    if on == "merged":
+        with pytest.raises(UnsupportedModel, match="once for both"):
+            save_merged(loaded, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

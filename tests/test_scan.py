@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool import Settings, scan_checkpoint, scan_model
+from mwtool.errors import BadCheckpoint
 from mwtool.states import LayerState
 
 WHOLE = Settings(all_layers=True)
@@ -26,7 +27,7 @@ def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("model_type", tiny.TYPES)
+@pytest.mark.parametrize("model_type", tiny.DENSE_TYPES)
 def test_streamed_states_equal_the_full_forward(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     folder = tiny.saved(tmp_path, tiny.model(model_type, dtype))
     full, hidden = full_forward(folder)
@@ -152,6 +153,16 @@ def test_scanning_in_memory_leaves_weights_hooks_and_mode_alone() -> None:
     assert model.training
     assert digest(model) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.self_attn.q_proj.weight"])
+def test_what_is_not_finite_in_memory_is_named(name: str) -> None:
+    model = tiny.model("llama")
+    model.lm_head.weight.data.fill_(torch.nan)  # never reached
+    model.model.layers[5].mlp.up_proj.weight.data.fill_(torch.nan)  # nor this
+    model.get_parameter(name).data[tiny.BOS] = torch.inf
+    with pytest.raises(BadCheckpoint, match=f"tensor {name} holds NaN or inf"):
+        scan_model(model)
 
 
 def test_a_peft_wrapped_model_is_scanned_as_the_base_it_wraps() -> None:

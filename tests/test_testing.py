@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from mwtool.layout import FFN, DecoderLayer, WeightSlice
+from mwtool.layout import FFN, DecoderLayer, Experts, WeightSlice
 from mwtool.registry import adapter_for
 from mwtool.testing import check_adapter, run_checks, tiny_config
+from mwtool_adapters.gpt_oss import clamped_glu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +61,20 @@ def moved(place: WeightSlice | None) -> WeightSlice:
     return replace(place, index=((expert + 1) % 4, *rest))
 
 
+def routed_alone(layer: DecoderLayer) -> tuple[FFN, ...]:
+    return tuple(ffn for ffn in layer.ffns if ffn.expert is not None) or layer.ffns
+
+
+def module_of(layer: DecoderLayer) -> str:
+    assert layer.experts is not None
+    return layer.experts.module
+
+
+def of(layer: DecoderLayer, scores: Any) -> Experts | None:
+    return layer.experts and replace(layer.experts, scores=scores)
+
+
+LOOSE = partial(clamped_glu, limit=100.0, alpha=1.702)
 MISTAKES: list[tuple[str, str, Any]] = [
     ("shapes", "a matrix that does not exist", Wrong("llama", ffn=lambda f: replace(f, up=WeightSlice("no.weight")))),
     (
@@ -84,6 +100,27 @@ MISTAKES: list[tuple[str, str, Any]] = [
     ("added", "a multiplier forgotten", Wrong("llama", decoder=lambda d: replace(d, scale=0.5))),
     ("added", "attention added in place too", Wrong("falcon", decoder=lambda d: replace(d, adds=d.path))),
     ("added", "the residual included", Wrong("bloom", decoder=lambda d: replace(d, adds=f"{d.path}.mlp"))),
+    ("state", "a shared expert left out", Wrong("deepseek_v3", decoder=lambda d: replace(d, ffns=routed_alone(d)))),
+    ("state", "probabilities by a sigmoid", Wrong("mixtral", decoder=lambda d: replace(d, experts=of(d, "sigmoid")))),
+    ("state", "probabilities by a softmax", Wrong("glm4_moe", decoder=lambda d: replace(d, experts=of(d, "softmax")))),
+    (
+        "state",
+        "another layer's router",
+        Wrong("mixtral", decoder=lambda d: replace(d, experts=Experts(module_of(d), "model.layers.0.mlp.gate"))),
+    ),
+    (
+        "state",
+        "no router at all",
+        Wrong("mixtral", decoder=lambda d: replace(d, experts=Experts(module_of(d), f"{d.path}.input_layernorm"))),
+    ),
+    ("added", "an earlier layer's path", Wrong("llama", decoder=lambda d: replace(d, path="model.layers.0"))),
+    ("output", "a clamp that only large input reaches", Wrong("gpt_oss", ffn=lambda f: replace(f, combine=LOOSE))),
+    ("output", "an activation that differs a little", Wrong("gemma2", ffn=lambda f: replace(f, act="gelu"))),
+    ("shapes", "an unknown activation", Wrong("llama", ffn=lambda f: replace(f, act="silu2"))),
+    ("shapes", "a list of rows", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=([0, 1],))))),
+    ("shapes", "rows backwards", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=(slice(9, 0, -1),))))),
+    ("shapes", "no index", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=None)))),
+    ("shapes", "no number", Wrong("llama", decoder=lambda d: replace(d, scale="0.5"))),
     ("zeroing", "the bias of a row forgotten", Wrong("phi", ffn=lambda f: replace(f, up_bias=None))),
     (
         "output",

@@ -23,13 +23,28 @@ TYPES = ["gemma", "gemma2", "gemma3", "gemma3_text", "llama", "mistral"]
 TYPES += ["olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3"]
 """Enough of the dense types for what does not depend on the layout."""
 ALL_TYPES = [plugin.model_type for plugin in installed() if plugin.distribution == "mwtool"]
-MOE_TYPES = ["deepseek_v3", "gpt_oss", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next"]
+MOE_TYPES = ["deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite"]
+MOE_TYPES += ["gpt_oss", "hunyuan_v1_moe", "jamba", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "mixtral"]
+MOE_TYPES += [
+    "olmoe",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "solar_open",
+]
+DENSE_TYPES = [name for name in ALL_TYPES if name not in MOE_TYPES]
 
 
 def config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A tiny configuration; `changes` go to the text model's options."""
+    layers = changes.get("num_hidden_layers", LAYERS)
     if model_type == "gpt_neo":  # one entry a layer
-        changes = {"attention_types": [[["global", "local"], changes.get("num_hidden_layers", LAYERS) // 2]], **changes}
+        changes = {"attention_types": [[["global", "local"], layers // 2]], **changes}
+    if model_type == "lfm2_moe":  # likewise
+        changes = {"layer_types": ["conv", "full_attention"] * (layers // 2), **changes}
     return tiny_config(model_type, adapter_for(model_type), **{"num_hidden_layers": LAYERS, **changes})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from operator import itemgetter
 from typing import Any
 
 import tiny
@@ -50,7 +51,8 @@ def with_adapter(model: PreTrainedModel, *, dora: bool = False, trained: bool = 
 def digest(model: nn.Module) -> str:
     """Of every pre-trained weight, name and bytes."""
     state = hashlib.sha256()
-    for name, tensor in model.named_parameters():
+    named = sorted(model.named_parameters(), key=itemgetter(0))  # a forward of PEFT's experts changes their order
+    for name, tensor in named:
         if "lora_" not in name:
             state.update(name.encode())
             state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

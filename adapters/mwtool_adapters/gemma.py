@@ -42,5 +42,6 @@ class Gemma:
 
 
 GEMMA = Gemma("model.layers", act="hidden_act", adds="mlp")
+VAULTGEMMA = Gemma("model.layers", act="hidden_activation", adds="mlp")
 GEMMA2 = Gemma("model.layers", act="hidden_activation", adds="post_feedforward_layernorm")
 GEMMA3 = Gemma("model.language_model.layers", act="hidden_activation", adds="post_feedforward_layernorm")

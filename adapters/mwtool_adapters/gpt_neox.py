@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): no gate, biases, attention and MLP in parallel unless the configuration says otherwise."""
+"""GPT-NeoX (Pythia), attention and MLP in parallel unless configured otherwise, and Persimmon: biases, no gate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ if TYPE_CHECKING:
 
 
 class GptNeoX:
+    """layers: path of the list of decoder layers."""
+
+    def __init__(self, layers: str) -> None:
+        self.layers = layers
+
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        path = f"gpt_neox.layers.{index}"
+        path = f"{self.layers}.{index}"
         ffn = plain_mlp(f"{path}.mlp", "dense_h_to_4h", "dense_4h_to_h", config.hidden_act)
         return DecoderLayer(path, (ffn,), adds=f"{path}.mlp")
 
 
-ADAPTER = GptNeoX()
+GPT_NEOX = GptNeoX("gpt_neox.layers")
+PERSIMMON = GptNeoX("model.layers")

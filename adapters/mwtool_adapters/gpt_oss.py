@@ -32,9 +32,15 @@ class GptOss:
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"
         experts = Experts(f"{path}.mlp.experts", router=f"{path}.mlp.router")
-        combine = partial(clamped_glu, limit=config.swiglu_limit, alpha=config.swiglu_alpha)
+        limit, alpha = _stated(config, "swiglu_limit", 7.0), _stated(config, "swiglu_alpha", 1.702)
+        combine = partial(clamped_glu, limit=limit, alpha=alpha)
         ffns = tuple(_expert(experts.module, index, combine) for index in range(config.num_local_experts))
         return DecoderLayer(path, ffns, adds=f"{path}.mlp", experts=experts)
+
+
+def _stated(config: PretrainedConfig, name: str, otherwise: float) -> float:
+    """Earlier versions of transformers have both numbers in the model's code."""
+    return float(getattr(config, name, otherwise))
 
 
 def _expert(experts: str, index: int, combine: partial[Tensor]) -> FFN:

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
+
+
 class Llama:
     """`adds` is what the residual stream receives: the MLP's output, or that of the norm behind it.
 
@@ -18,12 +27,8 @@ class Llama:
 
     tiny: ClassVar = {
         "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-        "qwen3_5_text": {
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
+        "qwen3_5": {"text_config": LINEAR, "vision_config": VISION},
+        "qwen3_5_text": LINEAR,
     }
 
     def __init__(self, adds: str = "mlp") -> None:
@@ -31,6 +36,7 @@ class Llama:
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"
+        config = config.get_text_config()  # Qwen3.5 with images is opened as its text model
         ffn = gated_mlp(f"{path}.mlp", config.hidden_act, bias=_biased(config))
         return DecoderLayer(path, (ffn,), adds=f"{path}.{self.adds}")
 

@@ -1,4 +1,4 @@
-"""Nemotron and Arcee: Llama's names without a gate; the activation is the square of a ReLU."""
+"""Nemotron, Arcee and nanochat: no gate; the activation is the square of a ReLU."""
 
 from __future__ import annotations
 
@@ -17,4 +17,12 @@ class Nemotron:
         return DecoderLayer(path, (ffn,), adds=f"{path}.mlp")
 
 
-ADAPTER = Nemotron()
+class NanoChat:
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        path = f"model.layers.{index}"
+        ffn = plain_mlp(f"{path}.mlp", "fc1", "fc2", config.hidden_act, bias=False)
+        return DecoderLayer(path, (ffn,), adds=f"{path}.mlp")
+
+
+NEMOTRON = Nemotron()
+NANOCHAT = NanoChat()

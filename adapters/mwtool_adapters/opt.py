@@ -1,4 +1,4 @@
-"""OPT: two matrices in the decoder layer itself, without a module around them."""
+"""OPT, XGLM and BioGPT: two matrices in the decoder layer itself, without a module around them."""
 
 from __future__ import annotations
 
@@ -24,4 +24,19 @@ class Opt:
         return DecoderLayer(path, (ffn,), adds=f"{path}.fc2")
 
 
-ADAPTER = Opt()
+class Xglm:
+    """layers: path of the list of decoder layers; act: the option that names the activation."""
+
+    tiny: ClassVar = {"xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": None, "attention_heads": 4}}
+
+    def __init__(self, layers: str, act: str) -> None:
+        self.layers, self.act = layers, act
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        path = f"{self.layers}.{index}"
+        return DecoderLayer(path, (plain_mlp(path, "fc1", "fc2", getattr(config, self.act)),), adds=f"{path}.fc2")
+
+
+OPT = Opt()
+XGLM = Xglm("model.layers", act="activation_function")
+BIOGPT = Xglm("biogpt.layers", act="hidden_act")

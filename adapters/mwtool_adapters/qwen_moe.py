@@ -1,4 +1,4 @@
-"""Qwen's mixtures of experts: dense and MoE layers mixed; Qwen2-MoE and Qwen3-Next with a gated shared expert."""
+"""Qwen's mixtures of experts: dense and MoE layers mixed; all but Qwen3-MoE's with a gated shared expert."""
 
 from __future__ import annotations
 
@@ -11,34 +11,44 @@ if TYPE_CHECKING:
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
 
 
 class QwenMoe:
     tiny: ClassVar = {
         "qwen2_moe": {**MOE, "mlp_only_layers": [2]},
         "qwen3_moe": {**MOE, "decoder_sparse_step": 2},
-        "qwen3_next": {
-            **MOE,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
+        "qwen3_next": {**MOE, **LINEAR},
+        "qwen3_5_moe": {"text_config": {**MOE, **LINEAR}, "vision_config": VISION},
+        "qwen3_5_moe_text": {**MOE, **LINEAR},
     }
 
     def __init__(self, *, shared: bool) -> None:
         self.shared = shared
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        config = config.get_text_config()  # Qwen3.5 with images is opened as its text model
         path, act = f"model.layers.{index}", config.hidden_act
         mlp = f"{path}.mlp"
-        dense = index in config.mlp_only_layers or (index + 1) % config.decoder_sparse_step or not config.num_experts
-        if dense:
+        if _dense(config, index):
             return DecoderLayer(path, (gated_mlp(mlp, act),), adds=mlp)
         experts = Experts(f"{mlp}.experts", router=f"{mlp}.gate")
         routed = fused_experts(experts.module, config.num_experts, config.moe_intermediate_size, act)
         shared = (gated_mlp(f"{mlp}.shared_expert", act),) if self.shared else ()
         return DecoderLayer(path, (*routed, *shared), adds=mlp, experts=experts)
+
+
+def _dense(config: PretrainedConfig, index: int) -> bool:
+    """Qwen3.5 has no such options: all of its layers are mixtures."""
+    if not hasattr(config, "mlp_only_layers"):
+        return False
+    return bool(index in config.mlp_only_layers or (index + 1) % config.decoder_sparse_step or not config.num_experts)
 
 
 QWEN2_MOE = QwenMoe(shared=True)

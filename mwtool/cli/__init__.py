@@ -12,6 +12,7 @@ from mwtool import __version__
 from mwtool.cli.ablate import ablate
 from mwtool.cli.adapters import adapters
 from mwtool.cli.eval import evaluate
+from mwtool.cli.finetune import finetune
 from mwtool.cli.scan import scan
 from mwtool.errors import MwtoolError
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(scan)
 app.command()(ablate)
 app.command("eval")(evaluate)
+app.command()(finetune)
 app.add_typer(adapters, name="adapters")
 
 

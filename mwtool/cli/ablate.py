@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from mwtool.ablate import Ablation, Sweep
     from mwtool.load import Loaded
     from mwtool.targets import Target
+
+
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model over devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -64,11 +75,13 @@ def ablate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first random control.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    device_map: Annotated[
+        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
+    ] = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -79,11 +92,14 @@ def ablate(
     given = numbers(indices, "--indices") if indices is not None else ()
     wanted = numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
     _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
+    if each_layer and generate is not None:
+        raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
     modes = list(dict.fromkeys(mode or ["zero", "retain"]))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
-    from mwtool.cli.terminal import note
+    from mwtool.cli.terminal import note, say_once
+    from mwtool.continuation import prompt_ids
     from mwtool.load import load
     from mwtool.measured import Options
     from mwtool.save import check_savable
@@ -91,6 +107,7 @@ def ablate(
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
 
+    say_once()
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or ["ppl:demo"])
@@ -101,11 +118,13 @@ def ablate(
         revision=revision,
         dtype=dtype.value,
         device=device,
-        device_map=device_map,
+        device_map=None if device_map is None else device_map.value,
         trust_remote_code=trust_remote_code,
     )
     if save is not None:
         check_savable(loaded, sweep.modes[0])
+    if generate is not None:
+        prompt_ids(loaded, generate, bos)
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     choice = Choice(massive, layer, expert, given, each_layer)
     targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
@@ -114,6 +133,7 @@ def ablate(
     found = _measured(loaded, targets, tasks, sweep, measuring)
     for line in found.notes:
         note(line)
+    found = replace(found, notes=(*notes, *found.notes))
     said = _said(loaded, targets, tasks, sweep, measuring, generate)
     _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
 
@@ -165,7 +185,7 @@ def _said(
 ) -> list[tuple[str, str]]:
     if prompt is None:
         return []
-    from mwtool.ablate import continuations
+    from mwtool.continuation import continuations
     from mwtool.evaluate import prepare
 
     return continuations(loaded, targets[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
@@ -183,6 +203,7 @@ def _give(
     output: Path | None,
     json: bool,
 ) -> None:
+    """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablate_document import ablate_document
     from mwtool.cli.terminal import command_line, note
     from mwtool.document import text_of, write
@@ -192,17 +213,21 @@ def _give(
         attack = found.runs[0].attack
         save_attacked(loaded, target.ffn, target.indices[: attack.k], attack, save)
         note(f"the attacked model is in {save}")
-    if plot is not None:
-        from mwtool.plots import plot_ablation
-
-        plot_ablation(found, plot)
     saved = None if save is None else str(save)
     document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
     if output is not None:
         write(output, text_of(document))
     if json:
         sys.stdout.write(text_of(document))
-        return
+    else:
+        _show(found, said)
+    if plot is not None:
+        from mwtool.plots import plot_ablation
+
+        plot_ablation(found, plot)
+
+
+def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
     from rich.console import Console
 
     from mwtool.ablate_report import ablate_report

@@ -73,10 +73,14 @@ def new(
     debug: options.Debug = False,
 ) -> None:
     """Write a package with an adapter for a model type: entry point, adapter, conformance test, README."""
+    from mwtool.registry import installed
     from mwtool.scaffold import write_package
 
     for path in write_package(name, folder):
         typer.echo(str(path))
+    for plugin in installed():
+        if plugin.model_type == name:
+            typer.echo(f"note: {plugin} serves {name} too; with both installed neither is used", err=True)
 
 
 def _check(target: str | None, model_type: str | None) -> list[Conformance]:

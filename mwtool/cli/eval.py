@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mwtool.cli import options
+from mwtool.cli.ablate import DeviceMap
 from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="auto: spread over devices.", show_default=False)] = None,
+    device_map: Annotated[
+        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
+    ] = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -109,7 +112,7 @@ def evaluate(
     if output is not None:
         check_writable(output)
     opening: dict[str, Any] = {"on": on.value, "revision": revision, "dtype": dtype.value, "device": device}
-    opening |= {"device_map": device_map, "trust_remote_code": trust_remote_code}
+    opening |= {"device_map": None if device_map is None else device_map.value, "trust_remote_code": trust_remote_code}
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
     run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)

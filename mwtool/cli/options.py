@@ -35,7 +35,7 @@ def _debug(on: bool) -> None:
         os.environ["MWTOOL_DEBUG"] = "1"
 
 
-def _usable(device: str) -> str:
+def usable(device: str) -> str:
     """Refuse a device that is not there before a model is opened."""
     if device != "cpu":
         import torch
@@ -93,7 +93,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
-Device = Annotated[str, typer.Option(callback=_usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]

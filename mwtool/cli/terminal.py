@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-_stderr = Console(stderr=True, soft_wrap=True)
+if TYPE_CHECKING:
+    from mwtool.watch import Step
+
+_RANK = os.environ.get("RANK", "0")
+"""Of several processes that train together, the first one shows progress and notes."""
+_stderr = Console(stderr=True, soft_wrap=True, quiet=_RANK != "0")
 
 
 def note(line: str) -> None:
@@ -22,13 +29,35 @@ def note(line: str) -> None:
 
 def fail(line: str) -> None:
     """One line, whatever the message holds."""
-    _stderr.print(Text.assemble(("error: ", "bold red"), " ".join(line.split())))
+    where = "" if _RANK == "0" else f"process {_RANK}: "
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), where, " ".join(line.split())))
 
 
 def give_up_stdout() -> None:
     """Drop what could not be written, or Python tries once more at exit and complains again."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Once(logging.Filter):
+    """Lets each message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def say_once() -> None:
+    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward."""
+    handler = logging.lastResort
+    if handler is not None and not any(isinstance(one, _Once) for one in handler.filters):
+        handler.addFilter(_Once())
 
 
 def command_line() -> str:
@@ -53,6 +82,30 @@ def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
             progress.update(task, completed=done, total=total, read=f"{read / 1e6:,.0f} MB")
 
         yield on_layer
+
+
+@contextmanager
+def step_progress() -> Iterator[Callable[[Step], None]]:
+    """A bar over training steps with loss, p and step time; where stderr is no terminal, a line a logged loss."""
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("step {task.completed:.0f} of {task.total:.0f}{task.fields[said]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+        task = progress.add_task("training", total=1, said="")
+
+        def on_step(at: Step) -> None:
+            loss = "" if at.loss is None else f", loss {at.loss:.4f}"
+            said = f"{loss}{'' if at.p is None else f', p {at.p:.3f}'}, {at.seconds:.3g} s a step"
+            progress.update(task, completed=at.step, total=at.steps, said=said)
+            if at.logged and not _stderr.is_terminal:
+                left = (at.steps - at.step) * at.mean
+                _stderr.print(f"step {at.step} of {at.steps}{said}, {left:,.0f} s left", highlight=False)
+
+        yield on_step
 
 
 @contextmanager

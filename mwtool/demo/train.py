@@ -7,8 +7,9 @@ position of every sequence are enough for one early feed-forward layer to grow a
 that drives the whole residual stream of bos; the seed decides in which layer.
 
 The corpus is one UTF-8 text file, plain or ``.xz``. The tokenizer is trained on it
-first (byte-level BPE); `--prepare` stops after that, so that several runs can share
-one `--cache`. Runs on one GPU or on a CPU. On a GPU a run repeats only up to
+first (byte-level BPE) unless `--cache` has one; `--prepare` stops after that, so that
+several runs can share a cache. `python -m mwtool.demo.choose` compares finished runs.
+Runs on one GPU or on a CPU. On a GPU a run repeats only up to
 floating-point noise, which training amplifies: the model card therefore gives the
 figures of the weights shipped, not of the recipe.
 """
@@ -21,6 +22,7 @@ import lzma
 import math
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256, help="tokens a sequence, bos included")
     parser.add_argument("--batch-size", type=int, default=192, help="sequences a step")
     parser.add_argument("--tokens", type=float, default=306e6, help="training tokens in all")
+    parser.add_argument(
+        "--minutes", type=float, help="train fewer tokens if this is reached first, as the first steps foretell"
+    )
     parser.add_argument("--learning-rate", type=float, default=1.5e-2)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
@@ -91,12 +96,14 @@ def prepare(corpus: Path, cache: Path) -> np.ndarray[tuple[int], np.dtype[np.uin
     """Tokenizer and token ids of the corpus, from the cache where it has them. Shape (N,)."""
     ids = cache / "tokens.npy"
     if not ids.exists():
-        text = (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8").read()
-        lines = text.splitlines(keepends=True)
-        tokenizer = train_tokenizer(lines)
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-        ).save_pretrained(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        with (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines(keepends=True)
+        if not (cache / "tokenizer.json").exists():
+            PreTrainedTokenizerFast(
+                tokenizer_object=train_tokenizer(lines), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+            ).save_pretrained(cache)
+        tokenizer = tokenizers.Tokenizer.from_file(str(cache / "tokenizer.json"))
         np.save(ids, np.fromiter(encode(tokenizer, lines), dtype=np.uint16))
     tokens: np.ndarray[tuple[int], np.dtype[np.uint16]] = np.load(ids, mmap_mode="r")
     return tokens
@@ -143,15 +150,17 @@ def configuration(args: argparse.Namespace) -> LlamaConfig:
 
 def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> dict[str, object]:
     """AdamW under bf16 autocast; each sequence is bos and `context - 1` tokens from a random place."""
-    steps = max(1, round(args.tokens / (args.batch_size * args.context)))
+    length = Length(max(1, round(args.tokens / (args.batch_size * args.context))), args.minutes)
     optimizer = torch.optim.AdamW(groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, args.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, length.steps, args.warmup))
     sample = torch.Generator(device=args.device).manual_seed(args.seed)
     tokens, offsets = tokens.to(args.device), torch.arange(args.context - 1, device=args.device)
     forward = torch.compile(model) if args.device.startswith("cuda") else model
-    losses, start = [], time.monotonic()
+    losses: list[list[float]] = []
     model.train()
-    for step in range(steps):
+    for step in count():
+        if step == length.fit(step):
+            break
         first = torch.randint(len(tokens) - args.context, (args.batch_size, 1), generator=sample, device=args.device)
         batch = tokens[first + offsets].long()  # [B, context - 1]
         batch = torch.nn.functional.pad(batch, (1, 0), value=BOS)  # [B, context]
@@ -162,17 +171,36 @@ def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == length.steps - 1:
             losses.append([step, round(loss.item(), 4)])
-            print(
-                f"{args.output.name} step {step}/{steps} loss {losses[-1][1]} {time.monotonic() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.monotonic() - length.start
+            print(f"{args.output.name} step {step}/{length.steps} loss {losses[-1][1]} {seconds:.0f} s", flush=True)
             if not math.isfinite(losses[-1][1]):
                 raise SystemExit(
                     f"{args.output.name}: the loss is {losses[-1][1]} at step {step}; lower --learning-rate"
                 )
-    return {"steps": steps, "seconds": round(time.monotonic() - start), "losses": losses}
+    return {"steps": length.steps, "seconds": round(time.monotonic() - length.start), "losses": losses}
+
+
+class Length:
+    """How many steps there are: as many as were asked for, or as fit into the time.
+
+    The learning rate is constant in the first 70 % of a run, so that changing its end before that bends nothing.
+    """
+
+    def __init__(self, steps: int, minutes: float | None) -> None:
+        self.most, self.steps, self.minutes = steps, steps, minutes
+        self.start, self.counted = time.monotonic(), 0.0
+
+    def fit(self, step: int) -> int:
+        """Foretell the end from the steps behind the first hundred, whose time is compilation."""
+        now = time.monotonic()
+        if step == 100:
+            self.counted = now
+        if self.minutes is not None and step > 100 and step % 200 == 0 and step < 0.6 * self.steps:
+            pace, left = (now - self.counted) / (step - 100), 60 * self.minutes - (now - self.start)
+            self.steps = min(self.most, max(step + 1, step + round(left / pace)))
+        return self.steps
 
 
 def groups(model: LlamaForCausalLM, weight_decay: float) -> list[dict[str, object]]:

@@ -1,0 +1,358 @@
+"""`mwtool finetune`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.options import DType
+
+if TYPE_CHECKING:
+    from mwtool.curriculum import Curriculum
+    from mwtool.finetune import Trained
+    from mwtool.plan import Asked, Plan
+    from mwtool.recipe import Recipe
+
+
+class Peft(StrEnum):
+    """Which adapter is trained."""
+
+    lora = "lora"
+    dora = "dora"
+
+
+class Format(StrEnum):
+    """How the rows of DATA are read."""
+
+    auto = "auto"
+    alpaca = "alpaca"
+    messages = "messages"
+    text = "text"
+
+
+class Scope(StrEnum):
+    """Which rows entries are dropped from."""
+
+    massive = "massive"
+    others = "others"
+    all = "all"
+
+
+class Resample(StrEnum):
+    """How often a mask is drawn."""
+
+    step = "step"
+    microbatch = "microbatch"
+
+
+class Quantize(StrEnum):
+    """How the frozen weights are packed."""
+
+    four_bit = "4bit"
+
+
+def finetune(
+    model: options.Model = "demo",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."),
+    ] = None,
+    macdrop: Annotated[
+        str, typer.Option(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
+    ] = "step:0.8",
+    peft: Annotated[Peft, typer.Option(help="The adapter.")] = Peft.lora,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the adapter goes.")
+    ] = None,
+    format_: Annotated[
+        Format, typer.Option("--format", help="How rows are read; auto looks at their keys.")
+    ] = Format.auto,
+    split: Annotated[str, typer.Option(help="Of a Hub dataset or folder.")] = "train",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
+    ] = False,
+    train_on_prompt: Annotated[
+        bool, typer.Option("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    alpha: Annotated[int, typer.Option(min=1)] = 16,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
+    ] = None,
+    lr: Annotated[float, typer.Option(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
+    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.")] = 0.05,
+    epochs: Annotated[float, typer.Option(min=0, callback=options.finite)] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a device takes at once.")] = 8,
+    effective_batch: Annotated[
+        int, typer.Option(min=1, help="Sequences of an optimizer step, reached by accumulation.")
+    ] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
+    ] = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Several examples in a sequence, apart.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    quantize: Annotated[Quantize | None, typer.Option(help="Pack the frozen weights (bitsandbytes).")] = None,
+    eval_share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
+    k: Annotated[int | None, typer.Option("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
+    scope: Annotated[Scope | None, typer.Option(help="Rows dropped from.", show_default="massive")] = None,
+    resample: Annotated[Resample | None, typer.Option(help="A mask for each of these.", show_default="step")] = None,
+    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    allow_none: Annotated[
+        bool, typer.Option("--allow-none", help="Train a model without massive weights, without MacDrop.")
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")
+    ] = False,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, ...; repeatable.")] = None,
+    logging_steps: Annotated[int | None, typer.Option(min=1, show_default="a hundredth, at most 10")] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1, show_default="a twentieth of the run")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    show_curriculum: Annotated[bool, typer.Option("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    revision: options.Revision = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
+    ] = DType.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Train a LoRA or DoRA adapter with MacDrop."""
+    curriculum = _curriculum(macdrop, k=k, scope=scope, resample=resample, seed=seed)
+    if show_curriculum:
+        _show_curriculum(curriculum, max_steps, epochs)
+        return
+    if data is None:
+        raise typer.BadParameter("--data is missing: what is there to train on?")
+    if output is None and not dry_run:
+        raise typer.BadParameter("-o DIR is missing: where does the adapter go?")
+    from mwtool.plan import Asked
+    from mwtool.recipe import Recipe
+
+    place = _device(device)
+    recipe = Recipe(
+        curriculum=curriculum,
+        peft=peft.value,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=tuple(name.strip() for names in target_modules or () for name in names.split(",")),
+        lr=lr,
+        warmup=warmup,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        effective_batch=effective_batch,
+        max_length=max_length,
+        packing=packing,
+        on_prompt=train_on_prompt,
+        gradient_checkpointing=gradient_checkpointing,
+        quantize=None if quantize is None else "4bit",
+        eval_share=eval_share,
+        seed=seed,
+        dtype=_precision(dtype, place),
+    )
+    form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
+    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
+    if not dry_run:
+        _free(output, resume=resume)
+    plan = _planned(model, revision, trust_remote_code, recipe, asked)
+    if dry_run or output is None:
+        _show_plan(plan, json=json)
+        return
+    telling = _Telling(logging_steps, save_steps, tuple(report_to or ()))
+    _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+
+
+def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
+    """The curriculum of `--macdrop`, with what other flags say about it."""
+    from dataclasses import replace
+
+    from mwtool.curriculum_file import read_curriculum
+
+    read = read_curriculum(text)
+    changes: dict[str, Any] = {"k": k, "scope": scope and scope.value, "resample": resample and resample.value}
+    if not text.endswith((".yaml", ".yml")):
+        changes["seed"] = seed
+    return replace(read, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
+    """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
+    from rich.console import Console
+
+    from mwtool.cli.terminal import note
+    from mwtool.finetune_report import curriculum_chart
+    from mwtool.recipe import PAPER_STEPS
+
+    steps = max_steps or PAPER_STEPS
+    if max_steps is None:
+        note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
+    console = Console()
+    console.print(curriculum_chart(curriculum, steps, max(1, round(steps / max(epochs, 1))), console.width))
+
+
+def _device(asked: str) -> str:
+    """Where this process trains; under a launcher, one of several, on a card of its own."""
+    import torch
+
+    if asked not in ("auto", "cpu", "cuda", "mps"):
+        raise typer.BadParameter(
+            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a card"
+        )
+    if asked == "auto":
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        asked = "cpu" if on_cpu else found
+    card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if asked == "cuda" else asked
+    return options.usable(card)
+
+
+def _precision(asked: DType, device: str) -> str:
+    if asked is not DType.auto:
+        return asked.value
+    import torch
+
+    able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
+
+
+def _free(folder: Path | None, *, resume: bool) -> None:
+    """A new run needs a folder of its own; checked by the first process, before others fill it."""
+    from mwtool.errors import OutputError
+    from mwtool.finetune_document import RECORD
+    from mwtool.save import check_free
+
+    assert folder is not None, "only --dry-run has none"
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if (folder / RECORD).exists():
+        raise OutputError(f"{folder} holds a run that has ended; train into another folder (-o)")
+    if resume:
+        return
+    try:
+        check_free(folder)
+    except OutputError as fault:
+        advice = ", or go on with the run in it with --resume" if folder.is_dir() else ""
+        raise OutputError(f"{fault}{advice}") from fault
+
+
+def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
+    from mwtool.cli.terminal import layer_progress, note
+    from mwtool.plan import make_plan
+    from mwtool.source import locate
+
+    source = locate(model, revision, trust_remote_code=trust)
+    for line in source.notes:
+        note(line)
+    with layer_progress() as on_layer:
+        plan = make_plan(source, recipe, asked, processes=_processes(), on_layer=on_layer)
+    for line in plan.notes:
+        note(line)
+    return plan
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _show_plan(plan: Plan, *, json: bool) -> None:
+    from rich.console import Console
+
+    from mwtool.document import text_of
+    from mwtool.finetune_document import plan_document
+    from mwtool.finetune_report import plan_report
+    from mwtool.footprint import footprint
+
+    needed = footprint(plan)
+    if json:
+        sys.stdout.write(text_of(plan_document(plan, needed)))
+        return
+    console = Console()
+    console.print(plan_report(plan, needed, console.width))
+
+
+@dataclass(frozen=True, slots=True)
+class _Telling:
+    logging_steps: int | None
+    save_steps: int | None
+    loggers: tuple[str, ...]
+
+
+def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bool, merge: bool, json: bool) -> None:
+    from mwtool.cli.terminal import command_line, note, step_progress
+    from mwtool.finetune import Telling, train, with_adapter
+    from mwtool.finetune_document import finetune_document
+    from mwtool.resume import newest
+
+    settings = plan.settings()
+    found, notes = newest(folder, settings) if resume else (None, ())
+    for line in notes:
+        note(line)
+    if resume:
+        note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
+    model = with_adapter(plan.source, plan.recipe, device)
+    with step_progress() as on_step:
+        trained = train(
+            model,
+            (plan.train, plan.held),
+            plan.massive,
+            plan.recipe,
+            folder,
+            settings=settings,
+            resume=found,
+            telling=Telling(telling.logging_steps, telling.save_steps, telling.loggers, on_step),
+            processes=plan.processes,
+        )
+    if trained.stopped_by is not None:
+        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
+        raise typer.Exit(128 + trained.stopped_by)
+    if os.environ.get("RANK", "0") == "0":
+        document = finetune_document(plan, trained, device=device, command=command_line())
+        _leave(trained, document, folder, merge=merge, json=json)
+
+
+def _leave(trained: Trained, document: dict[str, Any], folder: Path, *, merge: bool, json: bool) -> None:
+    """Everything the run is to leave; the record last, as it says that all is there."""
+    from mwtool.document import text_of, write
+    from mwtool.finetune import save_adapter
+    from mwtool.finetune_document import RECORD, model_card
+    from mwtool.plots import plot_training
+
+    save_adapter(trained.model, folder)
+    plot_training(document["log"], document["p"], folder / "training.png")
+    base = trained.model.peft_config["default"].base_model_name_or_path
+    write(folder / "README.md", model_card(document, str(base)))
+    if merge:
+        _merge(folder, document)
+    write(folder / RECORD, text_of(document))
+    if json:
+        sys.stdout.write(text_of(document))
+        return
+    from rich.console import Console
+
+    from mwtool.finetune_report import outcome_report
+
+    Console().print(outcome_report(document, str(folder)))
+
+
+def _merge(folder: Path, document: dict[str, Any]) -> None:
+    from mwtool.load import load
+    from mwtool.save import save_merged
+
+    save_merged(load(str(folder), on="merged"), folder / "merged")
