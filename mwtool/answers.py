@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
 from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, positions, tokenizer_for
+from mwtool.perplexity import check_vocabulary
 from mwtool.tasks import Task, read_prompts
 
 
@@ -76,6 +77,7 @@ def prepare_answers(loaded: Loaded, task: Task, options: Options) -> Prompts:
     plain = [one[1:] if first and one[:1] == first else one for one in plain]  # the text may begin with it
     ids = tuple(first + (one if room is None else one[-(room - len(first)) :]) for one in plain)
     cut = sum(len(one) + len(first) > len(kept) for one, kept in zip(plain, ids, strict=True))
+    check_vocabulary(loaded.model, [torch.tensor(one) for one in ids])
     notes = [f"{task}: {bos.note}"] if bos is not None and bos.note else []
     if cut:
         notes.append(f"{task}: {cut} prompts are longer than the {room} tokens there is room for and lose their start")

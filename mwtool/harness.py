@@ -20,10 +20,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
 from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, positions, tokenizer_for
-from mwtool.perplexity import Perplexity, summarize
+from mwtool.perplexity import Perplexity, check_vocabulary, summarize
 from mwtool.source import DEMO
 from mwtool.tasks import Choice, Cloze, Task, read_choices, read_cloze
 from mwtool.texts import reaching
@@ -86,7 +88,7 @@ class Named:
             with _quiet():
                 model = _model(loaded, options, on_progress)
                 found = evaluate(model, self.loaded, limit=options.limit, bootstrap_iters=0)
-        except (AssertionError, ValueError, ImportError) as fault:
+        except (AssertionError, ValueError, IndexError, ImportError) as fault:
             raise BadValue(f"{self.task}: lm-evaluation-harness gave up: {_line(fault)}") from fault
         assert found is not None, "one process"
         setting = {**self.setting, "shortened": model.shortened}
@@ -144,16 +146,18 @@ def check_name(task: Task, name: str) -> None:
 
 
 def _check_lengths(loaded: Loaded, task: Task, rows: Sequence[Choice | Cloze], options: Options) -> None:
-    """Each continuation is some tokens of its own, and not more than the model has positions for; else BadValue."""
+    """Each continuation is some tokens of its own, known to the model and no more than it reads; else BadValue."""
     tokenizer, most = loaded.tokenizer, options.window or positions(loaded)
     assert tokenizer is not None, "seen before"
     for number, row in enumerate(rows, start=1):
         pairs = _pairs(row, options.delimiter)
         wholes = [context + continuation for context, continuation in pairs]
+        ids = tokenizer(wholes, add_special_tokens=False, verbose=False)["input_ids"]
+        check_vocabulary(loaded.model, [torch.tensor(one) for one in ids])
         lengths = [
             len(whole) - len(part)
             for whole, part in zip(
-                tokenizer(wholes, add_special_tokens=False, verbose=False)["input_ids"],
+                ids,
                 tokenizer([one.rstrip() for one, _ in pairs], add_special_tokens=False, verbose=False)["input_ids"],
                 strict=True,
             )
@@ -180,7 +184,6 @@ def _line(fault: BaseException) -> str:
 def _seed(seed: int) -> None:
     """All generators a task may draw from."""
     import numpy as np
-    import torch
 
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 # the harness's tasks draw from this one
