@@ -33,7 +33,7 @@ from mwtool.ablate import Sweep, ablate
 from mwtool.curriculum import curriculum_of
 from mwtool.document import scan_document, text_of, write
 from mwtool.evaluate import Options
-from mwtool.finetune import save_adapter, train, with_adapter
+from mwtool.finetune import train, with_adapter
 from mwtool.finetune_document import measured
 from mwtool.load import load
 from mwtool.plan import Asked, Plan, make_plan
@@ -134,7 +134,6 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
     folder.mkdir()
     model = with_adapter(plan.source, recipe, args.device)
     trained = train(model, (plan.train, plan.held), plan.massive, recipe, folder)
-    save_adapter(trained.model, folder)
     figures = measured(list(trained.log), trained)
     ratios = {way: zeroed(args, str(folder), scan, way) for way in WAYS}
     if not args.keep:
