@@ -52,8 +52,8 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are learned in one epoch; the first of a sequence is not predicted."""
-        return sum(int((labels[1:] != IGNORED).sum()) for labels in self.labels)
+        """How many tokens are learned in one epoch."""
+        return sum(int((labels != IGNORED).sum()) for labels in self.labels)
 
     def only(self, chosen: Sequence[int]) -> Encoded:
         """The sequences of these numbers."""
@@ -136,6 +136,11 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def _labels(values: list[int]) -> Tensor:
+    """The first token of an example is never learned: nothing stands before it, or another example does."""
+    return torch.tensor([IGNORED, *values[1:]], dtype=torch.int32)
+
+
 def _filled(values: Tensor, length: int, by: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - len(values)), value=by)
 
@@ -179,7 +184,7 @@ class _Writer:
         for start in range(0, len(ids), step):
             window = torch.tensor([*self.first, *ids[start : start + step]], dtype=torch.int32)
             if len(window) >= _LEAST:
-                yield window, window
+                yield window, _labels(window.tolist())
 
     def talk(self, example: Example) -> Iterator[Sequence_]:
         """A conversation, of which the answers are trained on."""
@@ -191,11 +196,11 @@ class _Writer:
             self.refused.append(Unreadable(f"{example.where}: the chat template refuses it ({fault})"))
             return
         ids = [token for tokens, _ in parts for token in tokens]
-        labels = [token if learned or self.on_prompt else IGNORED for tokens, learned in parts for token in tokens]
+        labels = _labels([token if told or self.on_prompt else IGNORED for tokens, told in parts for token in tokens])
         if len(ids) > self.max_length:
             self.too_long += 1
-        elif any(label != IGNORED for label in labels[1:]):
-            yield torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+        elif (labels != IGNORED).any():
+            yield torch.tensor(ids, dtype=torch.int32), labels
 
     def notes(self, data: Data) -> Iterator[str]:
         if self.too_long:

@@ -138,7 +138,7 @@ def with_adapter(source: Source, recipe: Recipe, device: str) -> PeftModel:
         options["quantization_config"] = _four_bit(recipe)
     loaded = _whole(source, recipe.dtype, device, options)
     if recipe.packing:
-        _refuse_mixing(loaded)
+        refuse_mixing(loaded)
     loaded.config.use_cache = False
     set_seed(recipe.seed)
     if recipe.quantize is not None:
@@ -184,8 +184,8 @@ def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> 
     ).base
 
 
-def _refuse_mixing(model: Any) -> None:
-    """Packed examples must not see each other: what the second gives may not depend on what the first is."""
+def refuse_mixing(model: Any) -> None:
+    """Raise UnsupportedModel if packed examples see each other: if what the second gives depends on the first."""
     device, size = model.get_input_embeddings().weight.device, min(model.config.get_text_config().vocab_size, 16)
     places = torch.arange(8, device=device).repeat(2)[None]
     given = []
