@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
     if max_steps is None:
         note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
     console = Console()
-    console.print(curriculum_chart(curriculum, steps, max(1, round(steps / max(epochs, 1))), console.width))
+    console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
 def _device(asked: str) -> str:
