@@ -143,9 +143,9 @@ def test_options_come_from_a_file_and_flags_win(folder: Path, tmp_path: Path) ->
 
 KILLER = """
 import os, signal, sys
-import torch, mwtool.cli, mwtool.finetune, mwtool.finetune_document, mwtool.footprint, mwtool.plots, mwtool.watch
+import torch, mwtool.cli, mwtool.outcome, mwtool.watch
 homes = {"save": (torch, "save"), "mark": (mwtool.watch, "mark"), "step": (torch.optim.AdamW, "step"),
-         "figure": (mwtool.plots, "plot_training")}
+         "figure": (mwtool.outcome, "plot_training")}
 
 def command(where, count, log):
     home, name = homes[where]

@@ -17,7 +17,6 @@ from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
     from mwtool.curriculum import Curriculum
-    from mwtool.finetune import Trained
     from mwtool.plan import Asked, Plan
     from mwtool.recipe import Recipe
 
@@ -301,6 +300,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
     from mwtool.cli.terminal import command_line, note, step_progress
     from mwtool.finetune import Telling, train, with_adapter
     from mwtool.finetune_document import finetune_document
+    from mwtool.outcome import leave
     from mwtool.resume import newest
 
     settings = plan.settings()
@@ -327,33 +327,17 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
         raise typer.Exit(128 + trained.stopped_by)
     if os.environ.get("RANK", "0") == "0":
         document = finetune_document(plan, trained, device=device, command=command_line())
-        _leave(trained, document, folder, merge=merge, json=json)
+        leave(document, trained, folder, merge=merge)
+        _show(document, folder, json=json)
 
 
-def _leave(trained: Trained, document: dict[str, Any], folder: Path, *, merge: bool, json: bool) -> None:
-    """Everything the run is to leave; the record last, as it says that all is there."""
-    from mwtool.document import text_of, write
-    from mwtool.finetune_document import RECORD, model_card
-    from mwtool.plots import plot_training
-
-    plot_training(document["log"], document["p"], folder / "training.png")
-    base = trained.model.peft_config["default"].base_model_name_or_path
-    write(folder / "README.md", model_card(document, str(base)))
-    if merge:
-        _merge(folder, document)
-    write(folder / RECORD, text_of(document))
-    if json:
-        sys.stdout.write(text_of(document))
-        return
+def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
     from rich.console import Console
 
+    from mwtool.document import text_of
     from mwtool.finetune_report import outcome_report
 
-    Console().print(outcome_report(document, str(folder)))
-
-
-def _merge(folder: Path, document: dict[str, Any]) -> None:
-    from mwtool.load import load
-    from mwtool.save import save_merged
-
-    save_merged(load(str(folder), on="merged"), folder / "merged")
+    if json:
+        sys.stdout.write(text_of(document))
+    else:
+        Console().print(outcome_report(document, str(folder)))

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablate import Sweep, ablate
+from mwtool.cli.terminal import quiet_libraries
 from mwtool.curriculum import curriculum_of
 from mwtool.document import scan_document, text_of, write
 from mwtool.evaluate import Options
@@ -54,6 +55,7 @@ WAYS = ("base", "merged")
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
     scan = args.out / "massive.json"
     if args.one is None:
         write(scan, text_of(scan_document(scan_checkpoint(args.model, Settings(k=max(KS))))))
