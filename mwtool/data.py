@@ -12,7 +12,7 @@ A file that is not JSON, JSONL or Parquet is one long text. Rows that cannot be 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -88,7 +88,7 @@ def read_data(name: str, form: Form | None = None, *, split: str = "train", skip
     examples = tuple(one for one in read if isinstance(one, Example))
     unreadable = tuple(one for one in read if isinstance(one, Unreadable))
     if unreadable and (not skip_bad or not examples):
-        raise BadValue(_complaint(name, len(rows), unreadable))
+        raise BadValue(complaint(name, len(rows), unreadable))
     return Data(name, form, examples, unreadable)
 
 
@@ -98,7 +98,8 @@ class _Row:
     values: dict[str, Any]
 
 
-def _complaint(name: str, total: int, bad: tuple[Unreadable, ...]) -> str:
+def complaint(name: str, total: int, bad: Sequence[Unreadable]) -> str:
+    """How many rows cannot be read, the first of them, and what to do."""
     shown = "; ".join(one.why for one in bad[:3])
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""  # noqa: PLR2004 # as many as fit on a line
     advice = "mend them, or leave them out with --skip-bad-rows"
@@ -230,8 +231,8 @@ def _detected(name: str, rows: Iterable[_Row | Unreadable]) -> Form:
         for form in FORMS:
             if isinstance(_example(row, form), Example):
                 return form
-    if not found:
-        raise BadValue(_complaint(name, len(list(rows)), tuple(row for row in rows if isinstance(row, Unreadable))))
+    if not found:  # not one row is an object
+        raise BadValue(complaint(name, len(list(rows)), tuple(row for row in rows if isinstance(row, Unreadable))))
     keys = ", ".join(sorted(found[0].values)[:8]) or "none"
     raise BadValue(f"{found[0].where}: the keys are {keys}; expected {_EXPECTED}")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mwtool.data import Data, Example, Turn
+from mwtool.data import Data, Example, Turn, Unreadable, complaint
 from mwtool.errors import BadValue
 
 if TYPE_CHECKING:
@@ -31,13 +31,15 @@ class Encoded:
 
     ids, labels: one tensor (T,) a sequence; label `IGNORED` where a token is not trained on.
     lengths: of the examples a sequence is packed from; one each without packing.
-    too_long: examples left out because they have more tokens than fit. notes: what the user should know.
+    too_long: examples left out because they have more tokens than fit. refused: those the chat template refuses.
+    notes: what the user should know.
     """
 
     ids: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
     lengths: tuple[tuple[int, ...], ...]
     too_long: int = 0
+    refused: tuple[Unreadable, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -50,8 +52,8 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens are learned in one epoch; the first of a sequence is not predicted."""
-        return sum(int((labels[1:] != IGNORED).sum()) for labels in self.labels)
+        """How many tokens are learned in one epoch."""
+        return sum(int((labels != IGNORED).sum()) for labels in self.labels)
 
     def only(self, chosen: Sequence[int]) -> Encoded:
         """The sequences of these numbers."""
@@ -63,18 +65,27 @@ class Encoded:
 
 
 def encode(
-    data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, *, on_prompt: bool = False, packing: bool = False
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    on_prompt: bool = False,
+    packing: bool = False,
+    skip_bad: bool = False,
 ) -> Encoded:
     """Every example as a sequence of at most `max_length` tokens.
 
     Plain text begins with bos, where the tokenizer has one, and is cut into windows; conversations follow the
     tokenizer's chat template, else headings of our own, and only answers are trained on unless `on_prompt`. Those
-    that are too long are left out. Raises BadValue where nothing is left.
+    that are too long are left out. Raises BadValue where nothing is left, or the template refuses a row and `skip_bad`
+    does not leave it out.
     """
     writer = _Writer(tokenizer, max_length, on_prompt=on_prompt)
     made: list[Sequence_] = []
     for example in data.examples:
         made += writer.windows(example, closed=not data.stream) if example.text is not None else writer.talk(example)
+    if writer.refused and (not skip_bad or not made):
+        raise BadValue(complaint(data.name, len(data.examples), writer.refused))
     if not made:
         raise BadValue(
             f"all {writer.too_long:,} examples of {data.name} are longer than {max_length} tokens: raise --max-length"
@@ -87,6 +98,7 @@ def encode(
         tuple(torch.cat([made[at][1] for at in one]) for one in bins),
         tuple(tuple(len(made[at][0]) for at in one) for one in bins),
         writer.too_long,
+        tuple(writer.refused),
         tuple(writer.notes(data)),
     )
 
@@ -124,6 +136,11 @@ def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+def _labels(values: list[int]) -> Tensor:
+    """The first token of an example is never learned: nothing stands before it, or another example does."""
+    return torch.tensor([IGNORED, *values[1:]], dtype=torch.int32)
+
+
 def _filled(values: Tensor, length: int, by: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, length - len(values)), value=by)
 
@@ -158,6 +175,7 @@ class _Writer:
         self.first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.too_long = self.last_answers = 0
+        self.refused: list[Unreadable] = []
 
     def windows(self, example: Example, *, closed: bool) -> Iterator[Sequence_]:
         """A text in windows that begin with bos; eos ends it where it is `closed`."""
@@ -166,17 +184,23 @@ class _Writer:
         for start in range(0, len(ids), step):
             window = torch.tensor([*self.first, *ids[start : start + step]], dtype=torch.int32)
             if len(window) >= _LEAST:
-                yield window, window
+                yield window, _labels(window.tolist())
 
     def talk(self, example: Example) -> Iterator[Sequence_]:
         """A conversation, of which the answers are trained on."""
-        parts = self._templated(example.turns) if self.tokenizer.chat_template else self._headed(example.turns)
+        from jinja2 import TemplateError
+
+        try:
+            parts = self._templated(example.turns) if self.tokenizer.chat_template else self._headed(example.turns)
+        except TemplateError as fault:
+            self.refused.append(Unreadable(f"{example.where}: the chat template refuses it ({fault})"))
+            return
         ids = [token for tokens, _ in parts for token in tokens]
-        labels = [token if learned or self.on_prompt else IGNORED for tokens, learned in parts for token in tokens]
+        labels = _labels([token if told or self.on_prompt else IGNORED for tokens, told in parts for token in tokens])
         if len(ids) > self.max_length:
             self.too_long += 1
-        elif any(label != IGNORED for label in labels[1:]):
-            yield torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+        elif (labels != IGNORED).any():
+            yield torch.tensor(ids, dtype=torch.int32), labels
 
     def notes(self, data: Data) -> Iterator[str]:
         if self.too_long:
@@ -220,16 +244,19 @@ class _Writer:
 
     def _answers(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
         """Where in the rendered conversation the answers stand."""
+        from jinja2 import TemplateError
+
         whole = self._render(turns)
         spans = []
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before, after = self._render(turns[:number], prompt=True), self._render(turns[: number + 1])
+            before = self._render(turns[:number], prompt=True) if number else ""
+            after = self._render(turns[: number + 1])
             if whole.startswith(before) and whole.startswith(after):
                 spans.append((len(before), len(after)))
             elif number == len(turns) - 1:
-                raise BadValue("the chat template does not continue its own prompt; train with --train-on-prompt")
+                raise TemplateError("it does not go on as its own prompt ends; --train-on-prompt needs no prompt")
         answers = sum(turn.role == "assistant" for turn in turns)
         if len(spans) < answers:
             self.last_answers += 1
@@ -237,11 +264,6 @@ class _Writer:
         return spans
 
     def _render(self, turns: Sequence[Turn], *, prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         said = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            text: str = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as fault:
-            raise BadValue(f"the tokenizer's chat template refuses a conversation: {fault}") from fault
+        text: str = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
         return text

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
-import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mwtool.callback import MacDropCallback, guard
 from mwtool.encoding import Encoded, collate
-from mwtool.errors import BadValue, MwtoolError, OutputError, UnsupportedModel
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.interrupt import StopAtStepEnd
 from mwtool.load import load
 from mwtool.massive import MassiveWeights
 from mwtool.recipe import Recipe
 from mwtool.resume import Checkpoint, clear
+from mwtool.shortage import explained
 from mwtool.source import Source
 from mwtool.watch import Step, Watch
 
@@ -76,7 +71,7 @@ def train(
     telling: Telling | None = None,
     processes: int = 1,
 ) -> Trained:
-    """Train the adapter; checkpoints go to `folder`. Without massive weights it trains without MacDrop.
+    """Train the adapter, which goes to `folder` with its checkpoints. Without massive weights: without MacDrop.
 
     data: what to train on, and what to hold out. settings: what the checkpoints must be gone on with.
     Raises OutputError where they cannot be written, MwtoolError where memory ends or the loss is not finite.
@@ -92,9 +87,12 @@ def train(
     trainer = _trainer(model, arguments, data, [*([macdrop] if macdrop else []), stop, watch])
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
-    with guard(trainer), stop.listening(), _explained(recipe, folder, watch):
+    with guard(trainer), stop.listening(), explained(recipe, folder, watch):
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-    engine, done = None if macdrop is None else macdrop.engine, trainer.state.global_step
+        done = trainer.state.global_step
+        if done >= counts[0]:
+            _save_adapter(trainer, folder)
+    engine = None if macdrop is None else macdrop.engine
     return Trained(
         model,
         done,
@@ -140,23 +138,21 @@ def with_adapter(source: Source, recipe: Recipe, device: str) -> PeftModel:
         options["quantization_config"] = _four_bit(recipe)
     loaded = _whole(source, recipe.dtype, device, options)
     if recipe.packing:
-        _refuse_mixing(loaded)
+        refuse_mixing(loaded)
     loaded.config.use_cache = False
     set_seed(recipe.seed)
     if recipe.quantize is not None:
         from peft import prepare_model_for_kbit_training
 
-        loaded = prepare_model_for_kbit_training(
-            loaded,
-            use_gradient_checkpointing=recipe.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
+        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)  # Trainer sees to that
+        for module in loaded.modules():  # evaluating would repack weights in a layout with no way back for gradients
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     return adapted(loaded, source, recipe)
 
 
 def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
     """The model wrapped by PEFT. Raises BadValue where the target modules do not exist."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it says which kernels it lacks
     from peft import LoraConfig, get_peft_model
 
     chosen = LoraConfig(
@@ -170,9 +166,7 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
         revision=source.revision,
     )
     try:
-        with warnings.catch_warnings():  # PEFT asks transformers by a former name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            wrapped: PeftModel = get_peft_model(model, chosen)
+        wrapped: PeftModel = get_peft_model(model, chosen)
     except ValueError as fault:
         raise BadValue(f"no adapter can be put on {source.name}: {' '.join(str(fault).split())}") from fault
     return wrapped
@@ -190,25 +184,8 @@ def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> 
     ).base
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """The adapter as PEFT writes it, every file whole or not there at all. Raises OutputError."""
-    temporary = folder / ".adapter.incomplete"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(str(temporary))
-        for file in temporary.iterdir():
-            file.replace(folder / file.name)
-    except (OSError, RuntimeError, SafetensorError) as fault:
-        reason = _disk(fault)
-        if reason is None:
-            raise
-        raise OutputError(f"{folder} cannot be written: {reason}; make room, then --resume writes it again") from fault
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _refuse_mixing(model: Any) -> None:
-    """Packed examples must not see each other: what the second gives may not depend on what the first is."""
+def refuse_mixing(model: Any) -> None:
+    """Raise UnsupportedModel if packed examples see each other: if what the second gives depends on the first."""
     device, size = model.get_input_embeddings().weight.device, min(model.config.get_text_config().vocab_size, 16)
     places = torch.arange(8, device=device).repeat(2)[None]
     given = []
@@ -229,6 +206,17 @@ def _four_bit(recipe: Recipe) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
     )
+
+
+def _save_adapter(trainer: Trainer, folder: Path) -> None:
+    """The adapter as PEFT writes it, gathered where it is sharded; every file whole or not there at all."""
+    temporary = folder / ".adapter.incomplete"
+    trainer.save_model(str(temporary))  # in all processes
+    if trainer.args.should_save:
+        for file in temporary.iterdir():
+            if file.name != "training_args.bin":  # a pickle nobody needs to load the adapter
+                file.replace(folder / file.name)
+        shutil.rmtree(temporary)
 
 
 def _arguments(
@@ -274,41 +262,3 @@ def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     known = {field.name for field in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-@contextmanager
-def _explained(recipe: Recipe, folder: Path, watch: Watch) -> Iterator[None]:
-    """What ends a run from outside, in one line with what to do about it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise _out_of_memory(recipe, watch.step) from fault
-    except (OSError, RuntimeError, SafetensorError) as fault:
-        if _says(fault, "can't allocate memory", "out of memory"):
-            raise _out_of_memory(recipe, watch.step) from fault
-        if (reason := _disk(fault)) is not None:
-            raise OutputError(f"{folder} cannot be written: {reason}; make room, then go on with --resume") from fault
-        raise
-
-
-def _says(fault: BaseException, *words: str) -> bool:
-    return any(word in str(fault).lower() for word in words)
-
-
-def _disk(fault: BaseException) -> str | None:
-    """What the disk said, through whichever library wrote; None where it was something else."""
-    if isinstance(fault, OSError) and fault.errno is not None:
-        return fault.strerror or os.strerror(fault.errno)
-    for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        if _says(fault, os.strerror(number).lower()):
-            return os.strerror(number)
-    return "the disk takes no more" if _says(fault, "pytorchstreamwriter", "inline_container", "ioerror") else None
-
-
-def _out_of_memory(recipe: Recipe, step: int) -> MwtoolError:
-    lower = [f"--batch-size (now {recipe.batch_size}; the effective batch stays {recipe.effective_batch})"]
-    lower.append("--max-length")
-    more = [] if recipe.gradient_checkpointing else ["--gradient-checkpointing"]
-    more += [] if recipe.quantize else ["--quantize 4bit"]
-    advice = f", or add {' or '.join(more)}" if more else ""
-    return MwtoolError(f"out of memory in step {step}: lower {' or '.join(lower)}{advice}")

@@ -89,7 +89,7 @@ def data_document(plan: Plan) -> dict[str, Any]:
         "form": plan.data.form,
         "digest": plan.digest,
         "rows": len(plan.data.examples),
-        "unreadable": len(plan.data.unreadable),
+        "unreadable": plan.unreadable,
         "too_long": plan.too_long,
         "sequences": len(plan.train),
         "held_out": 0 if plan.held is None else len(plan.held),

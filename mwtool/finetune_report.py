@@ -65,7 +65,7 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
 def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
     lengths = [len(ids) for ids in plan.train.ids]
-    left_out = plan.too_long + len(plan.data.unreadable)
+    left_out = plan.too_long + plan.unreadable
     examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
     examples = "one text" if plan.data.stream else examples
     rows = "none: trained without MacDrop"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.data import Data, Form, read_data
 from mwtool.encoding import Encoded, encode, split
-from mwtool.errors import BadValue
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
@@ -44,7 +44,7 @@ class Plan:
     """All that is known before training.
 
     skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
-    too_long: examples left out because they do not fit into a sequence.
+    too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
     massive: None where MacDrop is not wanted, or there is nothing to drop from and that was allowed.
     """
 
@@ -56,6 +56,7 @@ class Plan:
     held: Encoded | None
     digest: str
     too_long: int
+    unreadable: int
     massive: MassiveWeights | None
     processes: int
     notes: tuple[str, ...]
@@ -95,6 +96,11 @@ def make_plan(
             f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
         )
     recipe.accumulation(processes)
+    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
+        raise UnsupportedModel(
+            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
+            "use --peft lora, or leave out --quantize"
+        )
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise BadValue(f"{source.name} has no tokenizer; training needs one to read text")
@@ -102,11 +108,20 @@ def make_plan(
     recipe, notes = _fitting_length(recipe, skeleton)
     data = read_data(asked.data, asked.form, split=asked.split, skip_bad=asked.skip_bad)
     assert recipe.max_length is not None
-    encoded = encode(data, tokenizer, recipe.max_length, on_prompt=recipe.on_prompt, packing=recipe.packing)
+    encoded = encode(
+        data,
+        tokenizer,
+        recipe.max_length,
+        on_prompt=recipe.on_prompt,
+        packing=recipe.packing,
+        skip_bad=asked.skip_bad,
+    )
     trained, held = split(encoded, recipe.eval_share, recipe.seed)
     notes += encoded.notes
-    if data.unreadable:
-        notes += (f"{len(data.unreadable):,} rows cannot be read and are left out: {data.unreadable[0].why}",)
+    unreadable = (*data.unreadable, *encoded.refused)
+    if unreadable:
+        more = f", and {len(unreadable) - 1:,} more" if len(unreadable) > 1 else ""
+        notes += (f"rows that cannot be read are left out: {unreadable[0].why}{more}",)
     massive, found = _rows(source, skeleton, recipe, asked, on_layer)
     plan = Plan(
         source,
@@ -117,6 +132,7 @@ def make_plan(
         held,
         _digest(encoded),
         encoded.too_long,
+        len(unreadable),
         massive,
         processes,
         notes + found,

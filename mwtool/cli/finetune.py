@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
     from mwtool.curriculum import Curriculum
-    from mwtool.finetune import Trained
     from mwtool.plan import Asked, Plan
     from mwtool.recipe import Recipe
 
@@ -90,7 +90,7 @@ def finetune(
     ] = None,
     lr: Annotated[float, typer.Option(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, typer.Option(min=0, callback=options.finite)] = 3.0,
+    epochs: Annotated[float, typer.Option(min=0.001, callback=options.finite)] = 3.0,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
@@ -141,9 +141,11 @@ def finetune(
         raise typer.BadParameter("--data is missing: what is there to train on?")
     if output is None and not dry_run:
         raise typer.BadParameter("-o DIR is missing: where does the adapter go?")
+    from mwtool.cli.terminal import quiet_libraries
     from mwtool.plan import Asked
     from mwtool.recipe import Recipe
 
+    quiet_libraries()
     place = _device(device)
     recipe = Recipe(
         curriculum=curriculum,
@@ -169,8 +171,8 @@ def finetune(
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
     asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
-    if not dry_run:
-        _free(output, resume=resume)
+    if output is not None and not dry_run and _ended(output, resume=resume):
+        return
     plan = _planned(model, revision, trust_remote_code, recipe, asked)
     if dry_run or output is None:
         _show_plan(plan, json=json)
@@ -204,7 +206,7 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
     if max_steps is None:
         note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
     console = Console()
-    console.print(curriculum_chart(curriculum, steps, max(1, round(steps / max(epochs, 1))), console.width))
+    console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
 def _device(asked: str) -> str:
@@ -232,24 +234,24 @@ def _precision(asked: DType, device: str) -> str:
     return "bfloat16" if able else "float32"
 
 
-def _free(folder: Path | None, *, resume: bool) -> None:
-    """A new run needs a folder of its own; checked by the first process, before others fill it."""
+def _ended(folder: Path, *, resume: bool) -> bool:
+    """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
+    from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.finetune_document import RECORD
     from mwtool.save import check_free
 
-    assert folder is not None, "only --dry-run has none"
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if (folder / RECORD).exists():
-        raise OutputError(f"{folder} holds a run that has ended; train into another folder (-o)")
-    if resume:
-        return
+    if resume and (folder / RECORD).exists():
+        note(f"{folder} holds a run that has ended; there is nothing to go on with")
+        return True
+    if resume or os.environ.get("RANK", "0") != "0":  # the first process looks, before it fills the folder
+        return False
     try:
         check_free(folder)
     except OutputError as fault:
         advice = ", or go on with the run in it with --resume" if folder.is_dir() else ""
         raise OutputError(f"{fault}{advice}") from fault
+    return False
 
 
 def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
@@ -298,6 +300,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
     from mwtool.cli.terminal import command_line, note, step_progress
     from mwtool.finetune import Telling, train, with_adapter
     from mwtool.finetune_document import finetune_document
+    from mwtool.outcome import leave
     from mwtool.resume import newest
 
     settings = plan.settings()
@@ -324,35 +327,17 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
         raise typer.Exit(128 + trained.stopped_by)
     if os.environ.get("RANK", "0") == "0":
         document = finetune_document(plan, trained, device=device, command=command_line())
-        _leave(trained, document, folder, merge=merge, json=json)
+        leave(document, trained, folder, merge=merge)
+        _show(document, folder, json=json)
 
 
-def _leave(trained: Trained, document: dict[str, Any], folder: Path, *, merge: bool, json: bool) -> None:
-    """Everything the run is to leave; the record last, as it says that all is there."""
-    from mwtool.document import text_of, write
-    from mwtool.finetune import save_adapter
-    from mwtool.finetune_document import RECORD, model_card
-    from mwtool.plots import plot_training
-
-    save_adapter(trained.model, folder)
-    plot_training(document["log"], document["p"], folder / "training.png")
-    base = trained.model.peft_config["default"].base_model_name_or_path
-    write(folder / "README.md", model_card(document, str(base)))
-    if merge:
-        _merge(folder, document)
-    write(folder / RECORD, text_of(document))
-    if json:
-        sys.stdout.write(text_of(document))
-        return
+def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
     from rich.console import Console
 
+    from mwtool.document import text_of
     from mwtool.finetune_report import outcome_report
 
-    Console().print(outcome_report(document, str(folder)))
-
-
-def _merge(folder: Path, document: dict[str, Any]) -> None:
-    from mwtool.load import load
-    from mwtool.save import save_merged
-
-    save_merged(load(str(folder), on="merged"), folder / "merged")
+    if json:
+        sys.stdout.write(text_of(document))
+    else:
+        Console().print(outcome_report(document, str(folder)))

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -31,6 +32,15 @@ def fail(line: str) -> None:
     """One line, whatever the message holds."""
     where = "" if _RANK == "0" else f"process {_RANK}: "
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), where, " ".join(line.split())))
+
+
+def quiet_libraries() -> None:
+    """What libraries say to those who program with them is not for those who run a command."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it does without
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
 
 
 def give_up_stdout() -> None:

@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablate import Sweep, ablate
+from mwtool.cli.terminal import quiet_libraries
 from mwtool.curriculum import curriculum_of
 from mwtool.document import scan_document, text_of, write
-from mwtool.finetune import save_adapter, train, with_adapter
+from mwtool.finetune import train, with_adapter
 from mwtool.finetune_document import measured
 from mwtool.load import load
 from mwtool.measured import Options
@@ -54,6 +55,7 @@ WAYS = ("base", "merged")
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
     scan = args.out / "massive.json"
     if args.one is None:
         write(scan, text_of(scan_document(scan_checkpoint(args.model, Settings(k=max(KS))))))
@@ -134,7 +136,6 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
     folder.mkdir()
     model = with_adapter(plan.source, recipe, args.device)
     trained = train(model, (plan.train, plan.held), plan.massive, recipe, folder)
-    save_adapter(trained.model, folder)
     figures = measured(list(trained.log), trained)
     ratios = {way: zeroed(args, str(folder), scan, way) for way in WAYS}
     if not args.keep:
