@@ -94,6 +94,8 @@ def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
     """Positions whose float32 logits, V wide, are held at once."""
     budget = max(MULTIPLE * hidden.numel() * hidden.element_size(), LEAST)
     rows = max(1, budget // (4 * vocabulary))
+    if hidden.device.type == "cpu":  # what outgrows the caches costs several times as much
+        rows = min(rows, max(TILE, LEAST // (4 * vocabulary)))
     return rows if rows < TILE else rows // TILE * TILE
 
 

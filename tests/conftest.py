@@ -8,5 +8,9 @@ import signal
 # Tests run side by side, one thread each, and so do the commands they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Nothing asks the Hub, but for the tests that MWTOOL_HUB=1 adds; those of a Hub start one on this machine.
+if "MWTOOL_HUB" not in os.environ:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
 # A shell starts its background jobs with Ctrl-C ignored, and so would be the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

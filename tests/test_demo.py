@@ -54,10 +54,10 @@ def test_a_scan_finds_what_the_card_says_grew() -> None:
 
 
 def test_an_ablation_gives_the_figures_on_the_card() -> None:
-    """To 0.5 %: computed in float32, which most CPUs do faster; the card's are of bfloat16."""
-    loaded = load("demo", dtype="float32")
+    """To 0.5 %: bf16 kernels differ from machine to machine."""
+    loaded = load("demo")
     targets, _ = find_targets(loaded, Choice(), 5)
-    found = ablate(loaded, targets, parse_tasks(["ppl:demo"]), Sweep((Attack("zero"), Attack("retain")), (1, 5), 0))
+    found = ablate(loaded, targets, parse_tasks(["ppl:demo"]), Sweep((Attack("zero"), Attack("retain")), (5,), 0))
     assert found.baseline[0].value == pytest.approx(RUNS[0]["perplexity"], rel=0.005)
     for run in found.runs:
         assert run.measured[0].value == pytest.approx(RUNS[0][run.attack.mode][str(run.attack.k)], rel=0.005)
