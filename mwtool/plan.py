@@ -15,7 +15,7 @@ from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
 from mwtool.registry import adapter_for
 from mwtool.scan import OnLayer, Settings, decoder_layers, scan_checkpoint
-from mwtool.source import Source
+from mwtool.source import Source, model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,11 +144,10 @@ def make_plan(
 def empty_model(source: Source) -> PreTrainedModel:
     """The model's modules and shapes, on the meta device."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = source.config()
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return made
 
 

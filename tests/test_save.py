@@ -16,7 +16,6 @@ import tiny
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.load import Loaded, load
@@ -48,12 +47,6 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-def opened(folder: Path) -> PreTrainedModel:
-    """As anyone would load it."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model
-
-
 @pytest.mark.parametrize(
     ("model_type", "attack"),
     [
@@ -73,7 +66,7 @@ def test_the_saved_model_is_the_attacked_one_and_all_else_is_bit_identical(
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert list(before) == list(after)
     assert 1 <= len(changed) <= len(places(ffn))
-    again = opened(tmp_path / "saved")
+    again = tiny.opened(tmp_path / "saved")
     with edited(loaded.base, ffn, ROWS, attack):
         expected, inside = loaded.base.state_dict(), logits(loaded.base)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
@@ -85,7 +78,7 @@ def test_a_tensor_that_two_parameters_share_stays_one(tmp_path: Path) -> None:
     loaded = load(str(tiny.saved(tmp_path / "model", made)))
     save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
     assert tensors(tmp_path / "saved").keys() == tensors(tmp_path / "model").keys()
-    again = opened(tmp_path / "saved")
+    again = tiny.opened(tmp_path / "saved")
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight, made.get_input_embeddings().weight)
 
@@ -122,7 +115,7 @@ def test_a_legacy_checkpoint_becomes_a_safetensors_one(tmp_path: Path) -> None:
     ffn = loaded.layers[1].ffns[0]
     save_attacked(loaded, ffn, ROWS, ZERO, tmp_path / "saved")
     with edited(loaded.base, ffn, ROWS, ZERO):
-        assert torch.equal(logits(opened(tmp_path / "saved")), logits(loaded.base))
+        assert torch.equal(logits(tiny.opened(tmp_path / "saved")), logits(loaded.base))
 
 
 @pytest.mark.parametrize("on", ["base", "merged"])
@@ -133,7 +126,7 @@ def test_an_adapter_is_merged_into_the_saved_model(tmp_path: Path, dora: bool, o
     base = tiny.model("llama", num_hidden_layers=2)
     tiny.saved(tmp_path / "model", base, max_shard_size="30KB")
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    peft = get_peft_model(opened(tmp_path / "model"), LoraConfig(r=2, target_modules=targets, use_dora=dora))
+    peft = get_peft_model(tiny.opened(tmp_path / "model"), LoraConfig(r=2, target_modules=targets, use_dora=dora))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name and "gate" not in name:  # a fresh gate: under DoRA its zeroed rows have no norm
             nn.init.normal_(parameter, std=0.1)
@@ -141,7 +134,7 @@ def test_an_adapter_is_merged_into_the_saved_model(tmp_path: Path, dora: bool, o
     loaded = load(str(tmp_path / "adapter"), on=on)
     ffn = loaded.layers[1].ffns[0]
     save_attacked(loaded, ffn, ROWS, ZERO, tmp_path / "saved")
-    found = logits(opened(tmp_path / "saved"))
+    found = logits(tiny.opened(tmp_path / "saved"))
     with edited(loaded.base, ffn, ROWS, ZERO):
         expected = logits(loaded.model)
     # the adapter's product is added to the weight or to the output: float32 rounds them apart
@@ -193,7 +186,7 @@ def test_killed_at_any_file_operation_it_leaves_nothing_or_the_whole(tmp_path: P
     assert kills > 15
     whole = {path.name for path in (tmp_path / "model").iterdir()} | {"mwtool.json"}
     assert {path.name for path in (tmp_path / "saved").iterdir()} == whole
-    assert opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any().item() is False
+    assert tiny.opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any().item() is False
 
 
 def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp_path: Path) -> None:
@@ -208,7 +201,7 @@ def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp
     assert (temporary / "model.safetensors").read_text() == "half"
     os.close(holder)  # as the system does for a process that is killed
     save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
-    assert not opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any()
+    assert not tiny.opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved"]
 
 
@@ -229,7 +222,9 @@ def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_writt
     from peft import LoraConfig, get_peft_model
 
     tiny.saved(tmp_path / "model", tiny.model("llama", num_hidden_layers=2, tie_word_embeddings=True))
-    peft = get_peft_model(opened(tmp_path / "model"), LoraConfig(r=2, **{"target_modules": ["up_proj"], **options}))
+    peft = get_peft_model(
+        tiny.opened(tmp_path / "model"), LoraConfig(r=2, **{"target_modules": ["up_proj"], **options})
+    )
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     loaded = load(str(tmp_path / "adapter"), on=on)
     with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):

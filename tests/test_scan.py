@@ -20,7 +20,7 @@ WHOLE = Settings(all_layers=True)
 
 def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
     """`from_pretrained` as anyone would call it, and its own hidden states after each layer but the last, (H,)."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = tiny.opened(folder)
     with torch.no_grad():
         states = model(input_ids=torch.tensor([[tiny.BOS]]), output_hidden_states=True).hidden_states
     return model, [state[0, 0].double() for state in states[1:-1]]  # the last one is after the final norm

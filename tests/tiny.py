@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoConfig
 
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.registry import adapter_for, installed
 from mwtool.scan import decoder_layers
+from mwtool.source import model_class
 from mwtool.states import recompute
 from mwtool.testing import random_model, tiny_config
 
@@ -56,6 +58,12 @@ def model(model_type: str, dtype: torch.dtype = torch.float32, *, seed: int = 0,
 def saved(folder: Path, made: PreTrainedModel, **options: Any) -> Path:
     made.save_pretrained(folder, **options)
     return folder
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    """`from_pretrained` as anyone would call it, by the automatic class that fits."""
+    model: PreTrainedModel = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    return model
 
 
 def layers_of(made: PreTrainedModel) -> list[DecoderLayer]:
