@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mwtool.dataset import reaching
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
 from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, positions, tokenizer_for
 from mwtool.perplexity import Perplexity, check_vocabulary, summarize
 from mwtool.source import DEMO
 from mwtool.tasks import Choice, Cloze, Task, read_choices, read_cloze
-from mwtool.texts import reaching
 
 if TYPE_CHECKING:
     from mwtool.harness_model import Model
@@ -116,7 +116,7 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
     local = "mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
     try:
         with _quiet():
-            data = reaching(str(task), f"of {name}", lambda: _manager().load(name), local)
+            data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
     except ImportError as fault:  # a package that only this task needs
         raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
     notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
