@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.document import envelope, text_of
+from mwtool.document import envelope_of, finite, text_of
 from mwtool.errors import BadValue
 from mwtool.evaluate import Result
 from mwtool.load import Loaded
@@ -40,23 +40,11 @@ def eval_document(
     complete: bool = True,
 ) -> dict[str, Any]:
     """The document. A number that is not finite is null, and `nonfinite` says why."""
-    identity = loaded.identity
-    head = envelope(
-        SCHEMA,
-        model=identity.model,
-        revision=identity.revision,
-        model_type=identity.model_type,
-        dtype=str(loaded.base.dtype).removeprefix("torch."),
-        device=str(loaded.base.device),
-    )
+    head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
     bos = bos_for(loaded, options)
     return {
         **head,
-        "seed": options.seed,
         "versions": {**head["versions"], **_versions()},
-        "command": command,
-        "adapter": loaded.source.adapter,
-        "on": loaded.on,
         "attention": getattr(loaded.base.config, "_attn_implementation", None),
         "bos": None if bos is None else {"id": bos.id, "token": bos.token, "how": bos.how},
         "options": {
@@ -86,15 +74,15 @@ def result_of(one: Result) -> dict[str, Any]:
         "task": measured.task,
         "part": measured.part,
         "metric": measured.metric,
-        "value": _finite(measured.value),
-        "stderr": None if measured.stderr is None else _finite(measured.stderr),
+        "value": finite(measured.value),
+        "stderr": None if measured.stderr is None else finite(measured.stderr),
         "n": measured.n,
         "seconds": round(measured.seconds, 3),
         "nonfinite": measured.nonfinite,
         "higher_is_better": measured.higher_is_better,
         "digest": measured.digest,
         "setting": measured.setting,
-        "samples": [_finite(value) for value in measured.samples],
+        "samples": [finite(value) for value in measured.samples],
         "weights": None if measured.weights is None else list(measured.weights),
         "answers": list(measured.answers),
     }
@@ -213,8 +201,8 @@ def _pair(row: Row, reference: Row, found: Paired | None) -> dict[str, Any]:
         "attack": row.attack,
         "beside": {"model": reference.model, "attack": reference.attack},
         "kind": None if found is None else found.kind,
-        "value": None if found is None else _finite(found.value),
-        "interval": None if interval is None else [_finite(value) for value in interval],
+        "value": None if found is None else finite(found.value),
+        "interval": None if interval is None else [finite(value) for value in interval],
         "n": None if found is None else found.n,
     }
 
@@ -225,7 +213,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,9 +8,9 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mwtool.document import write
 from mwtool.errors import OutputError
 from mwtool.verdict import named, ratio_of, short
+from mwtool.whole import write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

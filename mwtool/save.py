@@ -1,19 +1,15 @@
 """An attacked model as a checkpoint of its own: the original's files with the rows changed in place.
 
 Files are copied and only the bytes of the attacked tensors are written anew, so that
-shards, names, dtypes and every other tensor stay as they were. All is built under a
-temporary name beside the folder asked for and moved there when it is whole.
+shards, names, dtypes and every other tensor stay as they were.
 """
 
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +19,12 @@ from torch import Tensor
 
 from mwtool import __version__
 from mwtool.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
-from mwtool.errors import BadValue, OutputError, UnsupportedModel
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
 from mwtool.load import Loaded
 from mwtool.source import Source, read_json
 from mwtool.surgery import WRITABLE, Attack, attacked_rows, edited, places
+from mwtool.whole import check_free, filling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +51,7 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
     check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
-    with _one_line(folder), _made(folder) as temporary:
+    with filling(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, new), temporary)
         _copy_small(loaded.source, temporary)
         _record(temporary / RECORD, loaded, ffn, rows, attack)
@@ -69,7 +66,7 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
     """
     _check_tied(loaded)
     check_free(folder)
-    with _one_line(folder), _made(folder) as temporary:
+    with filling(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, _whole(loaded.base)), temporary)
         _copy_small(loaded.source, temporary)
 
@@ -103,75 +100,6 @@ def _check_tied(loaded: Loaded) -> None:
                 f"the adapter changes {pair[0]} or {pair[1]}, which the checkpoint holds once for both; untie them in "
                 f"the base model, or merge and save it with PEFT, then ablate that"
             )
-
-
-def check_free(folder: Path) -> None:
-    """Raise OutputError before the work begins if `folder` could not be written after it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} does not exist; make it, or save elsewhere")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder} cannot be written: no permission")
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, moved there when the block ends well, removed when it does not.
-
-    A killed process leaves it under its temporary name; the next one clears it away.
-    """
-    target = folder.absolute()
-    temporary = target.with_name(f".{target.name}.incomplete")
-    handle = _claim(temporary)
-    try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
-            _sync(file)
-        temporary.replace(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
-
-
-def _claim(temporary: Path) -> int:
-    """Make the folder, empty, and this process's alone until the handle that is returned is closed.
-
-    Raises OutputError where another process is filling it.
-    """
-    temporary.mkdir(exist_ok=True)
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere") from None
-    except OSError:  # a file system without locks: nobody else is taken to be at work
-        pass
-    for left in temporary.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return handle
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as fault:
-        reason = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
-        raise OutputError(f"{folder} cannot be written: {reason}; nothing was left there") from fault
 
 
 def _attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:

@@ -26,12 +26,12 @@ from mwtool.ablate import Ablation, Run, Sweep, ablate, ablated
 from mwtool.ablate_document import ablate_document
 from mwtool.ablate_report import ablate_report
 from mwtool.continuation import continuations, prompt_ids
-from mwtool.document import scan_document
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.evaluate import prepare
 from mwtool.load import Loaded, load
 from mwtool.measured import Measured, Options
 from mwtool.plots import _curves, plot_ablation
+from mwtool.scan_document import scan_document
 from mwtool.surgery import Attack, edited, parse_mode
 from mwtool.targets import Choice, Target, find_targets, norm_rows, random_rows
 from mwtool.tasks import parse_tasks

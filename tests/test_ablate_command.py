@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 from typer import BadParameter
 
 from mwtool.cli.ablate import numbers
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 import mwtool
 from mwtool.cli import app
-from mwtool.document import scan_document
+from mwtool.scan_document import scan_document
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

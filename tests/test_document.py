@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 import mwtool
 from mwtool import MwtoolError, Scan, Settings
-from mwtool.document import check_writable, scan_document, text_of, write
+from mwtool.document import text_of
 from mwtool.errors import BadValue, OutputError
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.published import PUBLISHED, published
+from mwtool.scan_document import scan_document
+from mwtool.whole import check_writable, write
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
 SCAN = "massive layers attribution growth layers_walked stopped intermediate_peak_layer super_weights weights bos sun"

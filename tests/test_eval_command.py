@@ -22,8 +22,9 @@ from test_ablate import WORDS, with_tokenizer
 from test_eval import CHOICES, CLOZE, rows
 from transformers import AutoModelForCausalLM
 
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from peft import AutoPeftModelForCausalLM
 from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
 
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 QUICK = "--rank 4 --lr 1e-2 --max-length 16 --batch-size 2 --effective-batch 4 --dropout 0.1 --device cpu".split()
 

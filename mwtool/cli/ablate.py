@@ -151,7 +151,7 @@ def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | No
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
     """Everything that is to be written can be, as far as one can know before."""
-    from mwtool.document import check_writable
+    from mwtool.whole import check_writable
 
     for file in (output, plot):
         if file is not None:
@@ -161,7 +161,7 @@ def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None
 
         check_plottable(plot)
     if save is not None:
-        from mwtool.save import check_free
+        from mwtool.whole import check_free
 
         check_free(save)
 
@@ -206,8 +206,9 @@ def _give(
     """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablate_document import ablate_document
     from mwtool.cli.terminal import command_line, note
-    from mwtool.document import text_of, write
+    from mwtool.document import text_of
     from mwtool.save import save_attacked
+    from mwtool.whole import write
 
     if save is not None:
         attack = found.runs[0].attack

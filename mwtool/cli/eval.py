@@ -92,11 +92,11 @@ def evaluate(
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
-    from mwtool.document import check_writable
     from mwtool.evaluate import check
     from mwtool.measured import Options
     from mwtool.surgery import parse_attack
     from mwtool.tasks import parse_tasks
+    from mwtool.whole import check_writable
 
     measuring = Options(
         batch_size=batch_size,
@@ -188,7 +188,7 @@ class _Run:
         return text_of_results(document)
 
     def _write(self) -> None:
-        from mwtool.document import write
+        from mwtool.whole import write
 
         if self.output is not None:
             write(self.output, self.text())

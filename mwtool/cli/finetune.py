@@ -239,7 +239,7 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.finetune_document import RECORD
-    from mwtool.save import check_free
+    from mwtool.whole import check_free
 
     if resume and (folder / RECORD).exists():
         note(f"{folder} holds a run that has ended; there is nothing to go on with")

@@ -55,8 +55,10 @@ def scan(
     from mwtool.analysis import Thresholds
     from mwtool.bos import PROMPT
     from mwtool.cli.terminal import command_line, note
-    from mwtool.document import check_writable, scan_document, text_of, write
+    from mwtool.document import text_of
     from mwtool.scan import Settings
+    from mwtool.scan_document import scan_document
+    from mwtool.whole import check_writable, write
 
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
