@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared, prepare
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
 from mwtool.measured import Measured, OnProgress, Options
 from mwtool.override import averaging
 from mwtool.perplexity import check_vocabulary
 from mwtool.registry import adapter_for
-from mwtool.scan import decoder_layers
 from mwtool.surgery import Attack, edited, parse_mode, rows_of
 from mwtool.targets import Target, norm_rows, random_rows
 from mwtool.tasks import Task

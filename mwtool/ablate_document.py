@@ -9,7 +9,7 @@ from mwtool.ablate import Ablation, Run
 from mwtool.document import envelope_of, finite
 from mwtool.load import Loaded
 from mwtool.measured import Measured
-from mwtool.verdict import Ratio, Verdict, named, ratio_of
+from mwtool.verdict import Ratio, Verdict, named, points_of, ratio_of
 
 SCHEMA = "mwtool.ablate/1"
 
@@ -53,6 +53,7 @@ def _task(name: str, one: Measured) -> dict[str, Any]:
 def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
     results = named(run.measured)
     ratios = {name: ratio_of(one, baseline[name]) for name, one in results.items()}
+    changes = {name: points_of(one, baseline[name]) for name, one in results.items()}
     return {
         "mode": run.attack.name,
         "k": run.attack.k,
@@ -64,14 +65,9 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "results": {name: finite(one.value) for name, one in results.items()},
         "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
         "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
-        "delta": {name: _delta(one, baseline[name]) for name, one in results.items()},
+        "delta": {name: None if points is None else finite(points) for name, points in changes.items()},
         "nonfinite": _nonfinite(results),
     }
-
-
-def _delta(one: Measured, baseline: Measured) -> float | None:
-    """Points of an accuracy won or lost; null for a perplexity."""
-    return finite(100 * (one.value - baseline.value)) if one.weights is None else None
 
 
 def _verdict(one: Verdict) -> dict[str, Any]:

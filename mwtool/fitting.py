@@ -1,15 +1,29 @@
-"""Whether what an adapter says fits the model: every slice, hook and module exists, and the shapes go together."""
+"""What an adapter says of each layer, and whether it fits the model: all it names exists, and shapes go together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from mwtool.errors import BadPlugin
+from mwtool.errors import BadCheckpoint, BadPlugin
 from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig
+
+
+def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
+    """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
+    total: int = config.get_text_config().num_hidden_layers
+    if total < 1:
+        raise BadCheckpoint(f"the configuration states {total} decoder layers; expected at least 1")
+    layers = [adapter.layer(config, index) for index in range(total)]
+    for layer in layers:
+        fault = _misdescribed(layer)
+        if fault:
+            raise BadPlugin(f"{adapter}, asked for {config.model_type!r}, gave {fault}")
+    return layers
 
 
 def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module) -> None:
@@ -21,6 +35,26 @@ def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module
         fault = next(_faults(layer, model), None)
         if fault is not None:
             raise BadPlugin(f"{adapter} does not fit {type(model).__name__}: {fault}")
+
+
+def _misdescribed(layer: object) -> str | None:
+    """What is wrong with an adapter's description of a layer, before any model is looked at."""
+    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
+        return f"{layer!r}; expected a DecoderLayer with FFNs"
+    experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
+    others = [ffn for ffn in layer.ffns if ffn.expert is None]
+    if not isinstance(layer.scale, int | float):
+        return f"scale {layer.scale!r} in {layer.path}; expected a number"
+    if any(ffn.hook is None for ffn in others):
+        return f"an FFN without a hook in {layer.path}; only routed experts have none"
+    if experts != list(range(len(experts))):
+        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
+    if (layer.experts is None) == bool(experts) or len(others) > 1:
+        return (
+            f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
+            f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
+        )
+    return None
 
 
 def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:

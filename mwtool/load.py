@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.checkpoint import open_checkpoint
 from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
-from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
+from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
 from mwtool.source import Source, locate, model_class, unusable
 from mwtool.surgery import WRITABLE
 

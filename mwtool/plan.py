@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from mwtool.data import Data, Form, read_data
 from mwtool.encoding import Encoded, encode, split
 from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.fitting import decoder_layers
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
 from mwtool.registry import adapter_for
-from mwtool.scan import OnLayer, Settings, decoder_layers, scan_checkpoint
+from mwtool.scan import OnLayer, Settings, scan_checkpoint
 from mwtool.source import Source, model_class
 
 if TYPE_CHECKING:

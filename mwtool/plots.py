@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import OutputError
-from mwtool.verdict import named, ratio_of, short
+from mwtool.verdict import named, points_of, ratio_of, short
 from mwtool.whole import write
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _points(runs: list[Run], found: Ablation, task: str, *, layers: bool) -> dic
     for run in sorted(runs, key=lambda one: (one.target.layer, one.attack.k)):
         one = named(run.measured)[task]
         ratio = ratio_of(one, plain)
-        change = 100 * (one.value - plain.value) if plain.weights is None else None if ratio is None else ratio.value
+        change = points_of(one, plain) if ratio is None else ratio.value
         if change is not None and math.isfinite(change):
             points.setdefault(run.target.layer if layers else run.attack.k, []).append(change)
     return points

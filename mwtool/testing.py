@@ -21,10 +21,9 @@ from torch import nn
 
 from mwtool.conformance import BOS, CHECKS
 from mwtool.errors import BadPlugin, MwtoolError
-from mwtool.fitting import check_fit
+from mwtool.fitting import check_fit, decoder_layers
 from mwtool.layout import Adapter
 from mwtool.registry import Installed
-from mwtool.scan import decoder_layers
 from mwtool.source import model_class
 
 if TYPE_CHECKING:

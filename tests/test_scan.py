@@ -184,8 +184,8 @@ def test_the_checkpoint_is_never_written(tmp_path: Path) -> None:
 
 def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Counted at every layer's end from inside the walk: all other layers are on the meta device."""
+    from mwtool.fitting import decoder_layers
     from mwtool.registry import adapter_for
-    from mwtool.scan import decoder_layers
     from mwtool.source import locate
     from mwtool.states import walk
     from mwtool.stream import open_stream

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.registry import adapter_for, installed
-from mwtool.scan import decoder_layers
 from mwtool.source import model_class
 from mwtool.states import recompute
 from mwtool.testing import random_model, tiny_config

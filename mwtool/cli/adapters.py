@@ -32,7 +32,7 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
         return
     from rich.console import Console
 
-    from mwtool.report import adapters_table
+    from mwtool.adapters_report import adapters_table
 
     Console().print(adapters_table(plugins))
 
@@ -57,7 +57,7 @@ def check(
     else:
         from rich.console import Console
 
-        from mwtool.report import conformance_table
+        from mwtool.adapters_report import conformance_table
 
         Console().print(conformance_table(results))
     failed = [result for result in results if result.fault is not None]

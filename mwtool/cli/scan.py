@@ -104,7 +104,7 @@ def _scan(
 def _show(found: Scan) -> None:
     from rich.console import Console
 
-    from mwtool.report import scan_report
+    from mwtool.scan_report import scan_report
 
     console = Console()
     console.print(scan_report(found, console.width))

@@ -1,9 +1,9 @@
-"""Results as text for people, with Rich. Knows results only; computes nothing."""
+"""A scan as text for people, with Rich: the layers, the rows, what they carry and where they are stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from mwtool.massive import MassiveWeights
     from mwtool.ranking import Router
-    from mwtool.registry import Plugin
     from mwtool.scan import Scan
-    from mwtool.testing import Conformance
 
 
 def scan_report(scan: Scan, width: int) -> RenderableType:
@@ -36,30 +34,6 @@ def scan_report(scan: Scan, width: int) -> RenderableType:
     else:
         parts.extend([_verdict(scan, scan.massive), _rows(scan.massive), *_consequences(scan, scan.massive)])
     return Group(*parts)
-
-
-def adapters_table(plugins: Sequence[Plugin]) -> Table:
-    """Installed adapters: model type, the object that serves it, and the distribution it came with."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("model type", "adapter", "distribution", "version"):
-        table.add_column(column)
-    for plugin in plugins:
-        table.add_row(plugin.model_type, plugin.value, plugin.distribution, plugin.version)
-    return table
-
-
-def conformance_table(results: Sequence[Conformance]) -> Table:
-    """One row a model type, one column a check; a check that was not tried is left empty."""
-    table = Table(box=None, pad_edge=False)
-    names = results[0].names if results else ()
-    table.add_column("model type", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="center")
-    table.add_column("from", overflow="fold")  # a distribution's name is never cut
-    for result in results:
-        marks = {check.name: "[green]✓[/]" if check.passed else "[bold red]✗[/]" for check in result.checks}
-        table.add_row(result.model_type, *[marks.get(name, "") for name in names], result.source)
-    return table
 
 
 def _heading(scan: Scan) -> RenderableType:
