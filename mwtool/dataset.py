@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mwtool.errors import ModelNotFound
+from mwtool.errors import ModelNotFound, line_of
 
 
 def reaching(what: str, ask: Callable[[], Any], instead: str) -> Any:
@@ -20,5 +20,4 @@ def reaching(what: str, ask: Callable[[], Any], instead: str) -> Any:
     try:
         return ask()
     except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as fault:
-        line = str(fault).strip().partition("\n")[0] or type(fault).__name__
-        raise ModelNotFound(f"{what} cannot be had ({line}); {instead}") from fault
+        raise ModelNotFound(f"{what} cannot be had ({line_of(fault)}); {instead}") from fault

@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.checkpoint import open_checkpoint
-from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
+from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel, line_of
 from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
@@ -179,10 +179,10 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
             **options,
         )
     except ImportError as fault:  # a quantization library that is not installed
-        raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
+        raise UnsupportedModel(f"{source.name} cannot be loaded here: {line_of(fault)}") from fault
     except faults as fault:
         _blame_file(source)
-        raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+        raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
     finally:
         logger.removeFilter(silence)
     model, info = loaded
@@ -235,13 +235,4 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return PeftModel.from_pretrained(base, adapter).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
-        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {_line(fault)}") from fault
-
-
-def _line(fault: BaseException) -> str:
-    first, _, rest = str(fault).strip().partition("\n")
-    if first.endswith(":"):  # the reason comes below
-        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
-    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
-        return f"{type(fault).__name__} {first}".strip()
-    return first or type(fault).__name__
+        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault
