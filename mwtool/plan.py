@@ -16,7 +16,8 @@ from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
 from mwtool.registry import adapter_for
 from mwtool.scan import OnLayer, Settings, scan_checkpoint
-from mwtool.source import Source, model_class
+from mwtool.skeleton import empty_model
+from mwtool.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,16 +141,6 @@ def make_plan(
     )
     recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
     return plan
-
-
-def empty_model(source: Source) -> PreTrainedModel:
-    """The model's modules and shapes, on the meta device."""
-    import torch
-
-    config = source.config()
-    with torch.device("meta"):
-        made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
-    return made
 
 
 def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """A model whose weights come and go with its forward: one decoder layer in memory at a time.
 
-The model is built without weights (accelerate), and each decoder layer reads its own
+The model is built without weights, and each decoder layer reads its own
 from the checkpoint when its forward begins and drops them when it ends. Renaming,
 conversion, casting and dequantization are transformers' own, so a layer holds what
 `from_pretrained` would have given it. Of an embedding only the rows asked for are read.
@@ -18,18 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from mwtool.checkpoint import Checkpoint, open_checkpoint
-from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.errors import BadCheckpoint
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
-from mwtool.source import model_class, unusable
+from mwtool.skeleton import build
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from mwtool.source import Source
-
-DEQUANTIZABLE = ("fp8", "mxfp4")
-"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
 
 
 @dataclass
@@ -263,65 +260,13 @@ def open_stream(
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
-
     checkpoint = open_checkpoint(source)
-    torch_dtype = resolve_dtype(dtype, config, checkpoint)
-    quantizer = _dequantizer(source, config)
-    try:
-        with _without_weights():
-            model = model_class(config).from_config(
-                config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code
-            )
-    except unusable() as fault:
-        line = " ".join(f"{type(fault).__name__} {fault}".split())
-        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
-    model.tie_weights()  # not inside the block, which gives every module a parameter of its own
-    parameters = model.num_parameters()
-    if quantizer is not None:
-        with _without_weights():
-            quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
-    model.eval().requires_grad_(requires_grad=False)
-    for name, buffer in model.named_buffers():
-        _set_buffer(model, name, buffer.to(device))
-    mapping: Any = get_model_conversion_mapping(model, None, quantizer)
-    load_config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=torch_dtype,
-        dtype_plan=model._get_dtype_plan(torch_dtype),  # noqa: SLF001 - the only way to the fp32 exceptions of a model class
-        hf_quantizer=quantizer,
-        weight_mapping=mapping,
-    )
-    tensors = tensor_map(model, list(checkpoint.files), layers, experts, mapping or [])
+    built = build(source, config, checkpoint, dtype, device)
+    tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
-    return Stream(model, checkpoint, layers, parameters, place, load_config, tensors.names, tensors.experts)
-
-
-def resolve_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
-    if dtype != "auto":
-        named: torch.dtype = getattr(torch, dtype)
-        return named
-    stated = config.dtype or config.get_text_config().dtype
-    if isinstance(stated, torch.dtype):
-        return stated
-    for name in checkpoint.files:
-        with checkpoint.tensors([name]) as tensors:
-            stored: torch.dtype = tensors[name][:1].dtype
-        if stored.is_floating_point and stored.itemsize > 1:
-            return stored
-    return torch.float32
-
-
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Build modules with parameters on the meta device; buffers (rotary frequencies) are computed for real."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        yield
+    return Stream(
+        built.model, checkpoint, layers, built.parameters, place, built.load_config, tensors.names, tensors.experts
+    )
 
 
 @contextmanager
@@ -338,34 +283,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(stated.quant_method)
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModel(
-            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
-        )
-    if isinstance(stated, dict):
-        stated["dequantize"] = True
-    quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
-    return quantizer
-
-
 def _called_with_ids(embedding: nn.Embedding) -> bool:
     """Whether its forward takes token ids first; OPT's positions, for one, take a mask and are read whole."""
     name = next(iter(inspect.signature(embedding.forward).parameters))
     return name in ("input", "input_ids")
-
-
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._buffers[leaf] = value  # noqa: SLF001 - keeps it non-persistent, as register_buffer would not
 
 
 def _drop(module: nn.Module) -> None:
