@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.ablate import DeviceMap
 from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="none, zero:K, retain:K or scale:X:K; repeatable.", show_default="none"),
     ] = None,
-    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    massive: options.Massive = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
     compare: Annotated[
         bool,
@@ -80,9 +79,7 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
-    ] = None,
+    device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -111,8 +108,14 @@ def evaluate(
     attacks = tuple(dict.fromkeys(map(parse_attack, attack or ["none"])))
     if output is not None:
         check_writable(output)
-    opening: dict[str, Any] = {"on": on.value, "revision": revision, "dtype": dtype.value, "device": device}
-    opening |= {"device_map": None if device_map is None else device_map.value, "trust_remote_code": trust_remote_code}
+    opening = options.opening(
+        on=on,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
     run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
@@ -194,15 +197,14 @@ class _Run:
             write(self.output, self.text())
 
     def _evaluate(self, model: str) -> None:
-        from mwtool.cli.terminal import note, run_progress
+        from mwtool.cli.terminal import note, note_all, run_progress
         from mwtool.eval_document import earlier_results
         from mwtool.evaluate import evaluate
         from mwtool.load import load
 
         loaded = load(model, **self.opening)
         massive, notes = self._massive(loaded)
-        for line in (*loaded.notes, *notes):
-            note(line)
+        note_all((*loaded.notes, *notes))
         document = self._document(loaded, massive)
         earlier = (
             []

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mwtool.cli import options
+from mwtool.cli import options, process
 from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
     from mwtool.curriculum import Curriculum
+    from mwtool.finetune import Telling
     from mwtool.plan import Asked, Plan
     from mwtool.recipe import Recipe
 
@@ -109,7 +109,7 @@ def finetune(
     k: Annotated[int | None, typer.Option("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
     scope: Annotated[Scope | None, typer.Option(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, typer.Option(help="A mask for each of these.", show_default="step")] = None,
-    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    massive: options.Massive = None,
     allow_none: Annotated[
         bool, typer.Option("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
@@ -146,7 +146,7 @@ def finetune(
     from mwtool.recipe import Recipe
 
     quiet_libraries()
-    place = _device(device)
+    place = process.training_device(device)
     recipe = Recipe(
         curriculum=curriculum,
         peft=peft.value,
@@ -167,7 +167,7 @@ def finetune(
         quantize=None if quantize is None else "4bit",
         eval_share=eval_share,
         seed=seed,
-        dtype=_precision(dtype, place),
+        dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
     asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
@@ -177,14 +177,14 @@ def finetune(
     if dry_run or output is None:
         _show_plan(plan, json=json)
         return
-    telling = _Telling(logging_steps, save_steps, tuple(report_to or ()))
+    from mwtool.finetune import Telling
+
+    telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
     _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
     """The curriculum of `--macdrop`, with what other flags say about it."""
-    from dataclasses import replace
-
     from mwtool.curriculum_file import read_curriculum
 
     read = read_curriculum(text)
@@ -209,31 +209,6 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
     console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
-def _device(asked: str) -> str:
-    """Where this process trains; under a launcher, one of several, on a card of its own."""
-    import torch
-
-    if asked not in ("auto", "cpu", "cuda", "mps"):
-        raise typer.BadParameter(
-            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a card"
-        )
-    if asked == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        asked = "cpu" if on_cpu else found
-    card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if asked == "cuda" else asked
-    return options.usable(card)
-
-
-def _precision(asked: DType, device: str) -> str:
-    if asked is not DType.auto:
-        return asked.value
-    import torch
-
-    able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if able else "float32"
-
-
 def _ended(folder: Path, *, resume: bool) -> bool:
     """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
     from mwtool.cli.terminal import note
@@ -244,7 +219,7 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     if resume and (folder / RECORD).exists():
         note(f"{folder} holds a run that has ended; there is nothing to go on with")
         return True
-    if resume or os.environ.get("RANK", "0") != "0":  # the first process looks, before it fills the folder
+    if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
         check_free(folder)
@@ -255,22 +230,16 @@ def _ended(folder: Path, *, resume: bool) -> bool:
 
 
 def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
-    from mwtool.cli.terminal import layer_progress, note
+    from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.plan import make_plan
     from mwtool.source import locate
 
     source = locate(model, revision, trust_remote_code=trust)
-    for line in source.notes:
-        note(line)
+    note_all(source.notes)
     with layer_progress() as on_layer:
-        plan = make_plan(source, recipe, asked, processes=_processes(), on_layer=on_layer)
-    for line in plan.notes:
-        note(line)
+        plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
+    note_all(plan.notes)
     return plan
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _show_plan(plan: Plan, *, json: bool) -> None:
@@ -289,24 +258,16 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
     console.print(plan_report(plan, needed, console.width))
 
 
-@dataclass(frozen=True, slots=True)
-class _Telling:
-    logging_steps: int | None
-    save_steps: int | None
-    loggers: tuple[str, ...]
-
-
-def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bool, merge: bool, json: bool) -> None:
-    from mwtool.cli.terminal import command_line, note, step_progress
-    from mwtool.finetune import Telling, train, with_adapter
+def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: bool, merge: bool, json: bool) -> None:
+    from mwtool.cli.terminal import command_line, note, note_all, step_progress
+    from mwtool.finetune import train, with_adapter
     from mwtool.finetune_document import finetune_document
     from mwtool.outcome import leave
     from mwtool.resume import newest
 
     settings = plan.settings()
     found, notes = newest(folder, settings) if resume else (None, ())
-    for line in notes:
-        note(line)
+    note_all(notes)
     if resume:
         note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
     model = with_adapter(plan.source, plan.recipe, device)
@@ -319,13 +280,13 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
             folder,
             settings=settings,
             resume=found,
-            telling=Telling(telling.logging_steps, telling.save_steps, telling.loggers, on_step),
+            telling=replace(telling, on_step=on_step),
             processes=plan.processes,
         )
     if trained.stopped_by is not None:
         note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
         raise typer.Exit(128 + trained.stopped_by)
-    if os.environ.get("RANK", "0") == "0":
+    if process.first():
         document = finetune_document(plan, trained, device=device, command=command_line())
         leave(document, trained, folder, merge=merge)
         _show(document, folder, json=json)

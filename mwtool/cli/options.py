@@ -30,6 +30,29 @@ class On(StrEnum):
     merged = "merged"
 
 
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model over devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
+def opening(
+    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `mwtool.load.load` is told of the options with which a whole model is opened."""
+    return {
+        "on": on.value,
+        "revision": revision,
+        "dtype": dtype.value,
+        "device": device,
+        "device_map": None if device_map is None else device_map.value,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
 def _debug(on: bool) -> None:
     if on:
         os.environ["MWTOOL_DEBUG"] = "1"
@@ -94,6 +117,11 @@ Model = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
 Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Spread = Annotated[
+    DeviceMap | None,
+    typer.Option("--device-map", help="Spread over all devices, as accelerate does.", show_default=False),
+]
+Massive = Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]

@@ -54,7 +54,7 @@ def scan(
     """Find the massive weights of a model, one decoder layer in memory at a time."""
     from mwtool.analysis import Thresholds
     from mwtool.bos import PROMPT
-    from mwtool.cli.terminal import command_line, note
+    from mwtool.cli.terminal import command_line, note_all
     from mwtool.document import text_of
     from mwtool.scan import Settings
     from mwtool.scan_document import scan_document
@@ -67,8 +67,7 @@ def scan(
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
     found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
-    for line in found.notes:
-        note(line)
+    note_all(found.notes)
     text = text_of(scan_document(found, command_line()))
     if output is not None:
         write(output, text)

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mwtool.cli import process
+
 if TYPE_CHECKING:
     from mwtool.watch import Step
 
-_RANK = os.environ.get("RANK", "0")
+_stderr = Console(stderr=True, soft_wrap=True, quiet=not process.first())
 """Of several processes that train together, the first one shows progress and notes."""
-_stderr = Console(stderr=True, soft_wrap=True, quiet=_RANK != "0")
 
 
 def note(line: str) -> None:
@@ -28,9 +29,15 @@ def note(line: str) -> None:
     _stderr.print(Text.assemble(("note: ", "dim"), line))
 
 
+def note_all(lines: Iterable[str]) -> None:
+    """Each once, in their order."""
+    for line in dict.fromkeys(lines):
+        note(line)
+
+
 def fail(line: str) -> None:
     """One line, whatever the message holds."""
-    where = "" if _RANK == "0" else f"process {_RANK}: "
+    where = "" if process.first() else f"process {process.rank()}: "
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), where, " ".join(line.split())))
 
 
