@@ -15,8 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from test_ablate import WORDS, digest, perplexity_of, planted, text_of
-from test_perplexity import adding_bos
+from words import WORDS, adding_bos, perplexity_of, planted, text_of
 
 from mwtool import harness
 from mwtool.ablate import Sweep, ablate
@@ -166,7 +165,7 @@ def test_answers_are_those_of_greedy_decoding_one_prompt_at_a_time(loaded: Loade
 
 
 def test_an_attacked_evaluation_gives_what_ablate_gives_and_leaves_the_model_as_it_was(loaded: Loaded) -> None:
-    before, tasks, options = digest(loaded.base), parse_tasks([text_of(loaded)]), Options(window=16)
+    before, tasks, options = tiny.digest(loaded.base), parse_tasks([text_of(loaded)]), Options(window=16)
     targets, _ = find_targets(loaded, Choice(), 3, Settings())
     swept = ablate(loaded, targets, tasks, Sweep(ks=(3,), draws=0), options)
     massive, _ = massive_for(loaded, settings=Settings(k=3))
@@ -175,7 +174,7 @@ def test_an_attacked_evaluation_gives_what_ablate_gives_and_leaves_the_model_as_
     assert plain.measured.value == swept.baseline[0].value == pytest.approx(perplexity_of(loaded), rel=1e-6)
     assert [zeroed.measured.samples, retained.measured.samples] == [run.measured[0].samples for run in swept.runs]
     assert zeroed.measured.value != plain.measured.value
-    assert digest(loaded.base) == before
+    assert tiny.digest(loaded.base) == before
 
 
 def test_what_cannot_be_attacked_is_refused_before_anything_runs(loaded: Loaded) -> None:

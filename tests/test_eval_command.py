@@ -18,9 +18,9 @@ import tiny
 import torch
 from command import run, run_apart
 from peft import LoraConfig, get_peft_model
-from test_ablate import WORDS, with_tokenizer
 from test_eval import CHOICES, CLOZE, rows
 from transformers import AutoModelForCausalLM
+from words import WORDS, planted_folder, with_tokenizer
 
 from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
@@ -29,9 +29,7 @@ from mwtool.scan_document import scan_document
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from command import Ran, run, run_apart
 from peft import AutoPeftModelForCausalLM
-from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
+from words import planted_folder
 
 from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
@@ -28,9 +27,7 @@ QUICK = "--rank 4 --lr 1e-2 --max-length 16 --batch-size 2 --effective-batch 4 -
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 def arguments(folder: Path, *more: object) -> list[object]:

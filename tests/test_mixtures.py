@@ -12,8 +12,8 @@ import tiny
 import torch
 from command import run
 from safetensors.torch import load_file
-from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
+from words import with_tokenizer
 
 from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
 from mwtool.checkpoint import Checkpoint

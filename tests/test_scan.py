@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -148,10 +147,10 @@ def test_row_shares_and_count_agree_with_a_plain_recomputation(tmp_path: Path) -
 
 def test_scanning_in_memory_leaves_weights_hooks_and_mode_alone() -> None:
     model = tiny.model("llama").train()
-    before = digest(model)
+    before = tiny.digest(model)
     scan_model(model)
     assert model.training
-    assert digest(model) == before
+    assert tiny.digest(model) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -276,7 +275,3 @@ def test_dtype_is_obeyed(tmp_path: Path, dtype: str) -> None:
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     assert found.dtype == dtype
     assert_equal(found.states[-1].hidden, scan_model(full).states[-1].hidden, getattr(torch, dtype))
-
-
-def digest(model: PreTrainedModel) -> str:
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from mwtool.fitting import decoder_layers
@@ -64,6 +66,15 @@ def opened(folder: Path) -> PreTrainedModel:
     """`from_pretrained` as anyone would call it, by the automatic class that fits."""
     model: PreTrainedModel = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     return model
+
+
+def digest(made: nn.Module) -> str:
+    """Of everything a checkpoint would hold, names and bytes."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(made.state_dict().items()):
+        state.update(name.encode())
+        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def layers_of(made: PreTrainedModel) -> list[DecoderLayer]:
