@@ -186,7 +186,17 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
     finally:
         logger.removeFilter(silence)
     model, info = loaded
-    # transformers fills what is absent with random numbers and goes on
+    _check_whole(source, info)
+    if model.get_input_embeddings().weight.is_meta:
+        raise UnsupportedModel(
+            f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
+        )
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def _check_whole(source: Source, info: dict[str, Any]) -> None:
+    """Raise BadCheckpoint for what transformers fills with random numbers and goes on."""
     absent = sorted(info["missing_keys"])
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -197,12 +207,6 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         raise BadCheckpoint(
             f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
         )
-    if model.get_input_embeddings().weight.is_meta:
-        raise UnsupportedModel(
-            f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
-        )
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
 
 
 def _blame_file(source: Source) -> None:

@@ -93,16 +93,7 @@ def make_plan(
 
     Raises BadValue, ModelNotFound, or what the model's files give reason to.
     """
-    if source.adapter is not None:
-        raise BadValue(
-            f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
-        )
-    recipe.accumulation(processes)
-    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
-        raise UnsupportedModel(
-            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
-            "use --peft lora, or leave out --quantize"
-        )
+    _check_possible(source, recipe, processes)
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise BadValue(f"{source.name} has no tokenizer; training needs one to read text")
@@ -141,6 +132,20 @@ def make_plan(
     )
     recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
     return plan
+
+
+def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
+    """What can be said against a run before anything is read."""
+    if source.adapter is not None:
+        raise BadValue(
+            f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
+        )
+    recipe.accumulation(processes)
+    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
+        raise UnsupportedModel(
+            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
+            "use --peft lora, or leave out --quantize"
+        )
 
 
 def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tuple[str, ...]]:
