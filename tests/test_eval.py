@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from words import WORDS, adding_bos, perplexity_of, planted, text_of
+from questions import CHOICES, CLOZE, OPTIONS, rows, words
+from words import adding_bos, perplexity_of, planted, text_of
 
 from mwtool import harness
 from mwtool.ablate import Sweep, ablate
@@ -33,29 +34,9 @@ from mwtool.tasks import Task, parse_tasks
 from mwtool.verdict import student_t
 
 
-def words(start: int, count: int) -> str:
-    return " ".join(WORDS[(start * 11 + 5 * at * at) % 40] for at in range(count))
-
-
-CHOICES = [
-    {"query": words(n, 3 + n % 4), "choices": [words(n + 7 * c, 1 + (n + c) % 3) for c in range(3)], "gold": n % 3}
-    for n in range(11)
-]
-OPTIONS = [
-    {"context_options": [words(n, 4), words(n + 3, 5)], "continuation": words(n + 5, 2), "gold": n % 2}
-    for n in range(5)
-]
-CLOZE = [{"context": words(n, 5), "continuation": words(n + 2, 1)} for n in range(9)]
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return planted(tmp_path_factory.mktemp("model"))
-
-
-def rows(folder: Path, kind: str, found: list[dict[str, Any]]) -> Task:
-    (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    return Task(kind, str(folder / f"{kind}.jsonl"))  # type: ignore[arg-type]
 
 
 def likelihood(loaded: Loaded, context: str, continuation: str) -> float:

@@ -18,7 +18,7 @@ import tiny
 import torch
 from command import run, run_apart
 from peft import LoraConfig, get_peft_model
-from test_eval import CHOICES, CLOZE, rows
+from questions import CHOICES, CLOZE, rows
 from transformers import AutoModelForCausalLM
 from words import WORDS, planted_folder, with_tokenizer
 

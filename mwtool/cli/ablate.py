@@ -91,6 +91,7 @@ def ablate(
     from mwtool.load import load
     from mwtool.measured import Options
     from mwtool.save import check_savable
+    from mwtool.scan import Settings
     from mwtool.surgery import parse_mode
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
@@ -115,7 +116,7 @@ def ablate(
         prompt_ids(loaded, generate, bos)
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     choice = Choice(massive, layer, expert, given, each_layer)
-    targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
+    targets, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
     note_all((*loaded.notes, *notes))
     found = _measured(loaded, targets, tasks, sweep, measuring)
     note_all(found.notes)
@@ -150,12 +151,6 @@ def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None
         from mwtool.whole import check_free
 
         check_free(save)
-
-
-def _scanning(bos: str) -> Any:
-    from mwtool.scan import Settings
-
-    return Settings(bos=bos)
 
 
 def _measured(loaded: Loaded, targets: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
