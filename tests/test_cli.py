@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,3 +249,37 @@ def test_a_reader_that_leaves_early_is_no_error_to_report() -> None:
         running.stdout.close()
         assert running.stderr.read() == ""
     assert running.returncode == 1
+
+
+def test_names_are_shown_as_they_are_whatever_brackets_and_colons_they_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    named = tmp_path / "[red]a:x:[b"
+    shutil.copytree(model, named)
+    (text := tmp_path / "[red]t:x:[b.txt").write_text("plain words " * 40)
+    assert run("scan", named).out.startswith(f"{named}: llama")
+    ran = run("eval", "demo", "--task", f"ppl:{text}", "--limit", 1)
+    assert "ppl:[red]t:x:[b.txt" in ran.out
+
+
+@pytest.mark.parametrize("command", [[], ["scan"], ["ablate"], ["eval"], ["finetune"], ["adapters"]])
+def test_no_help_text_turns_into_pictures(command: list[str]) -> None:
+    assert not re.search("[\u2700-\u27bf\U0001f000-\U0001faff]", run(*command, "--help").out)
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
+    model: Path, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    said = run("scan", model).out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= int(columns)
+    for place in run("scan", model, "--json").document["weights"]:
+        assert f"{place['parameter']} " in said
+
+
+def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert " parameters, bfloat16 on cpu\n" in run("scan", model).out

@@ -53,7 +53,7 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:X:K; repeatable.", show_default="none"),
+        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
     ] = None,
     massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
@@ -120,12 +120,11 @@ def evaluate(
     if json:
         sys.stdout.write(run.text())
         return
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.eval_document import rows_of
     from mwtool.eval_report import eval_report
 
-    Console().print(eval_report(rows_of(run.documents, run.names)))
+    report_console().print(eval_report(rows_of(run.documents, run.names)))
 
 
 def _usage(

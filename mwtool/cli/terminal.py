@@ -23,6 +23,17 @@ _RANK = os.environ.get("RANK", "0")
 _stderr = Console(stderr=True, soft_wrap=True, quiet=_RANK != "0")
 
 
+REDIRECTED = 120
+"""Columns where stdout is a file or a pipe and COLUMNS says nothing: there is no terminal that tables must fit."""
+
+
+def report_console() -> Console:
+    """stdout for people: names are shown as they are, whatever Rich would read into their brackets and colons."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed
+    width = None if terminal or "COLUMNS" in os.environ else REDIRECTED
+    return Console(width=width, markup=False, emoji=False)
+
+
 def note(line: str) -> None:
     """Something decided on the user's behalf, or worth knowing."""
     _stderr.print(Text.assemble(("note: ", "dim"), line))
@@ -79,7 +90,7 @@ def command_line() -> str:
 def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
     """A bar over layers with the bytes read; nothing where stderr is not a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("layers, {task.fields[read]} read"),
@@ -122,7 +133,7 @@ def step_progress() -> Iterator[Callable[[Step], None]]:
 def run_progress() -> Iterator[Callable[[int, int, str], Callable[[int, int], None]]]:
     """A bar over runs, within a run over its windows; nothing where stderr is not a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[run]} of {task.fields[runs]} runs"),
         TimeElapsedColumn(),
