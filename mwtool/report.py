@@ -90,8 +90,8 @@ def _layers(scan: Scan, width: int) -> Table:
         share = f"{scan.attribution[state.layer]:.1%}" if state.layer < len(scan.attribution) else ""
         marked = scan.massive is not None and state.layer == scan.massive.layer
         cells = [f"{'▶ ' if marked else ''}{state.layer}"]
-        for figures, column in ((h, hidden), (z, intermediate)):
-            cells += [_bar(*figures, column, bar)] if width >= DRAWN else []
+        for figures, whole in ((h, hidden), (z, intermediate)):
+            cells += [_bar(*figures, whole, bar)] if width >= DRAWN else []
             cells += map(_number, figures)
         table.add_row(*cells, share, style="bold yellow" if marked else None)
     return table

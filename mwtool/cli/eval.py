@@ -92,12 +92,14 @@ def evaluate(
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    from mwtool.cli.terminal import say_once
     from mwtool.document import check_writable
     from mwtool.evaluate import check
     from mwtool.measured import Options
     from mwtool.surgery import parse_attack
     from mwtool.tasks import parse_tasks
 
+    say_once()
     measuring = Options(
         batch_size=batch_size,
         limit=limit,

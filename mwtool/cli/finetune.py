@@ -59,7 +59,7 @@ class Quantize(StrEnum):
 
 
 def finetune(
-    model: options.Model = "demo",
+    model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."),

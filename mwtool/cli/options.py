@@ -88,9 +88,10 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model.",
+        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
     ),
 ]
+BaseModel = Annotated[str, typer.Argument(metavar="[MODEL]", help="Hub id, local folder, or demo, the bundled model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
 Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]

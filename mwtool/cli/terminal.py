@@ -75,7 +75,11 @@ class _Once(logging.Filter):
 
 
 def say_once() -> None:
-    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward."""
+    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward.
+
+    Which kernels it does without, which it says as soon as PEFT imports it, is not shown at all.
+    """
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     handler = logging.lastResort
     if handler is not None and not any(isinstance(one, _Once) for one in handler.filters):
         handler.addFilter(_Once())
