@@ -109,6 +109,16 @@ def test_a_configuration_file_gives_defaults_and_flags_win(model: Path, tmp_path
     assert flagged["layers_walked"] == tiny.LAYERS
 
 
+def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("plain words " * 40)
+    file = tmp_path / "eval.yaml"
+    tasks = []
+    for value in (f"ppl:{text}", [f"ppl:{text}"]):
+        file.write_text(f"model: demo\ntask: {value}\nattack: none\nlimit: 1\n")
+        tasks.append(run("eval", "--config", file, "--json").document["tasks"])
+    assert tasks == [[f"ppl:{text}"]] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
