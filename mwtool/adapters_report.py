@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from mwtool.registry import Plugin
@@ -31,6 +32,6 @@ def conformance_table(results: Sequence[Conformance]) -> Table:
         table.add_column(name, justify="center")
     table.add_column("from", overflow="fold")  # a distribution's name is never cut
     for result in results:
-        marks = {check.name: "[green]✓[/]" if check.passed else "[bold red]✗[/]" for check in result.checks}
-        table.add_row(result.model_type, *[marks.get(name, "") for name in names], result.source)
+        marks = {check.name: Text("✓", "green") if check.passed else Text("✗", "bold red") for check in result.checks}
+        table.add_row(result.model_type, *[marks.get(name, Text()) for name in names], result.source)
     return table

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mwtool.errors import BadCheckpoint
-from mwtool.source import Source, read_json
+from mwtool.source import Source, gguf_in, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +81,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         return _single(source)
     if source.path(LEGACY) is not None:
         return _legacy(source, [LEGACY])
-    raise BadCheckpoint(
-        f"{source.name} has no weights; expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
-    )
+    expected = f"expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
+    raise BadCheckpoint(f"{source.name} has no weights; {gguf_in(source.folder) or expected}")
 
 
 def open_safetensors(path: Path) -> Any:

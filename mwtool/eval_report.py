@@ -57,7 +57,7 @@ def _answers(rows: Sequence[Row]) -> Iterator[RenderableType]:
             grid = Table.grid(expand=True, padding=(0, 1))
             for _ in same:
                 grid.add_column(ratio=1)
-            grid.add_row(*(Panel(Text(row.measured.answers[at]), title=_name(row, same)) for row in same))
+            grid.add_row(*(Panel(Text(row.measured.answers[at]), title=Text(_name(row, same))) for row in same))
             yield Group(Text(f"\n{short(task)}, prompt {at + 1}: {prompt}"), grid)
         if len(prompts) > SHOWN:
             yield Text(f"\n{len(prompts) - SHOWN} more prompts: their answers are in the document (-o FILE)")

@@ -60,8 +60,10 @@ def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
             f"(if it is private: `hf auth login`)"
         ) from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
+        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
+        here = "" if "/" in repo else f"there is no folder {repo} here, "
         raise ModelNotFound(
-            f"{constants.ENDPOINT} cannot be reached and {repo}{at} is not in the cache; "
+            f"{here}{why} and {repo}{at} is not in the cache; "
             f"give a local folder instead, such as one made by `hf download {repo} --local-dir DIR`"
         ) from fault
     except HTTPError as fault:

@@ -18,7 +18,7 @@ from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
-from mwtool.source import Source, locate, model_class, unusable
+from mwtool.source import ADAPTER_FILES, Source, locate, model_class, unusable
 from mwtool.surgery import WRITABLE
 
 if TYPE_CHECKING:
@@ -228,6 +228,8 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
+    if not any((Path(adapter) / file).exists() for file in ADAPTER_FILES):
+        raise BadCheckpoint(f"the adapter {adapter} has no weights; expected {' or '.join(ADAPTER_FILES)}")
     try:
         config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:

@@ -69,8 +69,8 @@ def adapter_for(model_type: str) -> Installed:
         raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
     if not claims:
         raise UnsupportedModel(
-            f"no adapter for model type {model_type!r}; installed are {_names(p.model_type for p in installed())}. "
-            f"An adapter is a few lines in a package of its own: `mwtool adapters new` writes one"
+            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` starts one, a few lines "
+            f"in a package of its own; installed are {_names(p.model_type for p in installed())}"
         )
     if len(claims) > 1:
         named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -22,13 +21,14 @@ if TYPE_CHECKING:
     from mwtool.scan import Scan
 
 
+DRAWN = 70
+"""Columns from which on the bars have room beside the numbers, which are never cut."""
+
+
 def scan_report(scan: Scan, width: int) -> RenderableType:
     """All a scan found: what was fed, the layers, the rows, and what to do with them."""
-    parts: list[RenderableType] = [
-        _heading(scan),
-        _layers(scan, width),
-        Text("█ median  ─● top-1, on one log scale a column\n", "dim"),
-    ]
+    legend = "█ median  ─● top-1, on one log scale a column\n" if width >= DRAWN else ""
+    parts: list[RenderableType] = [_heading(scan), _layers(scan, width), Text(legend, "dim")]
     if scan.massive is None:
         parts.extend(_nothing(scan))
     else:
@@ -40,10 +40,11 @@ def _heading(scan: Scan) -> RenderableType:
     one, bos = scan.identity, scan.bos
     revision = f" at {one.revision[:12]}" if one.revision else ""
     origin = {"tokenizer": "from the tokenizer", "config": "from config.json", "given": "as given", "none": "not a bos"}
-    return Text.from_markup(
-        f"[bold]{escape(one.model)}[/]{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
+    return Text.assemble(
+        (one.model, "bold"),
+        f"{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
         f"FFN {one.intermediate_size:,}, {scan.parameters:,} parameters, {scan.dtype} on {scan.device}\n"
-        f"fed: {escape(bos.token or '(no tokenizer)')} (id {bos.id}, {origin[bos.how]}) alone at the first position\n"
+        f"fed: {bos.token or '(no tokenizer)'} (id {bos.id}, {origin[bos.how]}) alone at the first position\n",
     )
 
 
@@ -52,26 +53,21 @@ def _layers(scan: Scan, width: int) -> Table:
     bar = max(6, min(24, (width - 58) // 2))
     table.add_column("layer", justify="right")
     for column in ("hidden", "intermediate"):
-        table.add_column(column, no_wrap=True)
-        table.add_column("top-1", justify="right")
-        table.add_column("median", justify="right")
-    table.add_column("share", justify="right")
+        if width >= DRAWN:
+            table.add_column(column, no_wrap=True)
+        table.add_column("top-1" if width >= DRAWN else column, justify="right", no_wrap=True)
+        table.add_column("median", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     hidden = [_measures(state.hidden) for state in scan.states]
     intermediate = [_measures(state.intermediate) for state in scan.states]
     for state, h, z in zip(scan.states, hidden, intermediate, strict=True):
         share = f"{scan.attribution[state.layer]:.1%}" if state.layer < len(scan.attribution) else ""
         marked = scan.massive is not None and state.layer == scan.massive.layer
-        table.add_row(
-            f"{'▶ ' if marked else ''}{state.layer}",
-            _bar(*h, hidden, bar),
-            _number(h[0]),
-            _number(h[1]),
-            _bar(*z, intermediate, bar),
-            _number(z[0]),
-            _number(z[1]),
-            share,
-            style="bold yellow" if marked else None,
-        )
+        cells = [f"{'▶ ' if marked else ''}{state.layer}"]
+        for figures, whole in ((h, hidden), (z, intermediate)):
+            cells += [_bar(*figures, whole, bar)] if width >= DRAWN else []
+            cells += map(_number, figures)
+        table.add_row(*cells, share, style="bold yellow" if marked else None)
     return table
 
 
@@ -109,11 +105,13 @@ def _nothing(scan: Scan) -> Iterator[Text]:
 def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     where = "settles at" if scan.settled is not None else "never settles; it is largest at"
     at = len(scan.attribution) - 1
-    text = Text.from_markup(
-        f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): "
+    text = Text.assemble(
+        (f"Massive layer {massive.layer}", "bold"),
+        f" ({massive.module}; layer {massive.layer + 1} in the paper's count): "
         f"its FFN writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, "
-        f"which {where} layer {at} with {_number(massive.value)}.\n"
-        f"[bold]{massive.count} of {_width(scan, massive):,} rows[/] make up 90 % of it."
+        f"which {where} layer {at} with {_number(massive.value)}.\n",
+        (f"{massive.count} of {_width(scan, massive):,} rows", "bold"),
+        " make up 90 % of it.",
     )
     if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
         text.append(f" Later layers take it to {_number(scan.growth[1])} (layer {scan.growth[0]}).")
@@ -181,7 +179,7 @@ def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableTyp
 
 def _protected(scan: Scan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("parameter")
+    table.add_column("parameter", no_wrap=True)  # a name to copy: the indices give way
     table.add_column("dim", justify="right")
     table.add_column("indices")
     for place in scan.protect:

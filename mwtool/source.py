@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "adapter_model.safetensors"]
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
@@ -155,7 +156,8 @@ def _find(model: str, revision: str | None) -> Source:
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
     if path.is_file():
-        raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
+        packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
+        raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
     source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
     if revision is not None and source.repo is None:
         return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
@@ -167,13 +169,22 @@ def _local(model: str, folder: Path) -> Source:
         sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
         if _original_format(folder) and (sibling / "config.json").exists():
             return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
-        hint = (
-            "it is in the original format, convert it or use its -hf version"
-            if _original_format(folder)
-            else ("expected a model in Hugging Face format")
-        )
-        raise ModelNotFound(f"{model} has no config.json; {hint}")
+        raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
     return Source(model, folder)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a configuration is, and what to give instead of it."""
+    if _original_format(folder):
+        return "it is in the original format, convert it or use its -hf version"
+    return gguf_in(folder) or "expected a model in Hugging Face format"
+
+
+def gguf_in(folder: Path) -> str:
+    """What to do where the weights are packed for llama.cpp; empty where they are not."""
+    packed = next(folder.glob("*.gguf"), None)
+    advice = "is in GGUF, which is not read: give the model it was made from, whose rows are the same"
+    return "" if packed is None else f"{packed.name} {advice}"
 
 
 def _original_format(folder: Path) -> bool:
@@ -236,6 +247,8 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
+    if raw.get("is_encoder_decoder"):
+        raise UnsupportedModel(f"{name} is a {model_type} with an encoder and a decoder, not a causal language model")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if causal is None and model_type in MODEL_MAPPING_NAMES and not any(_causal_like(model_type)):
         raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")

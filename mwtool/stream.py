@@ -62,6 +62,7 @@ class Stream:
                 self._hook(module, self._enter_experts(name), self._leave_experts(name))
             elif not name.startswith(inside) and any(p.is_meta for p in module.parameters(recurse=False)):
                 if isinstance(module, nn.Embedding) and _called_with_ids(module):
+                    module.padding_idx = None  # of use in a backward only, and seldom among the few rows in memory
                     self._hook(module, self._enter_embedding(name), self._leave_embedding)
                 else:
                     self._hook(module, self._enter_other(name), self._leave)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +107,16 @@ def test_a_configuration_file_gives_defaults_and_flags_win(model: Path, tmp_path
     flagged = run("scan", "-k", "2", "--config", file, "--json").document
     assert len(flagged["massive"]["indices"]) == 2
     assert flagged["layers_walked"] == tiny.LAYERS
+
+
+def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("plain words " * 40)
+    file = tmp_path / "eval.yaml"
+    tasks = []
+    for value in (f"ppl:{text}", [f"ppl:{text}"]):
+        file.write_text(f"model: demo\ntask: {value}\nattack: none\nlimit: 1\n")
+        tasks.append(run("eval", "--config", file, "--json").document["tasks"])
+    assert tasks == [[f"ppl:{text}"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -247,3 +259,37 @@ def test_a_reader_that_leaves_early_is_no_error_to_report() -> None:
         running.stdout.close()
         assert running.stderr.read() == ""
     assert running.returncode == 1
+
+
+def test_names_are_shown_as_they_are_whatever_brackets_and_colons_they_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    named = tmp_path / "[red]a:x:[b"
+    shutil.copytree(model, named)
+    (text := tmp_path / "[red]t:x:[b.txt").write_text("plain words " * 40)
+    assert run("scan", named).out.startswith(f"{named}: llama")
+    ran = run("eval", "demo", "--task", f"ppl:{text}", "--limit", 1)
+    assert "ppl:[red]t:x:[b.txt" in ran.out
+
+
+@pytest.mark.parametrize("command", [[], ["scan"], ["ablate"], ["eval"], ["finetune"], ["adapters"]])
+def test_no_help_text_turns_into_pictures(command: list[str]) -> None:
+    assert not re.search("[\u2700-\u27bf\U0001f000-\U0001faff]", run(*command, "--help").out)
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
+    model: Path, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    said = run("scan", model).out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= int(columns)
+    for place in run("scan", model, "--json").document["weights"]:
+        assert f"{place['parameter']} " in said
+
+
+def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert " parameters, bfloat16 on cpu\n" in run("scan", model).out

@@ -346,3 +346,10 @@ def test_lm_eval_is_imported_only_where_a_task_needs_it(folder: Path) -> None:
 @pytest.mark.skipif(not os.environ.get("MWTOOL_HUB"), reason="set MWTOOL_HUB=1 where the Hub can be reached")
 def test_the_papers_tasks_run_from_the_hub() -> None:
     assert run_apart("eval", "--task", "paper", "--limit", "2").code == 0
+
+
+def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
+    ran = run_apart("eval", tmp_path / "adapter", "--task", f"ppl:{folder / 'text.txt'}", "--limit", "1", "--json")
+    assert (ran.code, "kernels" in ran.err) == (0, False)

@@ -123,12 +123,23 @@ def test_weights_cut_short_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_kept_in_a_bin_file_is_applied(tmp_path: Path) -> None:
+    folder, wrapped = with_adapter(tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    assert torch.equal(logits(load(str(folder)).model), logits(wrapped))
+
+
 def test_an_adapter_without_its_base_or_with_damaged_weights_is_refused(tmp_path: Path) -> None:
     folder, _ = with_adapter(tmp_path)
     weights = folder / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
     with pytest.raises(BadCheckpoint, match=r"the adapter .* cannot be applied"):
+        load(str(folder))
+    weights.unlink()
+    with pytest.raises(BadCheckpoint, match=r"the adapter .* has no weights; expected adapter_model\.safetensors or"):
         load(str(folder))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(

@@ -73,7 +73,7 @@ def test_the_adapter_is_found_with_the_distribution_it_came_from(announce: Annou
 
 def test_an_unknown_type_lists_what_is_installed_and_how_to_add_one(announce: Announce) -> None:
     announce(beta="x:Y", alpha="x:Y")
-    with pytest.raises(UnsupportedModel, match=r"'gamma'; installed are alpha, beta\. .*`mwtool adapters new`"):
+    with pytest.raises(UnsupportedModel, match=r"'gamma'; `mwtool adapters new gamma DIR`.* alpha, beta$"):
         adapter_for("gamma")
 
 

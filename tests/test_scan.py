@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mwtool import Settings, scan_checkpoint, scan_model
 from mwtool.errors import BadCheckpoint
 from mwtool.states import LayerState
+from mwtool.testing import random_model
 
 WHOLE = Settings(all_layers=True)
 
@@ -213,6 +214,16 @@ def test_of_the_embedding_only_the_row_of_bos_is_read(tmp_path: Path) -> None:
         weight = model.get_input_embeddings().weight
         weight[torch.arange(64) != tiny.BOS] = float("nan")
     assert len(scan_checkpoint(str(tiny.saved(tmp_path, model))).states) == 8
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "xglm", "gemma3"])
+def test_a_padding_token_anywhere_in_the_vocabulary_changes_nothing(tmp_path: Path, model_type: str) -> None:
+    config = tiny.config(model_type)
+    config.get_text_config().pad_token_id = 7
+    model = random_model(config, dtype=torch.float32, seed=0)
+    found = scan_checkpoint(str(tiny.saved(tmp_path, model)), WHOLE).states
+    for streamed, whole in zip(found, scan_model(model, None, WHOLE).states, strict=True):
+        assert_equal(streamed.hidden, whole.hidden, torch.float32)
 
 
 @pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])

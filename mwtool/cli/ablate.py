@@ -210,9 +210,8 @@ def _give(
 
 
 def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-
     from mwtool.ablate_report import ablate_report
+    from mwtool.cli.terminal import report_console
 
-    console = Console()
+    console = report_console()
     console.print(ablate_report(found, said, console.width))

@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:X:K; repeatable.", show_default="none"),
+        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
     ] = None,
     massive: options.Massive = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
@@ -89,12 +89,14 @@ def evaluate(
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    from mwtool.cli.terminal import say_once
     from mwtool.evaluate import check
     from mwtool.measured import Options
     from mwtool.surgery import parse_attack
     from mwtool.tasks import parse_tasks
     from mwtool.whole import check_writable
 
+    say_once()
     measuring = Options(
         batch_size=batch_size,
         limit=limit,
@@ -123,12 +125,11 @@ def evaluate(
     if json:
         sys.stdout.write(run.text())
         return
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.eval_document import rows_of
     from mwtool.eval_report import eval_report
 
-    Console().print(eval_report(rows_of(run.documents, run.names)))
+    report_console().print(eval_report(rows_of(run.documents, run.names)))
 
 
 def _usage(

@@ -59,7 +59,7 @@ class Quantize(StrEnum):
 
 
 def finetune(
-    model: options.Model = "demo",
+    model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
         typer.Option(metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."),
@@ -196,16 +196,14 @@ def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resa
 
 def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
     """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
-    from rich.console import Console
-
-    from mwtool.cli.terminal import note
+    from mwtool.cli.terminal import note, report_console
     from mwtool.finetune_report import curriculum_chart
     from mwtool.recipe import PAPER_STEPS
 
     steps = max_steps or PAPER_STEPS
     if max_steps is None:
         note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
-    console = Console()
+    console = report_console()
     console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
@@ -243,8 +241,7 @@ def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, aske
 
 
 def _show_plan(plan: Plan, *, json: bool) -> None:
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.document import text_of
     from mwtool.finetune_document import plan_document
     from mwtool.finetune_report import plan_report
@@ -254,7 +251,7 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
     if json:
         sys.stdout.write(text_of(plan_document(plan, needed)))
         return
-    console = Console()
+    console = report_console()
     console.print(plan_report(plan, needed, console.width))
 
 
@@ -293,12 +290,11 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
 
 
 def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.document import text_of
     from mwtool.finetune_report import outcome_report
 
     if json:
         sys.stdout.write(text_of(document))
     else:
-        Console().print(outcome_report(document, str(folder)))
+        report_console().print(outcome_report(document, str(folder)))

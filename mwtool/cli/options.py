@@ -90,8 +90,12 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(fault).split())}") from fault
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")
-    names = [str(p.name) for p in context.command.params if p.name not in ("config", "help")]
-    context.default_map = {**(context.default_map or {}), **_known(path, values, names)}
+    taken = {str(p.name): p for p in context.command.params if p.name not in ("config", "help")}
+    known = _known(path, values, list(taken))
+    for name, value in known.items():  # one value of an option that may be repeated
+        if (getattr(taken[name], "multiple", False) or taken[name].nargs == -1) and not isinstance(value, list):
+            known[name] = [value]
+    context.default_map = {**(context.default_map or {}), **known}
     return path
 
 
@@ -111,9 +115,10 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model.",
+        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
     ),
 ]
+BaseModel = Annotated[str, typer.Argument(metavar="[MODEL]", help="Hub id, local folder, or demo, the bundled model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
 Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]

@@ -101,9 +101,8 @@ def _scan(
 
 
 def _show(found: Scan) -> None:
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.scan_report import scan_report
 
-    console = Console()
+    console = report_console()
     console.print(scan_report(found, console.width))
