@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mwtool.errors import BadPlugin
 from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
+from mwtool.packed import packed_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,13 +60,12 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
         except (AttributeError, IndexError, TypeError, ValueError) as fault:
             yield f"{name} is {place.param}{_brackets(place)}, which cannot be read: {fault}"
             return
-    if _packed(ffn, model):
-        return  # 4-bit weights do not show their shape
     rows, columns = (*shapes["up"], 0)[:2]
     expected = {"up": (rows, columns), "gate": (rows, columns), "down": (columns, rows), "up_bias": (rows,)}
     expected |= {"gate_bias": (rows,), "down_bias": (columns,)}
+    packed = any(packed_dtype(model, getattr(ffn, name)) for name in shapes)
     for name, shape in shapes.items():
-        if shape != expected[name]:
+        if shape != expected[name] and not packed:  # 4-bit weights do not show their shape
             place = getattr(ffn, name)
             where = f"{place.param}{_brackets(place)}"
             yield f"{name}, {where}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
@@ -74,11 +74,6 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
 def _basic(index: object) -> bool:
     """Whether it gives a view: of a list of rows, for one, torch gives a copy, and writing to it changes nothing."""
     return isinstance(index, tuple) and all(type(part) in (int, slice) for part in index)
-
-
-def _packed(ffn: FFN, model: nn.Module) -> bool:
-    weight = ffn.up.read(model)
-    return not (weight.is_floating_point() or weight.is_meta)
 
 
 def _brackets(place: WeightSlice) -> str:

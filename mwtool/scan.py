@@ -28,6 +28,7 @@ from mwtool.errors import BadCheckpoint, BadPlugin, BadValue, UnsupportedModel
 from mwtool.fitting import check_fit
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
+from mwtool.packed import packed_dtype
 from mwtool.ranking import Protected, Router, carrier, rank, routing, to_protect
 from mwtool.registry import adapter_for
 from mwtool.source import Source, locate
@@ -36,7 +37,6 @@ from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 OnLayer = Callable[[int, int, int], None]
@@ -163,17 +163,14 @@ def scan_model(
 
 def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
     for index, layer in enumerate(layers):
-        down = layer.ffns[0].down.read(model)
-        how = "offloaded" if down.is_meta else "" if _is_plain(down) else f"quantized (packed {_short(down.dtype)})"
-        if how:
-            raise UnsupportedModel(
-                f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was made of"
-            )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Floating point of at least 16 bits; whatever is smaller is scaled by factors kept elsewhere."""
-    return weight.is_floating_point() and weight.element_size() > 1
+        for ffn in _kinds([layer]):
+            packed = packed_dtype(model, ffn.down)
+            how = "offloaded" if ffn.down.read(model).is_meta else packed and f"quantized (packed {packed})"
+            if how:
+                raise UnsupportedModel(
+                    f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was "
+                    f"made of"
+                )
 
 
 def _short(dtype: torch.dtype) -> str:

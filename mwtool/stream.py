@@ -338,21 +338,33 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def dequantizable(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint of this configuration is quantized by a method that is undone."""
+    return _method(config) in DEQUANTIZABLE
+
+
+def _method(config: PretrainedConfig) -> str | None:
+    """How the checkpoint is quantized; None if it is not."""
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
+
+
 def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
     """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
     from transformers.quantizers.auto import get_hf_quantizer
 
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
+    method = _method(config)
+    if method is None:
         return None
-    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(stated.quant_method)
     if method not in DEQUANTIZABLE:
         raise UnsupportedModel(
             f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
             f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
         )
-    if isinstance(stated, dict):
-        stated["dequantize"] = True
+    if isinstance(config.quantization_config, dict):
+        config.quantization_config["dequantize"] = True
     quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
     return quantizer
 

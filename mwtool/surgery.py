@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
 from mwtool.override import expert_output_with, owner, state_with, with_outputs_scaled, without_nan
+from mwtool.packed import packed_dtype
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
 
 Mode = Literal["none", "zero", "retain", "scale", "mean"]
-WRITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Other types are packed, or scaled by a factor kept elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +184,12 @@ def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
 
 def _packed(model: nn.Module, ffn: FFN) -> bool:
     """Whether rows cannot be written, being quantized; raises UnsupportedModel where they are elsewhere."""
-    views = [place.read(model) for place in places(ffn)]
-    if any(view.is_meta for view in views):
+    if any(place.read(model).is_meta for place in places(ffn)):
         raise UnsupportedModel(
             f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
             f"with more device memory or --device cpu"
         )
-    width = ffn.width(model)  # 4 bit may be stored as floats, which FSDP needs: then the shape alone shows it
-    return any(view.dtype not in WRITABLE or len(view) != width for view in views)
+    return any(packed_dtype(model, place) for place in places(ffn))
 
 
 def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
 from mwtool.load import Loaded, ffn_at, load, massive_for
 from mwtool.scan import scan_checkpoint, scan_model
+from mwtool.targets import Target, norm_rows
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3]])
 
@@ -171,17 +172,44 @@ def test_the_width_of_packed_rows_is_known(tmp_path: Path) -> None:
     assert loaded.identity.intermediate_size == 64
 
 
-def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(tmp_path: Path) -> None:
+def packed(folder: Path, model_type: str, **options: Any) -> Loaded:
+    """A checkpoint in 4 bits, saved and loaded as its owner would."""
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import BitsAndBytesConfig
 
-    folder = tiny.saved(tmp_path, tiny.model("llama", num_hidden_layers=2, hidden_size=64, head_dim=16))
-    loaded = load(str(folder), model_options={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+    made = tiny.model(model_type, num_hidden_layers=2, hidden_size=64)
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **options)}
+    AutoModelForCausalLM.from_pretrained(tiny.saved(folder / "plain", made), **options).save_pretrained(folder / "4bit")
+    return load(str(folder / "4bit"))
+
+
+@pytest.mark.parametrize("stored", ["uint8", "bfloat16", "float32"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(
+    tmp_path: Path, model_type: str, stored: str
+) -> None:
+    """Nor are they ranked by norm: what is stored as floats is packed none the less."""
+    loaded = packed(tmp_path, model_type, bnb_4bit_quant_storage=stored)
     with pytest.raises(
-        UnsupportedModel, match=r"quantized \(packed uint8\) and cannot be scanned; .* give --massive FILE"
+        UnsupportedModel, match=rf"quantized \(packed {stored}\) and cannot be scanned; .* give --massive FILE"
     ):
         massive_for(loaded)
-    with pytest.raises(UnsupportedModel, match=r"is quantized \(packed uint8\) in layer 0 and cannot be scanned"):
+    with pytest.raises(UnsupportedModel, match=rf"is quantized \(packed {stored}\) in layer 0 and cannot be scanned"):
+        scan_model(loaded.base)
+    assert norm_rows(loaded, Target(1, loaded.layers[1].ffns[0], (3,)), 2) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "plain"), [("llama", "model.layers.0"), ("llama", "up_proj"), ("qwen2_moe", "lm_head")]
+)
+@pytest.mark.parametrize("stored", ["uint8", "bfloat16"])
+def test_a_model_packed_in_part_is_not_scanned_either(tmp_path: Path, model_type: str, plain: str, stored: str) -> None:
+    """Whatever was left as it is: a layer, one matrix of each, or routed experts beside a shared one."""
+    options = {"bnb_4bit_quant_storage": stored, "llm_int8_skip_modules": [plain, "lm_head"]}
+    loaded = packed(tmp_path, model_type, **options)
+    with pytest.raises(UnsupportedModel, match=rf"quantized \(packed {stored}\) and cannot be scanned"):
+        massive_for(loaded)
+    with pytest.raises(UnsupportedModel, match=rf"quantized \(packed {stored}\) in layer \d and cannot be scanned"):
         scan_model(loaded.base)
 
 
