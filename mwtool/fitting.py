@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadPlugin
 from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
@@ -11,6 +11,34 @@ from mwtool.packed import packed_dtype
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def fault_of(layer: object) -> str | None:
+    """What is wrong with an adapter's description of a layer, before any model is looked at."""
+    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
+        return f"{layer!r}; expected a DecoderLayer with FFNs"
+    if not isinstance(layer.path, str):
+        return f"a layer at {layer.path!r}; expected the name of its module"
+    if not isinstance(layer.scale, int | float):
+        return f"scale {layer.scale!r} in {layer.path}; expected a number"
+    return _networks_fault(layer)
+
+
+def _networks_fault(layer: DecoderLayer) -> str | None:
+    experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
+    others = [ffn for ffn in layer.ffns if ffn.expert is None]
+    if any(ffn.hook is None for ffn in others):
+        return f"an FFN without a hook in {layer.path}; only routed experts have none"
+    if experts != list(range(len(experts))):
+        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
+    if (layer.experts is None) == bool(experts) or len(others) > 1:
+        return (
+            f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
+            f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
+        )
+    if layer.experts is not None and not isinstance(getattr(layer.experts, "module", None), str):
+        return f"{layer.experts!r} for the experts of {layer.path}; expected Experts with the name of their module"
+    return None
 
 
 def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module) -> None:
@@ -34,20 +62,30 @@ def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:
         except AttributeError:
             yield f"there is no module {path}"
     routed = [ffn for ffn in layer.ffns if ffn.expert is not None]
+    if layer.experts is not None and _held(layer.experts.module, model) != {len(routed)}:
+        yield f"{layer.experts.module} holds no parameters whose first dimension is that of {len(routed)} experts"
     for ffn in [*[ffn for ffn in layer.ffns if ffn.expert is None], *routed[:1], *routed[-1:]]:
         yield from _misfits(ffn, model)
+
+
+def _held(experts: str, model: nn.Module) -> set[int]:
+    """First dimensions of the parameters in a module."""
+    module: Any = model.get_submodule(experts)
+    while hasattr(module, "base_layer"):  # PEFT's layers hold none of their own
+        module = module.base_layer
+    return {parameter.shape[0] if parameter.ndim else 0 for parameter in module.parameters(recurse=False)}
 
 
 def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
     from transformers.activations import ACT2FN
 
-    if ffn.act not in ACT2FN:
+    if not isinstance(ffn.act, str) or ffn.act not in ACT2FN:
         yield f"act is {ffn.act!r}; expected a name in transformers.activations.ACT2FN"
         return
     shapes: dict[str, tuple[int, ...]] = {}
     for name in ("up", "gate", "down", "up_bias", "gate_bias", "down_bias"):
         place: WeightSlice | None = getattr(ffn, name)
-        if place is None:
+        if place is None and name not in ("up", "down"):
             continue
         if not isinstance(place, WeightSlice):
             yield f"{name} is {place!r}; expected a WeightSlice"

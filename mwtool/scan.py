@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mwtool.analysis import (
@@ -25,7 +26,7 @@ from mwtool.analysis import (
 )
 from mwtool.bos import PROMPT, Bos, find_bos
 from mwtool.errors import BadCheckpoint, BadPlugin, BadValue, UnsupportedModel
-from mwtool.fitting import check_fit
+from mwtool.fitting import check_fit, fault_of
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.packed import packed_dtype
@@ -120,8 +121,9 @@ def scan_checkpoint(
     layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device, experts=experts)
-    check_fit(adapter, layers, stream.model)
+    paths = [layer.path for layer in layers]
+    fits = partial(check_fit, adapter, layers)
+    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (
@@ -184,30 +186,10 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
         raise BadCheckpoint(f"the configuration states {total} decoder layers; expected at least 1")
     layers = [adapter.layer(config, index) for index in range(total)]
     for layer in layers:
-        fault = _fault(layer)
+        fault = fault_of(layer)
         if fault:
             raise BadPlugin(f"{adapter}, asked for {config.model_type!r}, gave {fault}")
     return layers
-
-
-def _fault(layer: object) -> str | None:
-    """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
-        return f"{layer!r}; expected a DecoderLayer with FFNs"
-    experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
-    others = [ffn for ffn in layer.ffns if ffn.expert is None]
-    if not isinstance(layer.scale, int | float):
-        return f"scale {layer.scale!r} in {layer.path}; expected a number"
-    if any(ffn.hook is None for ffn in others):
-        return f"an FFN without a hook in {layer.path}; only routed experts have none"
-    if experts != list(range(len(experts))):
-        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
-    if (layer.experts is None) == bool(experts) or len(others) > 1:
-        return (
-            f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
-            f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
-        )
-    return None
 
 
 def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
@@ -249,6 +231,8 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
         try:
             states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
         except BadPlugin as fault:
+            if str(fault).startswith(subject.adapter):  # said already: a callable of its own failed
+                raise
             raise BadPlugin(f"{subject.adapter} does not describe {type(model).__name__}: {fault}") from fault
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
     massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)

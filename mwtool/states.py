@@ -231,7 +231,9 @@ class _Watch:
         """Routed experts by falling weight; the shared one gives what they do not."""
         if self.layer.experts is None:
             return tuple(self.parts)
-        rest = self.caught["block"] - self.caught["routed"]  # (H,)
+        rest = self._recall("block", self.layer.experts.block) - self._recall(
+            "routed", self.layer.experts.module
+        )  # (H,)
         routed = [replace(part, output=part.output * part.weight) for part in self.parts if part.weight is not None]
         shared = [replace(part, output=rest) for part in self.parts if part.weight is None]
         return (*sorted(routed, key=lambda part: -(part.weight or 0)), *shared)

@@ -257,10 +257,12 @@ def open_stream(
     device: str = "cpu",
     *,
     experts: Sequence[str] = (),
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
     """A model of this configuration without weights, and the way to them.
 
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
+    check: called with the model before the checkpoint's tensors are looked for; it raises where paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -279,6 +281,8 @@ def open_stream(
         raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
     model.tie_weights()  # not inside the block, which gives every module a parameter of its own
     parameters = model.num_parameters()
+    if check is not None:
+        check(model)
     if quantizer is not None:
         with _without_weights():
             quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
