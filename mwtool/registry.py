@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
-from mwtool.layout import Adapter, DecoderLayer
+from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.refused import REASONS
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 GROUP = "mwtool.adapters"
@@ -39,17 +40,43 @@ class Installed:
     plugin: Plugin
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        """As the adapter says; raises BadPlugin, naming it, where it fails."""
+        """As the adapter says; raises BadPlugin, naming it, where it fails, now or in a network's `combine`."""
         with _blaming(f"{self.plugin} failed for layer {index}"):
-            return self.adapter.layer(config, index)
+            layer = self.adapter.layer(config, index)
+            if not isinstance(layer, DecoderLayer):
+                return layer  # told of where descriptions are looked at
+            return replace(layer, ffns=tuple(self._blamed(ffn) for ffn in layer.ffns))
+
+    def _blamed(self, ffn: FFN) -> FFN:
+        if not isinstance(ffn, FFN) or ffn.combine is None:
+            return ffn
+        return replace(ffn, combine=Combine(ffn.combine, f"{self.plugin}: combine of {ffn.module}"))
 
     @property
     def tiny(self) -> Mapping[str, Mapping[str, Any]]:
         """Options of tiny configurations by model type, where the adapter gives any."""
-        return getattr(self.adapter, "tiny", {})
+        with _blaming(f"{self.plugin} failed to give its tiny configurations"):
+            return getattr(self.adapter, "tiny", {})
 
     def __str__(self) -> str:
         return str(self.plugin)
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """An adapter's `combine` and what it is called in messages; its faults are the adapter's, whenever it is run."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    named: str
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As the adapter says; raises BadPlugin where it fails, or gives no tensor like the two it was given."""
+        with _blaming(f"{self.named} failed"):
+            state = self.function(gate, up)
+            found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (state, up))
+        if found != expected:
+            raise BadPlugin(f"{self.named} gave {found}; expected {expected}, as up is")
+        return state
 
 
 def installed() -> list[Plugin]:

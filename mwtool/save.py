@@ -22,8 +22,9 @@ from mwtool.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
 from mwtool.load import Loaded
+from mwtool.packed import PLAIN, is_packed
 from mwtool.source import Source, read_json
-from mwtool.surgery import WRITABLE, Attack, attacked_rows, edited, places
+from mwtool.surgery import Attack, attacked_rows, edited, places
 from mwtool.whole import check_free, filling
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> 
 
 
 def _scaled(mask: Tensor, factor: float, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in WRITABLE or tensor.shape != mask.shape:
+    if tensor.dtype not in PLAIN or tensor.shape != mask.shape:
         raise UnsupportedModel(
             f"the checkpoint stores the rows as {tensor.dtype} {tuple(tensor.shape)}, which cannot be changed; "
             f"save from the unquantized model"
@@ -132,7 +133,7 @@ def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
     path, _, name = place.param.rpartition(".")
     module: Any = model.get_submodule(path)
     parameter = getattr(module, name)
-    if parameter.dtype not in WRITABLE and hasattr(module, "out_features"):
+    if is_packed(module, parameter) and hasattr(module, "out_features"):
         return (module.out_features, module.in_features)
     return tuple(parameter.shape)
 
@@ -160,7 +161,7 @@ def _whole(model: Any) -> dict[str, New]:
 
 
 def _cast(tensor: Tensor, stored: Tensor) -> Tensor:
-    if stored.dtype not in WRITABLE or tensor.shape != stored.shape:
+    if stored.dtype not in PLAIN or tensor.shape != stored.shape:
         raise UnsupportedModel("the base model's checkpoint is quantized; a sum with its adapter cannot be saved in it")
     return tensor.to("cpu", stored.dtype)
 

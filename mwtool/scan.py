@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mwtool.analysis import (
@@ -28,6 +29,7 @@ from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
 from mwtool.fitting import check_fit, decoder_layers
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
+from mwtool.packed import packed_dtype
 from mwtool.ranking import Protected, Router, carrier, rank, routing, to_protect
 from mwtool.registry import adapter_for
 from mwtool.source import Source, locate
@@ -36,7 +38,6 @@ from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OnLayer = Callable[[int, int, int], None]
@@ -120,8 +121,9 @@ def scan_checkpoint(
     layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device, experts=experts)
-    check_fit(adapter, layers, stream.model)
+    paths = [layer.path for layer in layers]
+    fits = partial(check_fit, adapter, layers)
+    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (
@@ -163,17 +165,14 @@ def scan_model(
 
 def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
     for index, layer in enumerate(layers):
-        down = layer.ffns[0].down.read(model)
-        how = "offloaded" if down.is_meta else "" if _is_plain(down) else f"quantized (packed {_short(down.dtype)})"
-        if how:
-            raise UnsupportedModel(
-                f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was made of"
-            )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Floating point of at least 16 bits; whatever is smaller is scaled by factors kept elsewhere."""
-    return weight.is_floating_point() and weight.element_size() > 1
+        for ffn in _kinds([layer]):
+            packed = packed_dtype(model, ffn.down)
+            how = "offloaded" if ffn.down.read(model).is_meta else packed and f"quantized (packed {packed})"
+            if how:
+                raise UnsupportedModel(
+                    f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was "
+                    f"made of"
+                )
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -257,6 +256,8 @@ def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> 
         try:
             return walk(running, subject.layers, subject.bos.id, spike=spike, enough=enough, on_layer=done)
         except BadPlugin as fault:
+            if str(fault).startswith(subject.adapter):  # said already: a callable of its own failed
+                raise
             raise BadPlugin(f"{subject.adapter} does not describe {type(subject.model).__name__}: {fault}") from fault
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,9 +41,17 @@ def empty_model(source: Source) -> PreTrainedModel:
     return made
 
 
-def build(source: Source, config: PretrainedConfig, checkpoint: Checkpoint, dtype: str, device: str) -> Skeleton:
+def build(
+    source: Source,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    check: Callable[[PreTrainedModel], None] | None = None,
+) -> Skeleton:
     """Fit for a forward as soon as it has weights: buffers (rotary frequencies) are computed and on the device.
 
+    check: called with the model before a quantizer replaces modules.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint where no model can be built.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -53,6 +61,8 @@ def build(source: Source, config: PretrainedConfig, checkpoint: Checkpoint, dtyp
     quantizer = _dequantizer(source, config)
     model = _built(source, config, torch_dtype)
     parameters = model.num_parameters()
+    if check is not None:
+        check(model)
     if quantizer is not None:
         with _without_weights():
             quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
@@ -109,21 +119,33 @@ def _without_weights() -> Iterator[None]:
         yield
 
 
+def dequantizable(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint of this configuration is quantized by a method that is undone."""
+    return _method(config) in DEQUANTIZABLE
+
+
+def _method(config: PretrainedConfig) -> str | None:
+    """How the checkpoint is quantized; None if it is not."""
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return None
+    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
+
+
 def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
     """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
     from transformers.quantizers.auto import get_hf_quantizer
 
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
+    method = _method(config)
+    if method is None:
         return None
-    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(stated.quant_method)
     if method not in DEQUANTIZABLE:
         raise UnsupportedModel(
             f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
             f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
         )
-    if isinstance(stated, dict):
-        stated["dequantize"] = True
+    if isinstance(config.quantization_config, dict):
+        config.quantization_config["dequantize"] = True
     quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
     return quantizer
 

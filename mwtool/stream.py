@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from mwtool.source import Source
 
 
+PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
+"""Of safetensors, then of `.bin` files."""
+
+
 @dataclass
 class Stream:
     """A model without weights and the checkpoint to take them from.
@@ -255,14 +259,16 @@ def open_stream(
     device: str = "cpu",
     *,
     experts: Sequence[str] = (),
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
     """A model of this configuration without weights, and the way to them.
 
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
+    check: called with the model before the checkpoint's tensors are looked for; it raises where paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
     checkpoint = open_checkpoint(source)
-    built = build(source, config, checkpoint, dtype, device)
+    built = build(source, config, checkpoint, dtype, device, check)
     tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
     return Stream(
@@ -298,13 +304,23 @@ def _drop(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
 
 
+def refuse_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise BadCheckpoint where a weight of a model loaded whole is stored packed and nothing says how."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
+    with checkpoint.tensors(name for made_of in names.values() for name in made_of) as tensors:
+        _refuse_packed(tensors)
+
+
 def _refuse_packed(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers are no weights; cast to floating point they would be taken for some."""
+    """Whole numbers and 8 bits of floating point are no weights without a scale; cast, they would pass for some."""
     for name, tensor in tensors.items():
         stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
-        if not stored.upper().startswith(("F", "BF")):  # F32, BF16; of a `.bin` file float32, bfloat16
+        if stored.upper() not in PLAIN:
             raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point, as config.json states no quantization_config"
+                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, as config.json states no "
+                f"quantization_config"
             )
 
 
