@@ -47,6 +47,7 @@ def build(
     checkpoint: Checkpoint,
     dtype: str,
     device: str,
+    *,
     check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Skeleton:
     """Fit for a forward as soon as it has weights: buffers (rotary frequencies) are computed and on the device.

@@ -268,7 +268,7 @@ def open_stream(
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
     checkpoint = open_checkpoint(source)
-    built = build(source, config, checkpoint, dtype, device, check)
+    built = build(source, config, checkpoint, dtype, device, check=check)
     tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
     return Stream(
