@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mwtool.ablate import Ablation, Run
+from mwtool.ablate import Ablation, Run, controls_of
 from mwtool.measured import Measured
 from mwtool.verdict import Verdict, figure, named, points_of, ratio_of, short
 
@@ -70,7 +70,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
 
 
 def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -> Iterator[str]:
-    beside = [one for one in found.runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
+    beside = controls_of(run, found.runs)
     for at in tasks:
         one, plain = run.measured[at], found.baseline[at]
         yield _value(one)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-
-class Lazy(Protocol):
-    """A tensor not read yet, as safetensors' slices are: `[...]` reads it, `[i:j]` reads these rows."""
-
-    def __getitem__(self, index: Any) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -46,7 +40,9 @@ class Checkpoint:
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Lazy tensors by name, alive inside the block; what was read from them stays alive after it.
+        """Tensors by name, not read yet, alive inside the block; what was read from them stays alive after it.
+
+        As of safetensors' slices, `[...]` reads one whole and `[i:j]` these rows.
 
         Raises BadCheckpoint if a file is absent, cut short or lacks the tensor.
         """

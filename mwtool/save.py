@@ -144,9 +144,8 @@ def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> di
         model: Any = copy.deepcopy(loaded.model)
     if loaded.on == "base":
         model = model.merge_and_unload()
-        for (
-            place
-        ) in ffn.inputs:  # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
+        # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
+        for place in ffn.inputs:
             place.read(model).nan_to_num_(nan=0.0)
     return _whole(model)
 

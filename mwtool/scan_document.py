@@ -8,8 +8,9 @@ from mwtool.analysis import median
 from mwtool.document import envelope
 from mwtool.massive import SCHEMA
 from mwtool.published import published
-from mwtool.ranking import Router
+from mwtool.ranking import Protected, Router
 from mwtool.scan import Scan
+from mwtool.states import SuperWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,6 @@ TOP = 3
 def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
     """A scan as a document of schema mwtool.scan/1."""
     one, bos, limits = scan.identity, scan.bos, scan.settings.thresholds
-    known = published(one.model)
     return {
         **envelope(
             SCHEMA,
@@ -58,39 +58,46 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
             {"layer": state.layer, "hidden": _summary(state.hidden), "intermediate": _summary(state.intermediate)}
             for state in scan.states
         ],
-        "super_weights": [
-            {
-                "layer": w.layer,
-                "hidden_dim": w.hidden_dim,
-                "ffn_index": w.ffn_index,
-                "value": w.value,
-                "expert": w.expert,
-            }
-            for w in scan.super_weights
-        ],
-        "weights": [
-            {
-                "parameter": p.parameter,
-                "checkpoint_name": p.checkpoint_name,
-                "expert": p.expert,
-                "dim": p.dim,
-                "indices": list(p.indices),
-            }
-            for p in scan.protect
-        ],
+        "super_weights": [_super_weight(one) for one in scan.super_weights],
+        "weights": [_place(one) for one in scan.protect],
         "sun": {
             "found": bool(scan.sun),
             "entries": [{"layer": layer, "index": index, "value": value} for layer, index, value in scan.sun],
         },
-        "published": None
-        if known is None or scan.massive is None
-        else {
-            "layer": known.layer,
-            "expert": known.expert,
-            "indices": list(known.indices),
-            "agreement": known.agreement(scan.massive.layer, scan.massive.indices),
-        },
+        "published": _published(scan),
         "notes": list(scan.notes),
+    }
+
+
+def _super_weight(one: SuperWeight) -> dict[str, Any]:
+    return {
+        "layer": one.layer,
+        "hidden_dim": one.hidden_dim,
+        "ffn_index": one.ffn_index,
+        "value": one.value,
+        "expert": one.expert,
+    }
+
+
+def _place(one: Protected) -> dict[str, Any]:
+    return {
+        "parameter": one.parameter,
+        "checkpoint_name": one.checkpoint_name,
+        "expert": one.expert,
+        "dim": one.dim,
+        "indices": list(one.indices),
+    }
+
+
+def _published(scan: Scan) -> dict[str, Any] | None:
+    known = published(scan.identity.model)
+    if known is None or scan.massive is None:
+        return None
+    return {
+        "layer": known.layer,
+        "expert": known.expert,
+        "indices": list(known.indices),
+        "agreement": known.agreement(scan.massive.layer, scan.massive.indices),
     }
 
 

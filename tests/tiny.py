@@ -98,9 +98,8 @@ def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, st
         matrix.read(made)[row] = direction if ffn.gate is not None else strength * direction
     ffn.down.read(made)[:, row] = 0
     ffn.down.read(made)[dim, row] = 1.0 if expert is None else 2 * strength**2 / recompute(ffn, made, x)[0][row]
-    if (
-        place.adds not in (ffn.module, ffn.hook) and place.experts is None
-    ):  # a norm behind: let it pass the dimension on
+    # a norm behind: let it pass the dimension on
+    if place.adds not in (ffn.module, ffn.hook) and place.experts is None:
         made.get_submodule(place.adds).weight[dim] = strength**2
     return ffn
 
