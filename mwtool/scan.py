@@ -195,8 +195,8 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
 
 def _fault(layer: object) -> str | None:
     """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
-        return f"{layer!r}; expected a DecoderLayer with FFNs"
+    if not isinstance(layer, DecoderLayer) or not _several(layer.ffns):
+        return f"{layer!r}; expected a DecoderLayer with FFNs in a tuple"
     experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
     others = [ffn for ffn in layer.ffns if ffn.expert is None]
     if not isinstance(layer.scale, int | float):
@@ -211,6 +211,10 @@ def _fault(layer: object) -> str | None:
             f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
         )
     return None
+
+
+def _several(ffns: object) -> bool:
+    return isinstance(ffns, tuple | list) and bool(ffns) and all(isinstance(ffn, FFN) for ffn in ffns)
 
 
 def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
