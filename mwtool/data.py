@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,7 +48,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a conversation, or a text. where: `FILE, line N`."""
+    """One row: a conversation, or a text. where: `FILE, line N`, of an array with `, row M`."""
 
     where: str
     turns: tuple[Turn, ...] = ()
@@ -145,7 +146,7 @@ def _json(path: Path) -> Iterator[_Row | Unreadable]:
         yield from _json_lines(path)
         return
     decoder, at, line = json.JSONDecoder(), start + 1, 1 + text.count("\n", 0, start + 1)
-    while True:
+    for number in count(1):
         at, line = _past(text, at, " \t\r\n", line)
         if text[at : at + 1] == "]":
             return
@@ -153,7 +154,7 @@ def _json(path: Path) -> Iterator[_Row | Unreadable]:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as fault:
             raise BadValue(f"{path}, line {line}: not JSON ({fault}); expected an array of objects") from fault
-        yield _row(f"{path}, line {line}", value, as_object)
+        yield _row(f"{path}, line {line}, row {number}", value, as_object)  # often all rows are on one line
         line += text.count("\n", at, end)
         at, line = _past(text, end, " \t\r\n", line)
         if text[at : at + 1] == ",":

@@ -113,17 +113,19 @@ def model_card(document: dict[str, Any], base: str) -> str:
     peft = document["settings"]["peft"]
     name = {"lora": "LoRA", "dora": "DoRA"}[peft]
     dropped = document["massive"] is not None
-    front = ["---", f"base_model: {base}", "library_name: peft", f"tags: [{peft}{', macdrop' if dropped else ''}]"]
+    tags = f"tags: [{peft}{', macdrop' if dropped else ''}]"
     lines = [
-        *front,
+        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", tags),
         "---",
         "",
         f"# {name} adapter of {document['model']}, trained {'with' if dropped else 'without'} MacDrop",
         "",
         "```python",
         "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
         "",
         'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         "```",
         "",
         *_macdrop(document),
@@ -137,6 +139,8 @@ def model_card(document: dict[str, Any], base: str) -> str:
         "",
         *_table(("", ""), document["data"].items()),
         "",
+        *(f"- {note}" for note in document["notes"]),
+        *([""] if document["notes"] else []),
         "## Settings",
         "",
         *_table(("setting", "value"), _settings(document)),

@@ -40,13 +40,17 @@ def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module
 
 def _misdescribed(layer: object) -> str | None:
     """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
-        return f"{layer!r}; expected a DecoderLayer with FFNs"
+    if not isinstance(layer, DecoderLayer) or not _several(layer.ffns):
+        return f"{layer!r}; expected a DecoderLayer with FFNs in a tuple"
     if not isinstance(layer.path, str):
         return f"a layer at {layer.path!r}; expected the name of its module"
     if not isinstance(layer.scale, int | float):
         return f"scale {layer.scale!r} in {layer.path}; expected a number"
     return _networks_fault(layer)
+
+
+def _several(ffns: object) -> bool:
+    return isinstance(ffns, tuple | list) and bool(ffns) and all(isinstance(ffn, FFN) for ffn in ffns)
 
 
 def _networks_fault(layer: DecoderLayer) -> str | None:

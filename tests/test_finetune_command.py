@@ -54,6 +54,9 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
         "base_model:",
+        "pipeline_tag: text-generation",
+        f'AutoTokenizer.from_pretrained("{folder}")',
+        *(f"- {note}" for note in document["notes"]),
         "tags: [lora, macdrop]",
         "linear:0.9-0.1",
         "| lr | 0.01 |",
