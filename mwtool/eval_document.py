@@ -164,12 +164,21 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         if other is None and not _same_rows(one["massive"], now["massive"]):
             other = "massive"
         if other is not None:
+            was, new = _differing(one[other], now[other])
             raise BadValue(
-                f"{path} was made with {other} {one[other]}, now it is {now[other]}; give the same to go on, "
-                f"or write elsewhere"
+                f"{path} was made with {other} {was}, now it is {new}; give the same to go on, or write elsewhere"
             )
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
+
+
+def _differing(one: Any, other: Any) -> tuple[str, str]:
+    """Of two objects what differs, on each side; anything else as it is."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return str(one), str(other)
+    keys = [key for key in one if one[key] != other.get(key)]
+    was, new = (", ".join(f"{key} {side.get(key)}" for key in keys) for side in (one, other))
+    return was, new
 
 
 def _same_rows(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:

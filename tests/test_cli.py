@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -21,6 +22,7 @@ import torch
 from command import run, run_apart
 
 import mwtool
+from mwtool import plots
 from mwtool.cli import terminal
 from mwtool.errors import ModelNotFound
 from mwtool.registry import installed
@@ -46,6 +48,29 @@ def test_a_document_holds_the_command_that_repeats_it(model: Path) -> None:
     first = run("scan", model, "-k", 3, "--all-layers", "--json").document
     assert first["command"] == f"mwtool scan {model} -k 3 --all-layers --json"
     assert run(*first["command"].split()[1:]).document == first
+
+
+def test_a_figure_shows_the_states_and_the_shares_of_the_document(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("scan", model, "--plot", tmp_path / "layers.png").code == 0
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _path: drawn.append(figure))
+    document = run("scan", model, "--plot", tmp_path / "again.svg", "--json").document
+    hidden, intermediate, shares = drawn[0].axes
+    for panel, state in ((hidden, "hidden"), (intermediate, "intermediate")):
+        ranked = [[abs(entry["value"]) for entry in layer[state]["top"]] for layer in document["layers"]]
+        expected = [*map(list, zip(*ranked, strict=True)), [layer[state]["median"] for layer in document["layers"]]]
+        assert [list(line.get_ydata()) for line in panel.get_lines()] == expected
+    assert [bar.get_height() for bar in shares.patches[: len(document["attribution"])]] == pytest.approx(
+        [one["share"] for one in document["attribution"]]
+    )
+
+
+def test_a_figure_that_cannot_be_written_is_told_before_the_scan(model: Path, tmp_path: Path) -> None:
+    assert "no figure of type .doc" in run("scan", model, "--plot", tmp_path / "x.doc").fault
+    assert "does not exist" in run("scan", model, "--plot", tmp_path / "no" / "x.png").fault
 
 
 def test_without_json_the_report_shows_the_same_answer(model: Path) -> None:

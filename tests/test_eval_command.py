@@ -145,7 +145,7 @@ def test_a_run_is_not_resumed_under_other_conditions(folder: Path, tmp_path: Pat
     output = tmp_path / "a.json"
     assert evaluated(folder, "-o", output).code == 0
     fault = evaluated(folder, "-o", output, "--resume", "--limit", 2).fault
-    assert "a.json was made with options" in fault
+    assert "a.json was made with options limit None, now it is limit 2; give the same" in fault
     assert "give the same to go on, or write elsewhere" in fault
     assert "was made with bos" in evaluated(folder, "-o", output, "--resume", "--bos", "w1").fault
     more = evaluated(folder, "-o", output, "--resume", "--attack", "none", "--attack", "zero:2", "--json").document
