@@ -248,9 +248,11 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
         if on_layer is not None:
             on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
 
+    place = None if stream is None else stream.device
+    looking: Any = {"spike": thresholds.spike, "enough": enough, "device": place, "on_layer": done}
     with nullcontext(model) if stream is None else stream.flowing() as running:
         try:
-            states = walk(running, subject.layers, subject.bos.id, spike=thresholds.spike, enough=enough, on_layer=done)
+            states = walk(running, subject.layers, subject.bos.id, **looking)
         except BadPlugin as fault:
             raise BadPlugin(f"{subject.adapter} does not describe {type(model).__name__}: {fault}") from fault
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
