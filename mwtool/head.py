@@ -1,9 +1,9 @@
 """The loss of each token without the logits of all tokens: the output head is applied to a few positions at a time.
 
-What follows the last hidden state (the head with its bias, soft-capping, logit scales) is
-the model's own code: its forward is run with the body's answer replaced by a chunk of
-the hidden states. Whether that gives the model's own logits is tried on a few tokens; where
-it does not, the model runs whole.
+The last hidden states are heard in a forward of the model itself. What follows them (the head
+with its bias, soft-capping, logit scales) is the model's own code too: its forward is run with
+the body's answer replaced by a chunk of them. Whether that gives the model's own logits is tried
+on a few tokens; where it does not, the model runs whole.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ class Head:
         Both on the CPU: where to look is found there, and nothing waits for the device.
         most: tokens read, T or T - 1. All are read where they may be: an odd number is slow on some devices.
         """
-        targets = ids[scored].to(device)  # (N,)
+        targets = sent(ids[scored], device)  # (N,)
         before = functional.pad(scored[:, 1:], (0, 1))  # position t gives the logits of token t + 1
         if ids.shape[1] > most:  # the last token needs no position of its own
             ids, before = ids[:, :most], before[:, :most]
-        places, read = before.flatten().nonzero()[:, 0], ids.to(device)  # (N,), (B, T)
+        places, read = before.flatten().nonzero()[:, 0], sent(ids, device)  # (N,), (B, T)
         if self.body is None:
             logits = self.model(input_ids=read, use_cache=False).logits.flatten(0, 1)  # (B * T, V)
-            return _loss(logits[places.to(logits.device)], targets)
-        answer = self.body(input_ids=read, use_cache=False)
-        hidden = answer[0].flatten(0, 1)[places.to(answer[0].device)]  # (N, H)
+            return _loss(logits[sent(places, logits.device)], targets)
+        with _heard(self.body, 1) as answers:
+            self.model(input_ids=read, use_cache=False)
+        answer = answers[0]
+        hidden = answer[0].flatten(0, 1)[sent(places, answer[0].device)]  # (N, H)
         rows = rows_at_once(answer[0], self.vocabulary)
         parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         return torch.cat([_loss(self._logits(answer, chunk, read), aims) for chunk, aims in parts])
@@ -82,12 +84,18 @@ def head_of(model: Any, ids: Tensor) -> Head:
     if body is inner:
         return Head(model, inner, None, f"{type(inner).__name__} has no body apart from its head")
     head, few = Head(model, inner, body), ids[:, :TRIED]
-    whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
-    answer = body(input_ids=few, use_cache=False)
+    with _heard(body) as answers:
+        whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
+    answer: Any = answers[0] if len(answers) == 1 else None
     fitting = hasattr(answer, "last_hidden_state") and answer[0].shape[:2] == few.shape
     if fitting and _same(head._logits(answer, answer[0][0], few).float(), whole):  # noqa: SLF001 # our own class
         return head
     return Head(model, inner, None, f"the logits of {type(inner).__name__} do not follow from its last hidden state")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on a device. A GPU copies from pinned memory when it comes to it, from other memory before all else."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
@@ -110,6 +118,22 @@ def _same(ours: Tensor, whole: Tensor) -> bool:
     finite = whole[whole.isfinite()]
     tolerance = 1e-3 * finite.abs().max().item() if finite.numel() else 0.0
     return ours.shape == whole.shape and torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def _heard(body: nn.Module, positions: int | None = None) -> Iterator[list[Any]]:
+    """What the body answers in the block; what comes after it sees no more than so many positions."""
+    answers: list[Any] = []
+
+    def hear(_module: nn.Module, _args: Any, answer: Any) -> Any:
+        answers.append(answer)
+        return answer if positions is None else type(answer)(last_hidden_state=answer[0][:, :positions])
+
+    handle = body.register_forward_hook(hear)
+    try:
+        yield answers
+    finally:
+        handle.remove()
 
 
 @contextmanager

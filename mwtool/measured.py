@@ -23,8 +23,9 @@ BATCH = 16
 class Options:
     """How to measure.
 
-    batch_size: windows, questions or prompts at once; None: about 8,192 tokens of windows (2,048 on a CPU), 16 of the
-    others. limit: the first so many of them. protocol, window: how a text is cut (None: as the task or the model says).
+    batch_size: windows, questions or prompts at once; None: as many windows as give 64 MB of hidden states (on a CPU
+    2,048 tokens), 16 of the others. limit: the first so many of them. protocol, window: how a text is cut (None: as the
+    task or the model says).
     bos: as `--bos`; `never` is none at all. delimiter: between context and continuation in local files.
     new_tokens: an answer's most.
     """

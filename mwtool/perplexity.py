@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue, NoBos
-from mwtool.head import Head, head_of
+from mwtool.head import Head, head_of, sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,8 +34,8 @@ word: every document for itself, after bos; per word and not per token, as lm-ev
 """
 PROTOCOLS: tuple[Protocol, ...] = ("bos", "bos-4096", "sun-4096", "word")
 LENGTH = 4096
-TOKENS = 8192
-"""Tokens run at once where no batch size is given."""
+HIDDEN, MOST = 2**26, 2**16
+"""What is run at once where no batch size is given: tokens whose hidden states take 64 MB, but no more than 65,536."""
 CACHED = 4096
 """The same on a CPU, in bytes of one entry a token: 2048 tokens in bfloat16. Its caches hold no more."""
 
@@ -161,14 +161,14 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model as it stands, adapters and attacks included.
 
-    batch_size: windows at once; None for about 8,192 tokens, on a CPU 2,048.
+    batch_size: windows at once; None for 64 MB of hidden states, on a CPU about 2,048 tokens.
     on_batch: called with windows done and in all. Raises BadValue for tokens the model does not have.
     """
     start = time.perf_counter()
     check_vocabulary(model, windows.ids)
-    weight: Tensor = model.get_input_embeddings().weight
-    device, tokens = weight.device, CACHED // weight.element_size() if weight.device.type == "cpu" else TOKENS
-    size = batch_size or max(1, tokens // max(len(ids) for ids in windows.ids))
+    weight: Tensor = model.get_input_embeddings().weight  # (V, H)
+    device = weight.device
+    size = batch_size or max(1, tokens_at_once(weight) // max(len(ids) for ids in windows.ids))
     with torch.inference_mode():
         head = head_of(model, windows.ids[0][None].to(device))
         sums = _sums(head, windows, size, device, on_batch)
@@ -177,6 +177,13 @@ def perplexity(
         nll[sample] += value
     notes = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
     return summarize(nll, windows.units, time.perf_counter() - start, notes)
+
+
+def tokens_at_once(embedding: Tensor) -> int:
+    """How many tokens are run together, with the embedding (V, H) as the measure of the model's width."""
+    if embedding.device.type == "cpu":
+        return CACHED // embedding.element_size()
+    return min(MOST, HIDDEN // (embedding.shape[1] * embedding.element_size()))
 
 
 def check_vocabulary(model: Any, ids: Iterable[Tensor]) -> None:
@@ -215,7 +222,7 @@ def _sums(
         batch = order[start : start + size]
         ids, scored = _padded([windows.ids[i] for i in batch], [windows.scored[i] for i in batch])
         losses = head.losses(ids, scored, windows.length, device).double()  # (N,)
-        owner = scored.nonzero()[:, 0].to(losses.device)
+        owner = sent(scored.nonzero()[:, 0], losses.device)
         found.append(torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses))
         if on_batch is not None:
             on_batch(min(start + size, len(order)), len(order))

@@ -17,7 +17,7 @@ from words import WORDS, adding_bos, with_tokenizer
 
 from mwtool import head
 from mwtool.errors import BadValue, NoBos
-from mwtool.perplexity import Text, Windows, _rolling, perplexity, summarize, windows
+from mwtool.perplexity import Text, Windows, _rolling, perplexity, summarize, tokens_at_once, windows
 from mwtool.texts import default_protocol, text_for
 
 TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in range(95))
@@ -112,8 +112,18 @@ def test_the_batch_size_given_is_the_one_that_runs(tokenizer: Any, size: int) ->
     told: list[tuple[int, int]] = []
     perplexity(model, cut, batch_size=size, on_batch=lambda done, total: told.append((done, total)))
     expected = [size] * (7 // size) + [7 % size] * (7 % size > 0)
-    assert seen[2:] == expected  # behind the two with which the head is tried
+    assert seen[1:] == expected  # behind the one with which the head is tried
     assert told[-1] == (7, 7)
+
+
+def test_without_a_batch_size_hidden_states_of_64_mb_run_at_once_and_on_a_cpu_what_its_caches_hold() -> None:
+    found = {
+        (device, width): tokens_at_once(torch.empty(1, width, dtype=torch.bfloat16, device=device))
+        for device in ("meta", "cpu")  # the first stands for any other
+        for width in (192, 2048, 8192)
+    }
+    assert [found["meta", width] for width in (192, 2048, 8192)] == [65536, 16384, 4096]
+    assert [found["cpu", width] for width in (192, 2048, 8192)] == [2048] * 3
 
 
 def test_bos_stands_in_front_of_every_window_once_though_the_tokenizer_adds_one(tokenizer: Any) -> None:
