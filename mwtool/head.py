@@ -86,7 +86,7 @@ def head_of(model: Any, ids: Tensor) -> Head:
     head, few = Head(model, inner, body), ids[:, :TRIED]
     with _heard(body) as answers:
         whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
-    answer = answers[0] if len(answers) == 1 else None
+    answer: Any = answers[0] if len(answers) == 1 else None
     fitting = hasattr(answer, "last_hidden_state") and answer[0].shape[:2] == few.shape
     if fitting and _same(head._logits(answer, answer[0][0], few).float(), whole):  # noqa: SLF001 # our own class
         return head

@@ -251,10 +251,11 @@ def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> 
         if on_layer is not None:
             on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
 
-    spike = settings.thresholds.spike
+    place = None if stream is None else stream.device
+    looking: Any = {"spike": settings.thresholds.spike, "enough": enough, "device": place, "on_layer": done}
     with nullcontext(subject.model) if stream is None else stream.flowing() as running:
         try:
-            return walk(running, subject.layers, subject.bos.id, spike=spike, enough=enough, on_layer=done)
+            return walk(running, subject.layers, subject.bos.id, **looking)
         except BadPlugin as fault:
             if str(fault).startswith(subject.adapter):  # said already: a callable of its own failed
                 raise

@@ -79,11 +79,13 @@ def walk(
     *,
     spike: float,
     enough: Callable[[Sequence[LayerState]], bool],
+    device: torch.device | None = None,
     on_layer: Callable[[LayerState], None] | None = None,
 ) -> list[LayerState]:
     """Run `token` alone at the first position and keep each layer's state until `enough` says so.
 
     spike: what an input and an output of ``down_proj`` must exceed to look for super weights.
+    device: where the token goes; None for where the first weight is, which a streamed model does not have yet.
     Raises BadCheckpoint where the residual stream is not finite.
     """
     states: list[LayerState] = []
@@ -95,10 +97,9 @@ def walk(
         if enough(states) or len(states) == len(layers):  # the head is never needed
             raise _Stop
 
-    with _capturing(model, layers, spike, seen), torch.no_grad():
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        with suppress(_Stop):
-            model(input_ids=torch.tensor([[token]], device=device), use_cache=False)
+    device = device or next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    with _capturing(model, layers, spike, seen), torch.no_grad(), suppress(_Stop):
+        model(input_ids=torch.tensor([[token]], device=device), use_cache=False)
     return states
 
 

@@ -55,7 +55,7 @@ def digest(model: nn.Module) -> str:
     for name, tensor in named:
         if "lora_" not in name:
             state.update(name.encode())
-            state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 

@@ -62,7 +62,11 @@ def finetune(
     model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."),
+        typer.Option(
+            "--data",  # typer 0.27 takes an option whose metavar is its name for an argument
+            metavar="DATA",
+            help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG].",
+        ),
     ] = None,
     macdrop: Annotated[
         str, typer.Option(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")

@@ -1,0 +1,83 @@
+"""What a GPU gives is what a CPU gives; skipped where there is none.
+
+In float32, within 1e-4 of the largest value: products are summed in another order, TensorFloat-32 is off.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from training import digest, with_adapter
+from transformers import AutoModelForCausalLM
+
+from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
+from mwtool.load import load
+from mwtool.perplexity import Windows, perplexity
+from mwtool.source import DEMO
+from mwtool.surgery import edited, parse_attack
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WHOLE = Settings(all_layers=True)
+
+
+@pytest.mark.parametrize("model_type", tiny.ALL_TYPES)
+def test_a_scan_from_files_gives_the_states_of_a_cpu(tmp_path: Path, model_type: str) -> None:
+    folder = str(tiny.saved(tmp_path, tiny.model(model_type)))
+    ours, theirs = (scan_checkpoint(folder, WHOLE, device=device) for device in ("cuda", "cpu"))
+    assert ours.device.startswith("cuda")
+    assert len(ours.states) == len(theirs.states)
+    for one, other in zip(ours.states, theirs.states, strict=True):
+        assert (one.hidden.cpu() - other.hidden).abs().max() <= 1e-4 * other.hidden.abs().max()
+
+
+def test_the_bundled_model_has_the_same_rows_from_files_and_in_memory() -> None:
+    model = AutoModelForCausalLM.from_pretrained(DEMO).cuda()
+    found = [scan_checkpoint("demo"), scan_checkpoint("demo", device="cuda"), scan_model(model)]
+    rows = [(one.massive.layer, one.massive.indices[0], one.massive.dimension) for one in found if one.massive]
+    assert rows == rows[:1] * 3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("attack", ["none", "zero:2", "scale:0.5:2"])
+def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: str) -> None:
+    model = tiny.model(model_type, num_hidden_layers=2)
+    source = torch.Generator().manual_seed(0)
+    ids = tuple(torch.randint(3, 60, (length,), generator=source) for length in (24, 24, 17, 24, 9))
+    counts = tuple(len(one) - 1 for one in ids)
+    cut = Windows(ids, counts, tuple(range(5)), counts, "sun-4096", 24, None)
+    ffn = tiny.layers_of(model)[1].ffns[0]
+    values = []
+    for device in ("cpu", "cuda"):
+        before = digest(model.to(device))
+        with edited(model, ffn, (3, 5), parse_attack(attack)):
+            values.append(perplexity(model, cut, batch_size=3).value)
+        assert digest(model) == before
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_macdrop_in_bfloat16_puts_back_every_row_bit_for_bit(dora: bool) -> None:  # noqa: FBT001 - a parameter
+    base = load("demo", device="cuda", dtype="bfloat16").base
+    massive = scan_model(base).massive
+    assert massive is not None
+    model = with_adapter(base, dora=dora)
+    frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+    kept = {name: value.detach().clone() for name, value in frozen.items()}
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-3)
+    ids = torch.randint(3, 4000, (4, 64), generator=torch.Generator().manual_seed(0)).cuda()
+    engine = MacDrop(model, massive, "linear:0.9-0.0", steps=6)
+    losses = []
+    for step in range(1, 7):
+        with engine.step(step):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        assert all(value.equal(kept[name]) for name, value in frozen.items())
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
