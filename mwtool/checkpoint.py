@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint
 from mwtool.source import Source, read_json
@@ -35,7 +36,7 @@ class Checkpoint:
     """Tensor name -> file, and the tensors themselves on request.
 
     files: which file holds which tensor.
-    legacy: tensors of ``.bin`` files, which can only be read whole; None for safetensors.
+    legacy: tensors of ``.bin`` files, which can only be opened whole; None for safetensors.
     """
 
     source: Source
@@ -138,7 +139,8 @@ def _legacy(source: Source, files: list[str]) -> Checkpoint:
         if path is None:
             raise BadCheckpoint(f"{source.name}: {LEGACY_INDEX} names {file}, which is not there; get it again")
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where it is an archive, which files of torch before 1.6 are not
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as fault:
             raise BadCheckpoint(
                 f"{path} ({path.stat().st_size:,} bytes) is cut short or holds more than tensors "
@@ -147,7 +149,7 @@ def _legacy(source: Source, files: list[str]) -> Checkpoint:
         if not isinstance(loaded, Mapping):
             raise BadCheckpoint(f"{path} holds a {type(loaded).__name__}; expected tensors by name")
         tensors |= {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
-    note = "a .bin checkpoint is read whole; save it as safetensors to read one layer at a time"
+    note = "a .bin checkpoint is opened whole, all of its files; save it as safetensors to read one layer at a time"
     return Checkpoint(source, dict.fromkeys(tensors, LEGACY), legacy=tensors, notes=[note])
 
 

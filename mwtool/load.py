@@ -19,7 +19,7 @@ from mwtool.packed import packed_dtype
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
 from mwtool.source import Source, locate, model_class, unusable
-from mwtool.stream import dequantizable
+from mwtool.stream import dequantizable, refuse_packed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -166,6 +166,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         logging.disable_progress_bar()
     logger = logging.get_logger("transformers.modeling_utils")
     faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
+    stored_plain = getattr(config, "quantization_config", None) is None
     silence = _NoReport()
     logger.addFilter(silence)
     try:
@@ -198,6 +199,8 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         raise BadCheckpoint(
             f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
         )
+    if stored_plain:  # transformers casts whatever it finds, without a word
+        refuse_packed(model, open_checkpoint(source))
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"

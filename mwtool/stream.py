@@ -32,6 +32,10 @@ DEQUANTIZABLE = ("fp8", "mxfp4")
 """Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
 
 
+PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
+"""Of safetensors, then of `.bin` files."""
+
+
 @dataclass
 class Stream:
     """A model without weights and the checkpoint to take them from.
@@ -392,13 +396,23 @@ def _drop(module: nn.Module) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
 
 
+def refuse_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise BadCheckpoint where a weight of a model loaded whole is stored packed and nothing says how."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
+    with checkpoint.tensors(name for made_of in names.values() for name in made_of) as tensors:
+        _refuse_packed(tensors)
+
+
 def _refuse_packed(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers are no weights; cast to floating point they would be taken for some."""
+    """Whole numbers and 8 bits of floating point are no weights without a scale; cast, they would pass for some."""
     for name, tensor in tensors.items():
         stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
-        if not stored.upper().startswith(("F", "BF")):  # F32, BF16; of a `.bin` file float32, bfloat16
+        if stored.upper() not in PLAIN:
             raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point, as config.json states no quantization_config"
+                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, as config.json states no "
+                f"quantization_config"
             )
 
 

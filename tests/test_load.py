@@ -56,6 +56,68 @@ def test_a_loaded_model_is_the_one_transformers_loads(tmp_path: Path) -> None:
     assert (loaded.identity.hidden_size, loaded.identity.intermediate_size, loaded.identity.experts) == (32, 64, None)
 
 
+NO_WEIGHT = {"I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}
+
+
+@pytest.mark.parametrize("stored", NO_WEIGHT)
+@pytest.mark.parametrize(
+    "tensor", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_numbers_without_their_scale_are_no_weights(tmp_path: Path, tensor: str, stored: str, file: str) -> None:
+    """transformers would cast them and go on; an adapter's base model is loaded alike."""
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor] = (tensors[tensor] * 40).to(NO_WEIGHT[stored])
+    save_file(tensors, folder / "model.safetensors")
+    found = stored
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / file)
+        found = str(NO_WEIGHT[stored]).removeprefix("torch.")
+    expected = rf"tensor {tensor} holds {found}; expected floating point of 16 bits or more, .* no quantization_config"
+    with pytest.raises(BadCheckpoint, match=expected):
+        load(str(folder))
+    if tensor != "model.norm.weight":  # behind the layers, where a scan does not come
+        with pytest.raises(BadCheckpoint, match=expected):
+            scan_checkpoint(str(folder))
+
+
+def test_numbers_without_their_scale_are_not_quantized_once_more(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    from transformers import BitsAndBytesConfig
+
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(64, 32, dtype=torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds I8"):
+        load(str(folder), model_options={"quantization_config": BitsAndBytesConfig(load_in_4bit=True)})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mask"),
+    [
+        ("gpt_neox", "gpt_neox.layers.{}.attention.bias"),
+        ("gpt2", "h.{}.attn.bias"),
+        ("gptj", "transformer.h.{}.attn.bias"),
+    ],
+)
+def test_masks_that_transformers_once_saved_are_passed_over(tmp_path: Path, model_type: str, mask: str) -> None:
+    """Every pythia has them, in bits."""
+    model = tiny.model(model_type, torch.bfloat16)
+    tiny.plant(model)
+    folder = tiny.saved(tmp_path, model)
+    plain = scan_checkpoint(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    if mask.startswith("h."):  # as released: without the model's prefix
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors |= {mask.format(layer): torch.ones(1, 1, 64, 64, dtype=torch.bool) for layer in range(tiny.LAYERS)}
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(logits(load(str(folder)).base), logits(model))
+    assert scan_checkpoint(str(folder)).massive == plain.massive
+
+
 def test_the_precision_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path)
     assert load(str(folder)).base.dtype == torch.float32

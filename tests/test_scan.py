@@ -256,7 +256,7 @@ def test_shards_and_legacy_files_give_the_same_states(tmp_path: Path) -> None:
         for ours, theirs in zip(scans[0].states, other.states, strict=True):
             assert torch.equal(ours.hidden, theirs.hidden)
     for scan in scans[2:]:
-        assert any("read whole" in note for note in scan.notes)
+        assert any("opened whole" in note for note in scan.notes)
 
 
 def in_two_legacy_files(folder: Path, model: PreTrainedModel) -> Path:
