@@ -318,8 +318,6 @@ def outputs(model: PreTrainedModel, ffn: FFN, block: AbstractContextManager[None
     return seen
 
 
-# bitsandbytes casts what it is given to float16, and says so each time
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 def quantized(folder: Path, model_type: str, bits: int, storage: str | None = None) -> PreTrainedModel:
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
