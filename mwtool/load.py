@@ -228,6 +228,11 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
+    if "disk" in getattr(base, "hf_device_map", {}).values():
+        raise UnsupportedModel(
+            f"the base model of {adapter} does not fit and is left in its files in part, over which PEFT would write "
+            f"the sum with the adapter; give it more memory, or merge and save the two with PEFT and take that"
+        )
     try:
         config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:

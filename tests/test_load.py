@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
+from mwtool.head import head_of
 from mwtool.load import Loaded, ffn_at, load, massive_for
 from mwtool.scan import scan_checkpoint, scan_model
+from mwtool.surgery import Attack, edited
 from mwtool.targets import Target, norm_rows
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3]])
@@ -313,6 +315,40 @@ def test_an_offloaded_model_is_scanned_from_its_files(tmp_path: Path) -> None:
         scan_model(loaded.base)
     with pytest.raises(UnsupportedModel, match="no file holds its sum with adapter"):
         massive_for(replace(loaded, on="merged", source=replace(loaded.source, adapter="adapter")))
+
+
+def test_what_an_offloaded_model_gives_is_what_a_plain_one_gives(tmp_path: Path) -> None:
+    """Bit for bit, as it is and attacked, its head taken apart from its body; accelerate's hooks stay."""
+    found = offloaded(tmp_path, "model.layers.2", "model.norm", "lm_head")
+    plain = load(str(tmp_path / "model"))
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    scored = torch.ones_like(ids, dtype=torch.bool).index_fill(1, torch.tensor([0]), value=False)
+    for attack in (Attack(), Attack("zero", 1), Attack("retain", 1), Attack()):
+        losses = []
+        for loaded in (found, plain):
+            with edited(loaded.base, loaded.layers[1].ffns[0], [17], attack), torch.no_grad():
+                head = head_of(loaded.model, ids[:1])
+                assert head.body is not None
+                losses.append(head.losses(ids, scored, 40, torch.device("cpu")))
+        assert torch.equal(*losses)
+        assert found.base.lm_head.weight.is_meta
+
+
+def test_an_adapter_is_not_put_on_a_model_that_is_left_in_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT would write the base model's files anew, or where the path is absolute below the working directory."""
+    with_adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    size = len(before)
+    with pytest.raises(UnsupportedModel, match=r"base model of adapter does not fit .* merge and save the two"):
+        load("adapter", device_map="auto", model_options={"max_memory": {"cpu": size // 2}})
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert load("adapter", device_map="auto").on == "base"
 
 
 def test_a_model_whose_embedding_is_offloaded_is_too_large(tmp_path: Path) -> None:

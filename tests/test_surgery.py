@@ -242,6 +242,25 @@ def test_an_offloaded_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
         edited(model, tiny.layers_of(model)[1].ffns[0], [1], Attack("zero", 1)).__enter__()
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_that_cannot_be_read_are_refused_before_their_states_are_averaged(
+    tmp_path: Path, model_type: str
+) -> None:
+    """They are computed from the weights; what a module receives is seen wherever its weights are."""
+    from accelerate import disk_offload
+
+    model = tiny.model(model_type, num_hidden_layers=2)
+    ffn = tiny.layers_of(model)[1].ffns[0]
+    weights = model.get_submodule(ffn.module).down_proj
+    weights.data = weights.data.to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModel, match="holds packed experts, whose values cannot be fixed at their mean"):
+        averaging(model, ffn).__enter__()
+    weights.data = weights.data.float()
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.experts is offloaded .* without offloading"):
+        averaging(model, ffn).__enter__()
+
+
 @pytest.mark.parametrize(
     ("model_type", "targets"), [("llama", ["gate_proj", "up_proj"]), ("gpt2", ["c_fc"]), ("phi3", ["gate_up_proj"])]
 )
