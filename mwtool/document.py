@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import stat
 import tempfile
+from contextlib import suppress
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 TOP = 3
 """Entries listed for each layer's hidden and intermediate state."""
+INCOMPLETE = ".incomplete"
 
 
 def envelope(
@@ -154,7 +158,8 @@ def check_writable(path: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: under a temporary name beside it, then moved into place.
 
-    Pipes and devices are written to directly. Raises OutputError.
+    What a killed process left under such a name is removed. Pipes and devices are written to directly.
+    Raises OutputError.
     """
     temporary: str | None = None
     data = content.encode() if isinstance(content, str) else content
@@ -163,19 +168,43 @@ def write(path: Path, content: str | bytes) -> None:
             path.write_bytes(data)
             return
         target = path.resolve()  # a link stays a link; what it points to is replaced
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        _clear(target)
+        handle, temporary = _claim(target)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(target)
+            Path(temporary).chmod(0o666 & ~_umask())
+            Path(temporary).replace(target)  # before the lock goes with the handle
         temporary = None
     except OSError as fault:
         raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _claim(target: Path) -> tuple[int, str]:
+    """A new file beside `target`, open and locked, and its name."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=INCOMPLETE, dir=target.parent)
+        with suppress(OSError):  # a file system without locks: nothing is cleared there either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # cleared by another process before it was locked
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:50]}."  # a name may take 255 bytes, and so may the temporary one
+
+
+def _clear(target: Path) -> None:
+    """Remove what killed processes left beside `target`: nobody holds it."""
+    for left in target.parent.glob(f"{escape(_prefix(target))}*{INCOMPLETE}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,6 +245,46 @@ def test_a_file_is_replaced_whole_and_has_the_usual_mode(tmp_path: Path) -> None
     os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
     assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mwtool.document import write
+
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write(Path(sys.argv[1]), "half")
+"""
+
+
+@pytest.mark.parametrize("name", ["[a]*.json", "\u6f22" * 85])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, name: str) -> None:
+    path, others = tmp_path / name, {f".{name[:9]}.swp", f".{name[:50]}.12345678", ".other.12345678.incomplete"}
+    for other in others:
+        (tmp_path / other).write_text("mine")
+    write(path, "before")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2 + len(others)
+    assert path.read_text() == "before"
+    write(path, "after")
+    assert {one.name for one in tmp_path.iterdir()} == {name, *others}
+    assert path.read_text() == "after"
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "result.json", os.fsync
+
+    def meanwhile(handle: int) -> None:
+        monkeypatch.setattr(os, "fsync", synced)
+        write(path, "the other's")
+        assert path.read_text() == "the other's"
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write(path, "ours")
+    assert path.read_text() == "ours"
+    assert [one.name for one in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
