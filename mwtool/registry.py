@@ -54,9 +54,12 @@ class Installed:
 
     @property
     def tiny(self) -> Mapping[str, Mapping[str, Any]]:
-        """Options of tiny configurations by model type, where the adapter gives any."""
-        with _blaming(f"{self.plugin} failed to give its tiny configurations"):
-            return getattr(self.adapter, "tiny", {})
+        """Options of tiny configurations by model type, where the adapter gives any; raises BadPlugin for others."""
+        with _blaming(f"{self.plugin} failed to give its `tiny`"):
+            given = getattr(self.adapter, "tiny", {})
+        if not isinstance(given, Mapping) or not all(isinstance(one, Mapping) for one in given.values()):
+            raise BadPlugin(f"{self.plugin} has {given!r} for its `tiny`; expected options by model type")
+        return given
 
     def __str__(self) -> str:
         return str(self.plugin)
@@ -126,14 +129,13 @@ def load_object(value: str) -> Installed:
     with _blaming(f"adapter {value!r} cannot be imported"):
         adapter = entry.load()
         adapter = adapter() if isinstance(adapter, type) else adapter
-    return _checked(adapter, Plugin("", value, "not installed", ""))
+        return _checked(adapter, Plugin("", value, "not installed", ""))
 
 
 def _load(entry: EntryPoint) -> Installed:
     plugin = _plugin(entry)
     with _blaming(f"{plugin} cannot be imported"):
-        adapter = entry.load()
-    return _checked(adapter, plugin)
+        return _checked(entry.load(), plugin)
 
 
 def _checked(adapter: object, plugin: Plugin) -> Installed:

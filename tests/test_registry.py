@@ -109,6 +109,23 @@ def test_an_adapter_that_fails_is_named_with_the_layer(announce: Announce) -> No
         adapter_for("picky").layer(PretrainedConfig(), 3)
 
 
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (property(lambda _: 1 / 0), "failed to give its `tiny`: ZeroDivisionError"),
+        (["here"], r"has \['here'\] for its `tiny`; expected options by model type"),
+        ({"here": 3}, r"has \{'here': 3\} for its `tiny`; expected options by model type"),
+    ],
+)
+def test_tiny_configurations_that_are_none_are_told_of(
+    announce: Announce, monkeypatch: pytest.MonkeyPatch, given: object, fault: str
+) -> None:
+    announce(here="test_registry:GOOD")
+    monkeypatch.setattr(Here, "tiny", given)
+    with pytest.raises(BadPlugin, match=rf"some-plugin 1\.2\) {fault}"):
+        _ = adapter_for("here").tiny
+
+
 def test_two_claimants_are_both_named(announce: Announce) -> None:
     announce("plugin-b", here="b:B")
     announce("plugin-a", here="a:A", there="test_registry:GOOD")
