@@ -125,7 +125,7 @@ def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
     if packed and not dequantizable(loaded.source.config()):
         raise UnsupportedModel(
             f"{loaded.source.name} is quantized (packed {packed}) and cannot be scanned; scan the model it was made of "
-            f"and give --massive FILE, or name --layer and --indices"
+            f"and give --massive FILE (or, to ablate, --layer and --indices)"
         )
     if packed or any(parameter.is_meta for parameter in loaded.base.parameters()):
         return _scan_files(loaded, settings)

@@ -401,7 +401,8 @@ def refuse_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
-    with checkpoint.tensors(name for made_of in names.values() for name in made_of) as tensors:
+    weights = [name for name, _ in model.named_parameters()]  # whole numbers may well be buffers
+    with checkpoint.tensors(name for weight in weights for name in names.get(weight, [])) as tensors:
         _refuse_packed(tensors)
 
 
