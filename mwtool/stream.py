@@ -18,22 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from mwtool.checkpoint import Checkpoint, open_checkpoint
-from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.errors import BadCheckpoint
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
+from mwtool.quantized import dequantizer, refuse_unscaled
 from mwtool.source import model_class, unusable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from mwtool.source import Source
-
-DEQUANTIZABLE = ("fp8", "mxfp4")
-"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
-
-
-PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
-"""Of safetensors, then of `.bin` files."""
 
 
 @dataclass
@@ -161,7 +155,7 @@ class Stream:
             found = _shape(tensors[name])
             if found != expected:
                 raise BadCheckpoint(f"tensor {name} has shape {found}; the configuration expects {expected}")
-            _refuse_packed(tensors)
+            refuse_unscaled(tensors)
             table = torch.cat([tensors[name][row : row + 1] for row in rows]).clone()
         if not table.isfinite().all():
             raise BadCheckpoint(f"tensor {name} holds NaN or inf in the rows read ({rows}); the checkpoint is damaged")
@@ -215,7 +209,7 @@ class Stream:
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
             if self.load_config.hf_quantizer is None:
-                _refuse_packed(tensors)
+                refuse_unscaled(tensors)
             lazy = {
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
@@ -274,7 +268,7 @@ def open_stream(
 
     checkpoint = open_checkpoint(source)
     torch_dtype = resolve_dtype(dtype, config, checkpoint)
-    quantizer = _dequantizer(source, config)
+    quantizer = dequantizer(source, config)
     try:
         with _without_weights():
             model = model_class(config).from_config(
@@ -346,37 +340,6 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def dequantizable(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint of this configuration is quantized by a method that is undone."""
-    return _method(config) in DEQUANTIZABLE
-
-
-def _method(config: PretrainedConfig) -> str | None:
-    """How the checkpoint is quantized; None if it is not."""
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
-
-
-def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    method = _method(config)
-    if method is None:
-        return None
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModel(
-            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
-        )
-    if isinstance(config.quantization_config, dict):
-        config.quantization_config["dequantize"] = True
-    quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
-    return quantizer
-
-
 def _called_with_ids(embedding: nn.Embedding) -> bool:
     """Whether its forward takes token ids first; OPT's positions, for one, take a mask and are read whole."""
     name = next(iter(inspect.signature(embedding.forward).parameters))
@@ -394,27 +357,6 @@ def _drop(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
             if parameter is not None and not parameter.is_meta:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
-
-
-def refuse_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint where a weight of a model loaded whole is stored packed and nothing says how."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
-    weights = [name for name, _ in model.named_parameters()]  # whole numbers may well be buffers
-    with checkpoint.tensors(name for weight in weights for name in names.get(weight, [])) as tensors:
-        _refuse_packed(tensors)
-
-
-def _refuse_packed(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers and 8 bits of floating point are no weights without a scale; cast, they would pass for some."""
-    for name, tensor in tensors.items():
-        stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
-        if stored.upper() not in PLAIN:
-            raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, as config.json states no "
-                f"quantization_config"
-            )
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
