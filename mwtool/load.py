@@ -17,11 +17,10 @@ from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.packed import packed_dtype
+from mwtool.quantized import dequantizable, refuse_unscaled_weights
 from mwtool.registry import adapter_for
 from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
-from mwtool.skeleton import dequantizable
 from mwtool.source import ADAPTER_FILES, Source, locate, model_class, unusable
-from mwtool.stream import refuse_packed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -192,7 +191,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
     model, info = loaded
     _check_whole(source, info)
     if stored_plain:  # transformers casts whatever it finds, without a word
-        refuse_packed(model, open_checkpoint(source))
+        refuse_unscaled_weights(model, open_checkpoint(source))
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"

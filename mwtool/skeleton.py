@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mwtool.checkpoint import Checkpoint
-from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.errors import BadCheckpoint
+from mwtool.quantized import dequantizer
 from mwtool.source import Source, model_class, unusable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-DEQUANTIZABLE = ("fp8", "mxfp4")
-"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ def build(
     from transformers.modeling_utils import LoadStateDictConfig
 
     torch_dtype = _resolved(dtype, config, checkpoint)
-    quantizer = _dequantizer(source, config)
+    quantizer = dequantizer(source, config)
     model = _built(source, config, torch_dtype)
     parameters = model.num_parameters()
     if check is not None:
@@ -118,37 +116,6 @@ def _without_weights() -> Iterator[None]:
 
     with init_empty_weights(include_buffers=False), no_init_weights():
         yield
-
-
-def dequantizable(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint of this configuration is quantized by a method that is undone."""
-    return _method(config) in DEQUANTIZABLE
-
-
-def _method(config: PretrainedConfig) -> str | None:
-    """How the checkpoint is quantized; None if it is not."""
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
-
-
-def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    method = _method(config)
-    if method is None:
-        return None
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModel(
-            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
-        )
-    if isinstance(config.quantization_config, dict):
-        config.quantization_config["dequantize"] = True
-    quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
-    return quantizer
 
 
 def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:

@@ -21,16 +21,13 @@ from mwtool.checkpoint import Checkpoint, open_checkpoint
 from mwtool.errors import BadCheckpoint
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
+from mwtool.quantized import refuse_unscaled
 from mwtool.skeleton import build
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from mwtool.source import Source
-
-
-PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
-"""Of safetensors, then of `.bin` files."""
 
 
 @dataclass
@@ -159,7 +156,7 @@ class Stream:
             found = _shape(tensors[name])
             if found != expected:
                 raise BadCheckpoint(f"tensor {name} has shape {found}; the configuration expects {expected}")
-            _refuse_packed(tensors)
+            refuse_unscaled(tensors)
             table = torch.cat([tensors[name][row : row + 1] for row in rows]).clone()
         if not table.isfinite().all():
             raise BadCheckpoint(f"tensor {name} holds NaN or inf in the rows read ({rows}); the checkpoint is damaged")
@@ -213,7 +210,7 @@ class Stream:
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
             if self.load_config.hf_quantizer is None:
-                _refuse_packed(tensors)
+                refuse_unscaled(tensors)
             lazy = {
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
@@ -302,27 +299,6 @@ def _drop(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
             if parameter is not None and not parameter.is_meta:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
-
-
-def refuse_packed(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint where a weight of a model loaded whole is stored packed and nothing says how."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
-    weights = [name for name, _ in model.named_parameters()]  # whole numbers may well be buffers
-    with checkpoint.tensors(name for weight in weights for name in names.get(weight, [])) as tensors:
-        _refuse_packed(tensors)
-
-
-def _refuse_packed(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers and 8 bits of floating point are no weights without a scale; cast, they would pass for some."""
-    for name, tensor in tensors.items():
-        stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
-        if stored.upper() not in PLAIN:
-            raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, as config.json states no "
-                f"quantization_config"
-            )
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
