@@ -318,3 +318,8 @@ def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
 def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert " parameters, bfloat16 on cpu\n" in run("scan", model).out
+
+
+def test_usage_and_completion_name_the_command_however_it_is_started() -> None:
+    assert run_apart("scan", "--help").out.split("\n")[1].rstrip() == " Usage: mwtool scan [OPTIONS] [MODEL]"
+    assert "_MWTOOL_COMPLETE=complete_bash" in run_apart(_MWTOOL_COMPLETE="source_bash").out

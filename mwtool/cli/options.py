@@ -91,11 +91,11 @@ def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, An
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="[MODEL]", help="Hub id, local folder, or demo, the bundled model.")]
+BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
 Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
