@@ -80,7 +80,10 @@ def ablate(
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
     device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
+        DeviceMap | None,
+        typer.Option(
+            help="Spread over all devices, as accelerate does.", show_default=False, rich_help_panel=options.MODEL
+        ),
     ] = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
