@@ -322,7 +322,7 @@ def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: py
 
 
 def test_usage_and_completion_name_the_command_however_it_is_started() -> None:
-    assert run_apart("scan", "--help").out.split("\n")[1].rstrip() == " Usage: mwtool scan [OPTIONS] [MODEL]"
+    assert " Usage: mwtool scan [OPTIONS] " in run_apart("scan", "--help").out
     assert "_MWTOOL_COMPLETE=complete_bash" in run_apart(_MWTOOL_COMPLETE="source_bash").out
 
 
