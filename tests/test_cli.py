@@ -20,10 +20,11 @@ import pytest
 import tiny
 import torch
 from command import run, run_apart
+from typer.main import get_command
 
 import mwtool
 from mwtool import plots
-from mwtool.cli import terminal
+from mwtool.cli import app, terminal
 from mwtool.errors import ModelNotFound
 from mwtool.registry import installed
 
@@ -318,3 +319,19 @@ def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
 def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert " parameters, bfloat16 on cpu\n" in run("scan", model).out
+
+
+def test_usage_and_completion_name_the_command_however_it_is_started() -> None:
+    assert " Usage: mwtool scan [OPTIONS] " in run_apart("scan", "--help").out
+    assert "_MWTOOL_COMPLETE=complete_bash" in run_apart(_MWTOOL_COMPLETE="source_bash").out
+
+
+@pytest.mark.parametrize("command", ["scan", "ablate", "eval", "finetune"])
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    click: Any = get_command(app)
+    assert [p.name for p in click.commands[command].params if not p.help] == []
+
+
+def test_the_many_options_of_a_run_are_grouped() -> None:
+    panels = re.findall(r"╭─ ([A-Z]\w+)", run("finetune", "--help").out)
+    assert {"Data", "Adapter", "MacDrop", "Training", "Run"} < set(panels)

@@ -40,7 +40,7 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
 def check(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL_TYPE|MODULE:OBJECT]", help="What to check; every installed adapter by default."),
+        typer.Argument(metavar="MODEL_TYPE|MODULE:OBJECT", help="What to check; every installed adapter by default."),
     ] = None,
     model_type: Annotated[
         str | None,

@@ -37,7 +37,7 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Hub id, local folder, PEFT adapter folder, or demo; with --compare several, or earlier result files.",
             show_default="demo",
         ),

@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,79 +59,84 @@ class Quantize(StrEnum):
     four_bit = "4bit"
 
 
+_of_data = partial(typer.Option, rich_help_panel="Data")
+_of_adapter = partial(typer.Option, rich_help_panel="Adapter")
+_of_macdrop = partial(typer.Option, rich_help_panel="MacDrop")
+_of_training = partial(typer.Option, rich_help_panel="Training")
+_of_run = partial(typer.Option, rich_help_panel="Run")
+_of_model = partial(typer.Option, rich_help_panel=options.MODEL)
+
+
 def finetune(
     model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",  # typer 0.27 takes an option whose metavar is its name for an argument
-            metavar="DATA",
-            help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG].",
+        _of_data(
+            "--data", metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."
         ),
     ] = None,
     macdrop: Annotated[
-        str, typer.Option(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
+        str, _of_macdrop(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
     ] = "step:0.8",
-    peft: Annotated[Peft, typer.Option(help="The adapter.")] = Peft.lora,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the adapter goes.")
-    ] = None,
-    format_: Annotated[
-        Format, typer.Option("--format", help="How rows are read; auto looks at their keys.")
-    ] = Format.auto,
-    split: Annotated[str, typer.Option(help="Of a Hub dataset or folder.")] = "train",
+    peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
+    output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
+    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = Format.auto,
+    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = "train",
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
+        bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
     ] = False,
     train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
+        bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=1)] = 16,
-    alpha: Annotated[int, typer.Option(min=1)] = 16,
-    dropout: Annotated[float, typer.Option(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
+    alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
+    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = 0.0,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
+        _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
     ] = None,
-    lr: Annotated[float, typer.Option(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, typer.Option(min=0.001, callback=options.finite)] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a device takes at once.")] = 8,
+    lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
+    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
+    epochs: Annotated[float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")] = 3.0,
+    max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
-        int, typer.Option(min=1, help="Sequences of an optimizer step, reached by accumulation.")
+        int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
     ] = 256,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
+        int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
     ] = None,
-    packing: Annotated[bool, typer.Option("--packing", help="Several examples in a sequence, apart.")] = False,
+    packing: Annotated[bool, _of_data("--packing", help="Several examples in a sequence, apart.")] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+        bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
-    quantize: Annotated[Quantize | None, typer.Option(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
-    k: Annotated[int | None, typer.Option("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
-    scope: Annotated[Scope | None, typer.Option(help="Rows dropped from.", show_default="massive")] = None,
-    resample: Annotated[Resample | None, typer.Option(help="A mask for each of these.", show_default="step")] = None,
-    massive: options.Massive = None,
+    quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
+    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
+    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
+    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
+    scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
+    resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
+    massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
     allow_none: Annotated[
-        bool, typer.Option("--allow-none", help="Train a model without massive weights, without MacDrop.")
+        bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")
-    ] = False,
-    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, ...; repeatable.")] = None,
-    logging_steps: Annotated[int | None, typer.Option(min=1, show_default="a hundredth, at most 10")] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1, show_default="a twentieth of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    show_curriculum: Annotated[bool, typer.Option("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    merge: Annotated[bool, _of_adapter("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")] = False,
+    report_to: Annotated[list[str] | None, _of_run(help="tensorboard, wandb, ...; repeatable.")] = None,
+    logging_steps: Annotated[
+        int | None,
+        _of_run(min=1, help="Steps from one logged loss to the next.", show_default="a hundredth, at most 10"),
+    ] = None,
+    save_steps: Annotated[
+        int | None, _of_run(min=1, help="Steps from one checkpoint to the next.", show_default="a twentieth of the run")
+    ] = None,
+    resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
+    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
+    show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
     revision: options.Revision = None,
     dtype: Annotated[
-        DType, typer.Option(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
+        DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
     ] = DType.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str, _of_model(help="auto, cpu, cuda, mps.")] = "auto",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     config: options.Config = None,

@@ -111,30 +111,63 @@ def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, An
     return known
 
 
+MODEL, OUTPUT = "Opening the model", "Configuration and output"
+"""Panels of `--help`, behind what is the command's own."""
+
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="[MODEL]", help="Hub id, local folder, or demo, the bundled model.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
-Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
+BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
+Precision = Annotated[
+    DType,
+    typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.", rich_help_panel=MODEL),
+]
+Device = Annotated[
+    str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL)
+]
 Spread = Annotated[
     DeviceMap | None,
-    typer.Option("--device-map", help="Spread over all devices, as accelerate does.", show_default=False),
+    typer.Option(
+        "--device-map",
+        help="Spread over all devices, as accelerate does.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 Massive = Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=MODEL)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the JSON document to this file.", rich_help_panel=OUTPUT),
+]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", is_eager=True, callback=_config, help="YAML file of option values; flags win."),
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_config,
+        help="YAML file of option values; flags win.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", is_eager=True, expose_value=True, callback=_debug, help="Show the traceback of an error."),
+    typer.Option(
+        "--debug",
+        is_eager=True,
+        expose_value=True,
+        callback=_debug,
+        help="Show the traceback of an error.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
