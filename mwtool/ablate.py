@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared, prepare
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at
 from mwtool.measured import Measured, OnProgress, Options
 from mwtool.override import averaging
 from mwtool.perplexity import check_vocabulary
 from mwtool.registry import adapter_for
-from mwtool.scan import decoder_layers
 from mwtool.surgery import Attack, edited, parse_mode, rows_of
 from mwtool.targets import Target, norm_rows, random_rows
 from mwtool.tasks import Task
@@ -164,14 +164,17 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     return average.values.clone()
 
 
+def controls_of(run: Run, runs: Sequence[Run]) -> list[Run]:
+    """The same attack on as many rows chosen otherwise."""
+    return [one for one in runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
+
+
 def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verdict]:
     """One for each attack on ranked rows and each perplexity."""
     for run in runs:
         if run.control is not None or run.attack.idle or run.attack.k == 0:
             continue
-        beside = [
-            one for one in runs if one.control and (one.attack, one.target) == (run.attack, run.target)
-        ]  # its controls
+        beside = controls_of(run, runs)
         for at, (attacked, plain) in enumerate(zip(run.measured, baseline, strict=True)):
             found = judge(
                 run.attack,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mwtool.ablate import Ablation, Run
-from mwtool.document import envelope
+from mwtool.document import envelope_of, finite
 from mwtool.load import Loaded
 from mwtool.measured import Measured
-from mwtool.verdict import Ratio, Verdict, named, ratio_of
+from mwtool.verdict import Ratio, Verdict, named, points_of, ratio_of
 
 SCHEMA = "mwtool.ablate/1"
 
@@ -25,22 +24,11 @@ def ablate_document(
     saved: str | None = None,
 ) -> dict[str, Any]:
     """The document. A number that is not finite is null, and `nonfinite` says why."""
-    identity, baseline = loaded.identity, named(found.baseline)
+    baseline = named(found.baseline)
     return {
-        **envelope(
-            SCHEMA,
-            model=identity.model,
-            revision=identity.revision,
-            model_type=identity.model_type,
-            dtype=str(loaded.base.dtype).removeprefix("torch."),
-            device=str(loaded.base.device),
-        ),
-        "seed": seed,
-        "command": command,
-        "adapter": loaded.source.adapter,
-        "on": loaded.on,
+        **envelope_of(SCHEMA, loaded, seed=seed, command=command),
         "tasks": [_task(name, one) for name, one in baseline.items()],
-        "baseline": {name: _finite(one.value) for name, one in baseline.items()},
+        "baseline": {name: finite(one.value) for name, one in baseline.items()},
         "nonfinite": _nonfinite(baseline),
         "runs": [_run(run, baseline) for run in found.runs],
         "verdicts": [_verdict(one) for one in found.verdicts],
@@ -65,6 +53,7 @@ def _task(name: str, one: Measured) -> dict[str, Any]:
 def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
     results = named(run.measured)
     ratios = {name: ratio_of(one, baseline[name]) for name, one in results.items()}
+    changes = {name: points_of(one, baseline[name]) for name, one in results.items()}
     return {
         "mode": run.attack.name,
         "k": run.attack.k,
@@ -73,17 +62,12 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "module": run.target.ffn.module,
         "expert": run.target.ffn.expert,
         "indices": list(run.indices),
-        "results": {name: _finite(one.value) for name, one in results.items()},
-        "ratio": {name: None if ratio is None else _finite(ratio.value) for name, ratio in ratios.items()},
+        "results": {name: finite(one.value) for name, one in results.items()},
+        "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
         "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
-        "delta": {name: _delta(one, baseline[name]) for name, one in results.items()},
+        "delta": {name: None if points is None else finite(points) for name, points in changes.items()},
         "nonfinite": _nonfinite(results),
     }
-
-
-def _delta(one: Measured, baseline: Measured) -> float | None:
-    """Points of an accuracy won or lost; null for a perplexity."""
-    return _finite(100 * (one.value - baseline.value)) if one.weights is None else None
 
 
 def _verdict(one: Verdict) -> dict[str, Any]:
@@ -93,12 +77,12 @@ def _verdict(one: Verdict) -> dict[str, Any]:
         "layer": one.layer,
         "expert": one.expert,
         "task": one.task,
-        "ratio": _finite(one.ratio.value),
+        "ratio": finite(one.ratio.value),
         "interval": _interval(one.ratio),
-        "random": [_finite(value) for value in one.random],
-        "norm": None if one.norm is None else _finite(one.norm),
+        "random": [finite(value) for value in one.random],
+        "norm": None if one.norm is None else finite(one.norm),
         "norm_shared": one.norm_shared,
-        "beyond": None if one.beyond is None else _finite(one.beyond.value),
+        "beyond": None if one.beyond is None else finite(one.beyond.value),
         "beyond_interval": _interval(one.beyond),
         "text": one.text,
     }
@@ -107,12 +91,8 @@ def _verdict(one: Verdict) -> dict[str, Any]:
 def _interval(ratio: Ratio | None) -> list[float | None] | None:
     if ratio is None or ratio.low is None or ratio.high is None:
         return None
-    return [_finite(ratio.low), _finite(ratio.high)]
+    return [finite(ratio.low), finite(ratio.high)]
 
 
 def _nonfinite(results: dict[str, Measured]) -> dict[str, str]:
     return {name: one.nonfinite for name, one in results.items() if one.nonfinite}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -12,9 +12,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mwtool.ablate import Ablation, Run
+from mwtool.ablate import Ablation, Run, controls_of
 from mwtool.measured import Measured
-from mwtool.verdict import Verdict, named, ratio_of, short
+from mwtool.verdict import Verdict, figure, named, points_of, ratio_of, short
 
 BESIDE, WIDE = 26, 46
 """Columns that name the attack, and those that one task with its controls takes."""
@@ -70,7 +70,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
 
 
 def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -> Iterator[str]:
-    beside = [one for one in found.runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
+    beside = controls_of(run, found.runs)
     for at in tasks:
         one, plain = run.measured[at], found.baseline[at]
         yield _value(one)
@@ -84,24 +84,23 @@ def _spread(controls: Sequence[Measured], plain: Measured) -> str:
     """Mean and spread (standard deviation) of the controls' ratios, or of their differences in points."""
     if not controls:
         return ""
-    ratios = [ratio_of(one, plain) for one in controls]
-    values = [ratio.value for ratio in ratios if ratio is not None]
-    if plain.weights is None:
-        values = [100 * (one.value - plain.value) for one in controls]
+    points = [points for one in controls if (points := points_of(one, plain)) is not None]
+    ratios = [ratio.value for one in controls if (ratio := ratio_of(one, plain)) is not None]
+    values = points or ratios
     if len(values) < len(controls):
         return "not finite"
-    shown = f"{statistics.fmean(values):+.1f}" if plain.weights is None else _number(statistics.fmean(values))
-    if len(values) == 1:
-        return shown
-    spread = statistics.stdev(values)
-    return f"{shown} ± {spread:.1f}" if plain.weights is None else f"{shown} ± {_number(spread)}"
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    shown = [f"{mean:+.1f}"] if points else [figure(mean)]
+    if spread is not None:
+        shown.append(f"{spread:.1f}" if points else figure(spread))
+    return " ± ".join(shown)
 
 
 def _change(one: Measured, plain: Measured) -> str:
-    if one.weights is None:
-        return f"{100 * (one.value - plain.value):+.1f}"
-    ratio = ratio_of(one, plain)
-    return "not finite" if ratio is None else f"x{_number(ratio.value)}"
+    points, ratio = points_of(one, plain), ratio_of(one, plain)
+    if points is not None:
+        return f"{points:+.1f}"
+    return "not finite" if ratio is None else f"x{figure(ratio.value)}"
 
 
 def _foremost(found: Ablation) -> Iterator[Verdict]:
@@ -128,8 +127,4 @@ def _nonfinite(found: Ablation) -> Iterator[str]:
 def _value(one: Measured) -> str:
     if not math.isfinite(one.value):
         return "not finite"
-    return _number(one.value) if one.weights is not None else f"{100 * one.value:.1f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals tell nothing there
+    return figure(one.value) if one.weights is not None else f"{100 * one.value:.1f}"

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint
-from mwtool.source import Source, read_json
+from mwtool.source import Source, gguf_in, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +25,12 @@ LFS_POINTER = b"version https://git-lfs"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-class Lazy(Protocol):
-    """A tensor not read yet, as safetensors' slices are: `[...]` reads it, `[i:j]` reads these rows."""
-
-    def __getitem__(self, index: Any) -> Tensor: ...
-
-
 @dataclass(slots=True)
 class Checkpoint:
     """Tensor name -> file, and the tensors themselves on request.
 
     files: which file holds which tensor.
-    legacy: tensors of ``.bin`` files, which can only be read whole; None for safetensors.
+    legacy: tensors of ``.bin`` files, which can only be opened whole; None for safetensors.
     """
 
     source: Source
@@ -45,7 +40,9 @@ class Checkpoint:
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Lazy tensors by name, alive inside the block; what was read from them stays alive after it.
+        """Tensors by name, not read yet, alive inside the block; what was read from them stays alive after it.
+
+        As of safetensors' slices, `[...]` reads one whole and `[i:j]` these rows.
 
         Raises BadCheckpoint if a file is absent, cut short or lacks the tensor.
         """
@@ -81,9 +78,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         return _single(source)
     if source.path(LEGACY) is not None:
         return _legacy(source, [LEGACY])
-    raise BadCheckpoint(
-        f"{source.name} has no weights; expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
-    )
+    expected = f"expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
+    raise BadCheckpoint(f"{source.name} has no weights; {gguf_in(source.folder) or expected}")
 
 
 def open_safetensors(path: Path) -> Any:
@@ -138,7 +134,8 @@ def _legacy(source: Source, files: list[str]) -> Checkpoint:
         if path is None:
             raise BadCheckpoint(f"{source.name}: {LEGACY_INDEX} names {file}, which is not there; get it again")
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped where it is an archive, which files of torch before 1.6 are not
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as fault:
             raise BadCheckpoint(
                 f"{path} ({path.stat().st_size:,} bytes) is cut short or holds more than tensors "
@@ -147,7 +144,7 @@ def _legacy(source: Source, files: list[str]) -> Checkpoint:
         if not isinstance(loaded, Mapping):
             raise BadCheckpoint(f"{path} holds a {type(loaded).__name__}; expected tensors by name")
         tensors |= {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
-    note = "a .bin checkpoint is read whole; save it as safetensors to read one layer at a time"
+    note = "a .bin checkpoint is opened whole, all of its files; save it as safetensors to read one layer at a time"
     return Checkpoint(source, dict.fromkeys(tensors, LEGACY), legacy=tensors, notes=[note])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mwtool.errors import BadPlugin
 from mwtool.layout import FFN, DecoderLayer, WeightSlice
+from mwtool.nearby import exchanged, nearby
 from mwtool.states import LayerState, Part, recompute, walk, wide
 from mwtool.surgery import Attack, edited
 
@@ -58,15 +59,25 @@ def recomputed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None
                 for name, found, expected in real.compare(model, layer, _same):
                     off = _apart(found, expected)
                     if off > TOLERANCE:
-                        return f"{name}: recomputed from the slices it differs by {off:.1e} of its largest entry"
+                        said = f"{name}: recomputed from the slices it differs by {off:.1e} of its largest entry"
+                        return said + _remedy(model, layer, real, name)
     return None
+
+
+def _remedy(model: PreTrainedModel, layer: DecoderLayer, real: _Calls, name: str) -> str:
+    """The smallest change of the description under which this network agrees; empty where none is known."""
+    for words, change in nearby(layer.ffns[0], model):
+        for network, found, expected in real.compare(model, layer, change):
+            if network == name and _apart(found, expected) <= TOLERANCE:
+                return f"; with {words} it agrees"
+    return ""
 
 
 def swapped(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
     """With gate and up exchanged the formula must not give the same: they are told apart."""
     for layer, real in _calls(model, layers):
         ours = {name: found for name, found, _ in real.compare(model, layer, _same)}
-        for name, found, expected in real.compare(model, layer, _swap):
+        for name, found, expected in real.compare(model, layer, _swapped):
             if min(_apart(found, expected), _apart(found, ours[name])) < APART:
                 return f"{name}: gate and up may be exchanged without a difference"
     return None
@@ -260,10 +271,8 @@ def _same(ffn: FFN) -> FFN:
     return ffn
 
 
-def _swap(ffn: FFN) -> FFN | None:
-    if ffn.gate is None:
-        return None
-    return replace(ffn, up=ffn.gate, gate=ffn.up, up_bias=ffn.gate_bias, gate_bias=ffn.up_bias)
+def _swapped(ffn: FFN) -> FFN | None:
+    return None if ffn.gate is None else exchanged(ffn)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

@@ -12,12 +12,15 @@ A file that is not JSON, JSONL or Parquet is one long text. Rows that cannot be 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mwtool.errors import BadValue, ModelNotFound
+from mwtool.dataset import reaching
+from mwtool.errors import BadValue
+from mwtool.text_file import as_object, json_object, keys_of, read_lines, read_text, shown
 
 Form = Literal["alpaca", "messages", "text"]
 Role = Literal["system", "user", "assistant"]
@@ -30,6 +33,7 @@ _NAMES: dict[str, Role] = {
     "system": "system",
 }
 _EXPECTED = "instruction and output (alpaca), messages or conversations (messages), or text (text)"
+_WANTED = "text or rows to train on"
 _LOOKED_AT = 100
 """Rows whose keys decide what the form is, where the first ones are damaged."""
 
@@ -44,7 +48,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a conversation, or a text. where: `FILE, line N`."""
+    """One row: a conversation, or a text. where: `FILE, line N`, of an array with `, row M`."""
 
     where: str
     turns: tuple[Turn, ...] = ()
@@ -79,7 +83,7 @@ def read_data(name: str, form: Form | None = None, *, split: str = "train", skip
     if path.is_file() and path.suffix.lower() not in (".json", ".jsonl", ".ndjson", ".parquet"):
         if form not in (None, "text"):
             raise BadValue(f"{name} is read as plain text, which has no {form}; expected .json, .jsonl or .parquet")
-        return Data(name, "text", (Example(name, text=_text(path)),), stream=True)
+        return Data(name, "text", (Example(name, text=read_text(path, _WANTED)),), stream=True)
     rows = list(_rows_of(name, path, split))
     if not rows:
         raise BadValue(f"{name} has no rows; expected rows of {_EXPECTED}")
@@ -122,47 +126,27 @@ def _hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not Path(name).suffix
 
 
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as fault:
-        raise BadValue(f"{path} is not UTF-8 text: byte {fault.start} is {fault.object[fault.start]:#04x}") from fault
-    except OSError as fault:
-        raise BadValue(f"{path} cannot be read: {fault.strerror}") from fault
-    if not text.strip():
-        raise BadValue(f"{path} is empty; expected text or rows to train on")
-    return text.removeprefix("\ufeff")
-
-
 def _json_lines(path: Path) -> Iterator[_Row | Unreadable]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # a row may hold other line separators
-        if line.strip():
-            yield _row(f"{path}, line {number}", line)
+    for where, line in read_lines(path, _WANTED):
+        yield _row(where, line, json_object)
 
 
-def _row(where: str, line: str) -> _Row | Unreadable:
+def _row(where: str, found: Any, read: Callable[[str, Any], dict[str, Any]]) -> _Row | Unreadable:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as fault:
-        return Unreadable(f"{where}: not JSON ({fault})")
-    return _object(where, value)
-
-
-def _object(where: str, value: Any) -> _Row | Unreadable:
-    if not isinstance(value, dict):
-        return Unreadable(f"{where}: holds a {type(value).__name__}; expected a JSON object")
-    return _Row(where, value)
+        return _Row(where, read(where, found))
+    except BadValue as fault:
+        return Unreadable(str(fault))
 
 
 def _json(path: Path) -> Iterator[_Row | Unreadable]:
     """Elements of a JSON array, each with the line it begins at; a file of one object a line is read as JSONL."""
-    text = _text(path)
+    text = read_text(path, _WANTED)
     start = len(text) - len(text.lstrip())
     if text[start] != "[":
         yield from _json_lines(path)
         return
     decoder, at, line = json.JSONDecoder(), start + 1, 1 + text.count("\n", 0, start + 1)
-    while True:
+    for number in count(1):
         at, line = _past(text, at, " \t\r\n", line)
         if text[at : at + 1] == "]":
             return
@@ -170,7 +154,7 @@ def _json(path: Path) -> Iterator[_Row | Unreadable]:
             value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as fault:
             raise BadValue(f"{path}, line {line}: not JSON ({fault}); expected an array of objects") from fault
-        yield _object(f"{path}, line {line}", value)
+        yield _row(f"{path}, line {line}, row {number}", value, as_object)  # often all rows are on one line
         line += text.count("\n", at, end)
         at, line = _past(text, end, " \t\r\n", line)
         if text[at : at + 1] == ",":
@@ -203,15 +187,12 @@ def _parquet(path: Path) -> Iterator[_Row]:
 
 def _dataset(name: str, split: str) -> Iterator[_Row]:
     datasets = _library("datasets", f"{name} is no file")
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
     place, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(place, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, HTTPError, DatasetsError) as fault:
-        line = str(fault).strip().partition("\n")[0] or type(fault).__name__
-        raise ModelNotFound(f"the dataset {name} (split {split}) cannot be had: {line}") from fault
+    rows = reaching(
+        f"the dataset {name} (split {split})",
+        lambda: datasets.load_dataset(place, config or None, split=split),
+        "give a local file instead",
+    )
     for number, values in enumerate(rows, start=1):
         yield _Row(f"{name}, row {number}", dict(values))
 
@@ -233,8 +214,7 @@ def _detected(name: str, rows: Iterable[_Row | Unreadable]) -> Form:
                 return form
     if not found:  # not one row is an object
         raise BadValue(complaint(name, len(list(rows)), tuple(row for row in rows if isinstance(row, Unreadable))))
-    keys = ", ".join(sorted(found[0].values)[:8]) or "none"
-    raise BadValue(f"{found[0].where}: the keys are {keys}; expected {_EXPECTED}")
+    raise BadValue(f"{found[0].where}: the keys are {keys_of(found[0].values)}; expected {_EXPECTED}")
 
 
 def _example(row: _Row, form: Form) -> Example | Unreadable:
@@ -276,7 +256,5 @@ def _messages(row: _Row) -> Example | Unreadable:
 
 def _wrong(row: _Row, key: str, expected: str) -> Unreadable:
     if key not in row.values:
-        return Unreadable(f"{row.where}: has no {key} (but {', '.join(sorted(row.values)[:8]) or 'no keys'})")
-    shown = repr(row.values[key])
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."  # noqa: PLR2004 # a message is one line
-    return Unreadable(f"{row.where}: {key} is {shown}; expected {expected}")
+        return Unreadable(f"{row.where}: has no {key} (but {keys_of(row.values)})")
+    return Unreadable(f"{row.where}: {key} is {shown(row.values[key])}; expected {expected}")

@@ -208,6 +208,9 @@ class _Writer:
                 f"{self.too_long:,} of {len(data.examples):,} examples are longer than {self.max_length} tokens and "
                 f"left out (--max-length)"
             )
+        if not self.tokenizer.chat_template and any(example.text is None for example in data.examples):
+            shown = " ".join(f"{_HEADINGS[role].strip()} ..." for role in ("user", "assistant"))
+            yield f"the tokenizer has no chat template: messages stand under headings, each on a line ({shown})"
         if self.last_answers:
             yield (
                 f"the chat template writes answers differently once others follow: of {self.last_answers:,} "

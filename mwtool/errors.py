@@ -53,3 +53,14 @@ class BadSyntax(BadValue):
     def pointer(self) -> str:
         """The text, and below it a caret under the character."""
         return f"{self.text}\n{' ' * self.position}^"
+
+
+def line_of(fault: BaseException) -> str:
+    """A library's exception in its first sentence of use, for messages that fit on one line."""
+    first, _, rest = str(fault).strip().partition("\n")
+    first = first.removesuffix(".")
+    if first.endswith(":"):  # the reason comes below
+        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
+    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
+        return f"{type(fault).__name__} {first}".strip()
+    return first or type(fault).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.document import envelope, text_of
+from mwtool.document import envelope_of, finite, text_of
 from mwtool.errors import BadValue
 from mwtool.evaluate import Result
 from mwtool.load import Loaded
@@ -40,23 +40,11 @@ def eval_document(
     complete: bool = True,
 ) -> dict[str, Any]:
     """The document. A number that is not finite is null, and `nonfinite` says why."""
-    identity = loaded.identity
-    head = envelope(
-        SCHEMA,
-        model=identity.model,
-        revision=identity.revision,
-        model_type=identity.model_type,
-        dtype=str(loaded.base.dtype).removeprefix("torch."),
-        device=str(loaded.base.device),
-    )
+    head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
     bos = bos_for(loaded, options)
     return {
         **head,
-        "seed": options.seed,
         "versions": {**head["versions"], **_versions()},
-        "command": command,
-        "adapter": loaded.source.adapter,
-        "on": loaded.on,
         "attention": getattr(loaded.base.config, "_attn_implementation", None),
         "bos": None if bos is None else {"id": bos.id, "token": bos.token, "how": bos.how},
         "options": {
@@ -86,15 +74,15 @@ def result_of(one: Result) -> dict[str, Any]:
         "task": measured.task,
         "part": measured.part,
         "metric": measured.metric,
-        "value": _finite(measured.value),
-        "stderr": None if measured.stderr is None else _finite(measured.stderr),
+        "value": finite(measured.value),
+        "stderr": None if measured.stderr is None else finite(measured.stderr),
         "n": measured.n,
         "seconds": round(measured.seconds, 3),
         "nonfinite": measured.nonfinite,
         "higher_is_better": measured.higher_is_better,
         "digest": measured.digest,
         "setting": measured.setting,
-        "samples": [_finite(value) for value in measured.samples],
+        "samples": [finite(value) for value in measured.samples],
         "weights": None if measured.weights is None else list(measured.weights),
         "answers": list(measured.answers),
     }
@@ -176,12 +164,21 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         if other is None and not _same_rows(one["massive"], now["massive"]):
             other = "massive"
         if other is not None:
+            was, new = _differing(one[other], now[other])
             raise BadValue(
-                f"{path} was made with {other} {one[other]}, now it is {now[other]}; give the same to go on, "
-                f"or write elsewhere"
+                f"{path} was made with {other} {was}, now it is {new}; give the same to go on, or write elsewhere"
             )
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
+
+
+def _differing(one: Any, other: Any) -> tuple[str, str]:
+    """Of two objects what differs, on each side; anything else as it is."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return str(one), str(other)
+    keys = [key for key in one if one[key] != other.get(key)]
+    was, new = (", ".join(f"{key} {side.get(key)}" for key in keys) for side in (one, other))
+    return was, new
 
 
 def _same_rows(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
@@ -213,8 +210,8 @@ def _pair(row: Row, reference: Row, found: Paired | None) -> dict[str, Any]:
         "attack": row.attack,
         "beside": {"model": reference.model, "attack": reference.attack},
         "kind": None if found is None else found.kind,
-        "value": None if found is None else _finite(found.value),
-        "interval": None if interval is None else [_finite(value) for value in interval],
+        "value": None if found is None else finite(found.value),
+        "interval": None if interval is None else [finite(value) for value in interval],
         "n": None if found is None else found.n,
     }
 
@@ -225,7 +222,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.verdict import short
+from mwtool.verdict import fine, short
 
 SHOWN = 5
 """Prompts whose answers are shown before the rest is left to the document."""
@@ -57,7 +57,7 @@ def _answers(rows: Sequence[Row]) -> Iterator[RenderableType]:
             grid = Table.grid(expand=True, padding=(0, 1))
             for _ in same:
                 grid.add_column(ratio=1)
-            grid.add_row(*(Panel(Text(row.measured.answers[at]), title=_name(row, same)) for row in same))
+            grid.add_row(*(Panel(Text(row.measured.answers[at]), title=Text(_name(row, same))) for row in same))
             yield Group(Text(f"\n{short(task)}, prompt {at + 1}: {prompt}"), grid)
         if len(prompts) > SHOWN:
             yield Text(f"\n{len(prompts) - SHOWN} more prompts: their answers are in the document (-o FILE)")
@@ -71,13 +71,13 @@ def _value(row: Row) -> str:
     one = row.measured
     if one.nonfinite or not math.isfinite(one.value):
         return "not finite"
-    return _percent(one.value) if _accuracy(row) else _number(one.value)
+    return _percent(one.value) if _accuracy(row) else fine(one.value)
 
 
 def _error(row: Row) -> str:
     if row.measured.stderr is None:
         return ""
-    return _percent(row.measured.stderr) if _accuracy(row) else _number(row.measured.stderr)
+    return _percent(row.measured.stderr) if _accuracy(row) else fine(row.measured.stderr)
 
 
 def _beside(found: Paired | None, *, first: bool) -> str:
@@ -85,8 +85,8 @@ def _beside(found: Paired | None, *, first: bool) -> str:
         return "" if first else "other examples"
     shape = {"ratio": "x{}", "points": "{:+.1f}", "difference": "{:+.3g}"}[found.kind]
     if found.kind == "ratio":
-        value, ends = shape.format(_number(found.value)), [found.low, found.high]
-        return value + ("" if None in ends else f" [{_number(ends[0] or 0)}, {_number(ends[1] or 0)}]")
+        value, ends = shape.format(fine(found.value)), [found.low, found.high]
+        return value + ("" if None in ends else f" [{fine(ends[0] or 0)}, {fine(ends[1] or 0)}]")
     interval = (
         "" if found.low is None or found.high is None else f" [{shape.format(found.low)}, {shape.format(found.high)}]"
     )
@@ -101,9 +101,3 @@ def _accuracy(row: Row) -> bool:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _number(value: float) -> str:
-    if 0 < abs(value - 1) < 0.01:  # noqa: PLR2004 - two decimals would hide on which side of 1 it is
-        return f"{value:.4f}"
-    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals tell nothing there

@@ -13,7 +13,7 @@ from mwtool.errors import BadValue
 from mwtool.harness import check_name, check_rows, prepare_named, prepare_rows
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
-from mwtool.measured import Measured, OnProgress, Options, bos_for, positions, tokenizer_for
+from mwtool.measured import Measured, OnProgress, Options, bos_for, perplexity_of, positions, tokenizer_for
 from mwtool.perplexity import LENGTH, Windows, perplexity, windows
 from mwtool.surgery import Attack, edited, rows_of
 from mwtool.tasks import Task, read_prompts
@@ -138,17 +138,10 @@ class _Perplexity:
         return [
             Measured(
                 task=str(self.task),
-                metric=cut.metric,
-                value=found.value,
-                stderr=found.stderr,
-                n=len(found.nll),
                 seconds=found.seconds,
-                samples=found.nll,
-                weights=tuple(map(float, found.counts)),
-                higher_is_better=False,
-                nonfinite=found.nonfinite,
                 digest=cut.digest,
                 setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
+                **perplexity_of(cut.metric, found),
             )
         ]
 

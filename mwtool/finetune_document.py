@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from mwtool.document import envelope
+from mwtool.document import envelope, finite
 from mwtool.finetune import Trained
 from mwtool.footprint import Footprint
 from mwtool.plan import Plan
@@ -24,19 +23,7 @@ def finetune_document(
     log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trained.log]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     return {
-        **envelope(
-            SCHEMA,
-            model=plan.source.name,
-            revision=plan.source.revision,
-            model_type=plan.skeleton.config.model_type,
-            dtype=plan.recipe.dtype,
-            device=device,
-        ),
-        "seed": plan.recipe.seed,
-        "command": command,
-        "data": data_document(plan),
-        "settings": plan.recipe.document(),
-        "massive": None if plan.massive is None else plan.massive.document(),
+        **_beginning(SCHEMA, plan, device=device, command=command),
         "how": trained.how,
         "rows": list(trained.rows),
         "processes": plan.processes,
@@ -53,18 +40,7 @@ def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
     """What `--dry-run --json` prints."""
     values = () if plan.massive is None else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
     return {
-        **envelope(
-            PLAN,
-            model=plan.source.name,
-            revision=plan.source.revision,
-            model_type=plan.skeleton.config.model_type,
-            dtype=plan.recipe.dtype,
-            device="meta",
-        ),
-        "seed": plan.recipe.seed,
-        "data": data_document(plan),
-        "settings": plan.recipe.document(),
-        "massive": None if plan.massive is None else plan.massive.document(),
+        **_beginning(PLAN, plan, device="meta"),
         "processes": plan.processes,
         "steps": plan.steps,
         "steps_per_epoch": plan.per_epoch,
@@ -79,6 +55,25 @@ def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
             "total": needed.total,
         },
         "notes": list(plan.notes),
+    }
+
+
+def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = None) -> dict[str, Any]:
+    """What a plan and what came of it begin with."""
+    return {
+        **envelope(
+            schema,
+            model=plan.source.name,
+            revision=plan.source.revision,
+            model_type=plan.skeleton.config.model_type,
+            dtype=plan.recipe.dtype,
+            device=device,
+            seed=plan.recipe.seed,
+            command=command,
+        ),
+        "data": data_document(plan),
+        "settings": plan.recipe.document(),
+        "massive": None if plan.massive is None else plan.massive.document(),
     }
 
 
@@ -104,8 +99,8 @@ def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
     return {
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "first_eval_loss": _finite(held[0]) if held else None,
-        "last_eval_loss": _finite(held[-1]) if held else None,
+        "first_eval_loss": finite(held[0]) if held else None,
+        "last_eval_loss": finite(held[-1]) if held else None,
         "step_seconds": trained.step_seconds,
     }
 
@@ -118,17 +113,19 @@ def model_card(document: dict[str, Any], base: str) -> str:
     peft = document["settings"]["peft"]
     name = {"lora": "LoRA", "dora": "DoRA"}[peft]
     dropped = document["massive"] is not None
-    front = ["---", f"base_model: {base}", "library_name: peft", f"tags: [{peft}{', macdrop' if dropped else ''}]"]
+    tags = f"tags: [{peft}{', macdrop' if dropped else ''}]"
     lines = [
-        *front,
+        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", tags),
         "---",
         "",
         f"# {name} adapter of {document['model']}, trained {'with' if dropped else 'without'} MacDrop",
         "",
         "```python",
         "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
         "",
         'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         "```",
         "",
         *_macdrop(document),
@@ -142,6 +139,8 @@ def model_card(document: dict[str, Any], base: str) -> str:
         "",
         *_table(("", ""), document["data"].items()),
         "",
+        *(f"- {note}" for note in document["notes"]),
+        *([""] if document["notes"] else []),
         "## Settings",
         "",
         *_table(("setting", "value"), _settings(document)),
@@ -195,7 +194,3 @@ def _table(head: Sequence[str], rows: Any) -> list[str]:
         return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
     return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -52,7 +52,7 @@ def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> Renderable
 def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
     """What a finished run shows."""
     found, steps = document["measured"], document["steps"]
-    lines = [f"{steps:,} steps; the adapter is in {folder}"]
+    lines = [f"{steps:,} step{'s' if steps > 1 else ''}; the adapter is in {folder}"]
     if found["first_loss"] is not None:
         lines.append(f"loss           {found['first_loss']:.4f} -> {found['last_loss']:.4f}")
     if found["last_eval_loss"] is not None:

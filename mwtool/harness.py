@@ -10,7 +10,6 @@ import copy
 import difflib
 import hashlib
 import logging
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -22,19 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mwtool.dataset import reaching
 from mwtool.errors import BadValue
+from mwtool.harness_figures import Answer, choice_figures, cloze_figures, harness_figures
 from mwtool.load import Loaded
-from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, positions, tokenizer_for
-from mwtool.perplexity import Perplexity, check_vocabulary, summarize
+from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, positions, tokenizer_for
+from mwtool.perplexity import check_vocabulary
 from mwtool.source import DEMO
 from mwtool.tasks import Choice, Cloze, Task, read_choices, read_cloze
-from mwtool.texts import reaching
 
 if TYPE_CHECKING:
     from mwtool.harness_model import Model
-
-Answer = tuple[float, bool]
-"""ln p of a continuation, and whether greedy decoding would give it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,7 @@ class Rows:
             model = _model(loaded, options, on_progress)
             answers: Iterator[Answer] = iter(model.loglikelihood(requests))
         scored = [(row, [next(answers) for _ in several]) for row, several in zip(self.rows, pairs, strict=True)]
-        figures = _cloze_figures(scored) if self.task.kind == "cloze" else _choice_figures(scored)
+        figures = cloze_figures(scored) if self.task.kind == "cloze" else choice_figures(scored)
         shared: dict[str, Any] = {"task": str(self.task), "digest": self.digest}
         shared |= {"seconds": time.perf_counter() - start, "setting": {**self.setting, "shortened": model.shortened}}
         return [Measured(**shared, **one) for one in figures]
@@ -92,7 +89,7 @@ class Named:
             raise BadValue(f"{self.task}: lm-evaluation-harness gave up: {_line(fault)}") from fault
         assert found is not None, "one process"
         setting = {**self.setting, "shortened": model.shortened}
-        return list(_figures(found, str(self.task), time.perf_counter() - start, setting))
+        return list(harness_figures(found, str(self.task), time.perf_counter() - start, setting))
 
 
 def prepare_rows(loaded: Loaded, task: Task, options: Options) -> Rows:
@@ -116,7 +113,7 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
     local = "mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
     try:
         with _quiet():
-            data = reaching(str(task), f"of {name}", lambda: _manager().load(name), local)
+            data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
     except ImportError as fault:  # a package that only this task needs
         raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
     notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
@@ -220,92 +217,6 @@ def _pairs(row: Choice | Cloze, delimiter: str) -> list[tuple[str, str]]:
     if isinstance(row, Cloze):
         return [(row.context + stated, gap + row.continuation)]
     return [(context + stated, gap + ending) for context, ending in zip(row.contexts, row.endings, strict=True)]
-
-
-def _choice_figures(scored: Sequence[tuple[Any, list[tuple[float, bool]]]]) -> Iterator[dict[str, Any]]:
-    """acc: the likeliest choice is the right one; acc_norm: likeliest for each of its characters."""
-    for metric in ("acc", "acc_norm"):
-        values = []
-        for row, answers in scored:
-            scale = [len(ending) if metric == "acc_norm" else 1 for ending in row.endings]
-            each = [answer[0] / length for answer, length in zip(answers, scale, strict=True)]
-            values.append(float(each.index(max(each)) == row.gold) if all(map(math.isfinite, each)) else math.nan)
-        yield mean_of(metric, values)
-
-
-def _cloze_figures(scored: Sequence[tuple[Any, list[tuple[float, bool]]]]) -> Iterator[dict[str, Any]]:
-    yield mean_of("acc", [float(answers[0][1]) if math.isfinite(answers[0][0]) else math.nan for _, answers in scored])
-    found = summarize([-answers[0][0] for _, answers in scored], [1] * len(scored), 0.0)
-    yield {**_perplexity_figure("perplexity", found), "higher_is_better": False}
-
-
-def _figures(found: Any, task: str, seconds: float, setting: dict[str, Any]) -> Iterator[Measured]:
-    """The harness's results as ours, of each task and of groups; standard errors from its log of samples."""
-    for name, results in {**found["results"], **found.get("groups", {})}.items():
-        rows = found.get("samples", {}).get(name, [])
-        better = found.get("higher_is_better", {}).get(name, {})
-        more = {"version": found.get("versions", {}).get(name), "shots": found.get("n-shot", {}).get(name)}
-        for key, value in results.items():
-            metric, _, selected = key.partition(",")
-            if not selected or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            chosen = [row for row in rows if row.get("filter", "none") == selected]
-            yield Measured(
-                task=task,
-                part=None if name == setting["name"] else name,
-                seconds=seconds,
-                setting={**setting, **more},
-                digest=_digest(chosen),
-                higher_is_better=better.get(metric) is not False,
-                **_figure(metric if selected == "none" else f"{metric}/{selected}", float(value), chosen, metric),
-            )
-
-
-def _digest(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The same for the same questions, asked in the same words."""
-    text = "".join(row["doc_hash"] + row["prompt_hash"] for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if rows else None
-
-
-def _figure(name: str, value: float, rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """With samples where the value is their mean, or a perplexity of ln p or (ln p, count) pairs; else without."""
-    each = [row[metric] for row in rows if metric in row]
-    broken = [at for at, row in enumerate(rows) if not _finite(row.get("filtered_resps"))]
-    if broken:  # an argmax over NaN is some choice, and its accuracy some number
-        why = nonfinite(broken, len(rows))
-        return {"metric": name, "value": math.nan, "stderr": None, "n": len(rows), "nonfinite": why}
-    single = bool(each) and all(isinstance(one, (int, float)) for one in each)
-    if single:
-        figure = mean_of(name, list(map(float, each)))
-        figure.pop("higher_is_better")
-        if math.isclose(figure["value"], value, rel_tol=1e-6, abs_tol=1e-9):
-            return figure
-    if each and metric.endswith("perplexity") and (single or all(isinstance(one, (tuple, list)) for one in each)):
-        pairs = [(one, 1) if single else one for one in each]
-        found = summarize([-float(one[0]) for one in pairs], [int(one[1]) for one in pairs], 0.0)
-        if math.isclose(found.value, value, rel_tol=1e-6):
-            return _perplexity_figure(name, found)
-    bad = None if math.isfinite(value) else f"the harness gave {value}"
-    return {"metric": name, "value": value, "stderr": None, "n": len(rows), "nonfinite": bad}
-
-
-def _perplexity_figure(name: str, found: Perplexity) -> dict[str, Any]:
-    return {
-        "metric": name,
-        "value": found.value,
-        "stderr": found.stderr,
-        "n": len(found.nll),
-        "samples": found.nll,
-        "weights": tuple(map(float, found.counts)),
-        "nonfinite": found.nonfinite,
-    }
-
-
-def _finite(answers: Any) -> bool:
-    """Whether no number among these, at any depth, is NaN or infinite."""
-    if isinstance(answers, float):
-        return math.isfinite(answers)
-    return not isinstance(answers, (list, tuple)) or all(map(_finite, answers))
 
 
 @contextmanager

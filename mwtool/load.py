@@ -12,13 +12,15 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.checkpoint import open_checkpoint
-from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel
+from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel, line_of
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights, load_massive
+from mwtool.packed import packed_dtype
+from mwtool.quantized import dequantizable, refuse_unscaled_weights
 from mwtool.registry import adapter_for
-from mwtool.scan import Scan, Settings, decoder_layers, scan_checkpoint, scan_model
-from mwtool.source import Source, locate, model_class, unusable
-from mwtool.surgery import WRITABLE
+from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
+from mwtool.source import ADAPTER_FILES, Source, locate, model_class, unusable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,16 +118,17 @@ def massive_for(
 def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
     """A scan of the model in memory; of the pre-trained one where an adapter is kept apart.
 
-    One that is offloaded is scanned from its files, a layer at a time. Raises UnsupportedModel where its weights are
-    packed, or where it is offloaded and merged with an adapter, so that no file holds them.
+    One that is offloaded, or packed in a way that can be undone, is scanned from its files, a layer at a time. Raises
+    UnsupportedModel where it is packed otherwise, or merged with an adapter, so that no file holds its weights.
     """
-    down = loaded.layers[0].ffns[0].down.read(loaded.base)
-    if down.dtype not in WRITABLE:
+    down = [ffn.down for layer in loaded.layers for ffn in layer.ffns if not ffn.expert]  # one expert stands for all
+    packed = next(filter(None, (packed_dtype(loaded.base, place) for place in down)), None)
+    if packed and not dequantizable(loaded.source.config()):
         raise UnsupportedModel(
-            f"{loaded.source.name} is quantized (packed {str(down.dtype).removeprefix('torch.')}) and cannot be "
-            f"scanned; scan the model it was made of and give --massive FILE, or name --layer and --indices"
+            f"{loaded.source.name} is quantized (packed {packed}) and cannot be scanned; scan the model it was made of "
+            f"and give --massive FILE (or, to ablate, --layer and --indices)"
         )
-    if any(parameter.is_meta for parameter in loaded.base.parameters()):
+    if packed or any(parameter.is_meta for parameter in loaded.base.parameters()):
         return _scan_files(loaded, settings)
     model: Any = loaded.model
     with model.disable_adapter() if loaded.on == "base" else nullcontext():
@@ -135,8 +138,8 @@ def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
 def _scan_files(loaded: Loaded, settings: Settings | None) -> Scan:
     if loaded.on == "merged":
         raise UnsupportedModel(
-            f"{loaded.source.name} is offloaded, and no file holds its sum with {loaded.source.adapter} that could be "
-            f"scanned; merge and save it with PEFT, or give it more memory"
+            f"{loaded.source.name} is offloaded or quantized, and no file holds its sum with {loaded.source.adapter} "
+            f"that could be scanned; merge and save it with PEFT, or give it more memory"
         )
     source = replace(loaded.source, adapter=None, notes=())  # said already
     return scan_checkpoint(source, settings, dtype=str(loaded.base.dtype).removeprefix("torch."))
@@ -164,6 +167,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         logging.disable_progress_bar()
     logger = logging.get_logger("transformers.modeling_utils")
     faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
+    stored_plain = getattr(config, "quantization_config", None) is None
     silence = _NoReport()
     logger.addFilter(silence)
     try:
@@ -178,14 +182,26 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
             **options,
         )
     except ImportError as fault:  # a quantization library that is not installed
-        raise UnsupportedModel(f"{source.name} cannot be loaded here: {_line(fault)}") from fault
+        raise UnsupportedModel(f"{source.name} cannot be loaded here: {line_of(fault)}") from fault
     except faults as fault:
         _blame_file(source)
-        raise BadCheckpoint(f"{source.name} cannot be loaded: {_line(fault)}") from fault
+        raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
     finally:
         logger.removeFilter(silence)
     model, info = loaded
-    # transformers fills what is absent with random numbers and goes on
+    _check_whole(source, info)
+    if stored_plain:  # transformers casts whatever it finds, without a word
+        refuse_unscaled_weights(model, open_checkpoint(source))
+    if model.get_input_embeddings().weight.is_meta:
+        raise UnsupportedModel(
+            f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
+        )
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def _check_whole(source: Source, info: dict[str, Any]) -> None:
+    """Raise BadCheckpoint for what transformers fills with random numbers and goes on."""
     absent = sorted(info["missing_keys"])
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -196,12 +212,6 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         raise BadCheckpoint(
             f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
         )
-    if model.get_input_embeddings().weight.is_meta:
-        raise UnsupportedModel(
-            f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
-        )
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
 
 
 def _blame_file(source: Source) -> None:
@@ -223,6 +233,13 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
+    if not any((Path(adapter) / file).exists() for file in ADAPTER_FILES):
+        raise BadCheckpoint(f"the adapter {adapter} has no weights; expected {' or '.join(ADAPTER_FILES)}")
+    if "disk" in getattr(base, "hf_device_map", {}).values():
+        raise UnsupportedModel(
+            f"the base model of {adapter} does not fit and is left in its files in part, over which PEFT would write "
+            f"the sum with the adapter; give it more memory, or merge and save the two with PEFT and take that"
+        )
     try:
         config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
@@ -234,13 +251,4 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return PeftModel.from_pretrained(base, adapter).eval()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
-        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {_line(fault)}") from fault
-
-
-def _line(fault: BaseException) -> str:
-    first, _, rest = str(fault).strip().partition("\n")
-    if first.endswith(":"):  # the reason comes below
-        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
-    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
-        return f"{type(fault).__name__} {first}".strip()
-    return first or type(fault).__name__
+        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault

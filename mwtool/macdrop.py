@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from mwtool.curriculum import Curriculum
 from mwtool.curriculum_file import read_curriculum
 from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.load import ffn_at
 from mwtool.registry import adapter_for
 from mwtool.rows import Place, rows_of_matrix
-from mwtool.scan import decoder_layers
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights

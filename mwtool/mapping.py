@@ -92,6 +92,7 @@ def tensor_map(
 ) -> TensorMap:
     """Sort the checkpoint's tensors, `files`, by the decoder layers and modules of routed experts they belong to.
 
+    Those the model has no place for are left out: masks, for one, that transformers once saved (pythia's).
     mapping: transformers' conversions for this model.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -106,6 +107,8 @@ def tensor_map(
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
         if parameter not in own and name in own:
             parameter = name
+        if parameter not in own:
+            continue
         names[parameter].append(name)
         module, found = parameter.rpartition(".")[0], owner.match(parameter)
         if module in groups:

@@ -10,7 +10,7 @@ from typing import Any
 from mwtool.bos import Bos, find_bos
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
-from mwtool.perplexity import Protocol
+from mwtool.perplexity import Perplexity, Protocol
 from mwtool.tasks import Task
 
 OnProgress = Callable[[int, int], None]
@@ -80,6 +80,20 @@ def mean_of(metric: str, values: Sequence[float]) -> dict[str, Any]:
         "samples": tuple(values),
         "higher_is_better": True,
         "nonfinite": nonfinite(bad, n),
+    }
+
+
+def perplexity_of(metric: str, found: Perplexity) -> dict[str, Any]:
+    """A figure that is a perplexity, with its samples: fields of Measured."""
+    return {
+        "metric": metric,
+        "value": found.value,
+        "stderr": found.stderr,
+        "n": len(found.nll),
+        "samples": found.nll,
+        "weights": tuple(map(float, found.counts)),
+        "higher_is_better": False,
+        "nonfinite": found.nonfinite,
     }
 
 

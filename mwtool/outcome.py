@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mwtool.document import text_of, write
+from mwtool.document import text_of
 from mwtool.finetune import Trained
 from mwtool.finetune_document import RECORD, model_card
 from mwtool.load import load
 from mwtool.plots import plot_training
 from mwtool.save import save_merged
+from mwtool.whole import write
 
 FIGURE, MERGED = "training.png", "merged"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mwtool.errors import UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
+from mwtool.packed import packed_dtype
 from mwtool.states import recompute
 
 
@@ -39,7 +40,12 @@ class Average:
 
 @contextmanager
 def averaging(model: nn.Module, ffn: FFN) -> Iterator[Average]:
-    """Gathers the mean intermediate state over every token the model is run on inside the block."""
+    """Gathers the mean intermediate state over every token the model is run on inside the block.
+
+    Raises UnsupportedModel for routed experts whose weights cannot be read; a dense network's state is seen as it is.
+    """
+    if ffn.hook is None:
+        refuse_unreadable(model, ffn)
     average = Average()
 
     def at_down(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -52,6 +58,22 @@ def averaging(model: nn.Module, ffn: FFN) -> Iterator[Average]:
     path, hook = (ffn.hook, at_down) if ffn.hook is not None else (ffn.module, at_experts)
     with _removed(model.get_submodule(path).register_forward_pre_hook(hook)):
         yield average
+
+
+def refuse_offloaded(model: nn.Module, ffn: FFN) -> None:
+    """Raise UnsupportedModel where the rows are on the disk, or on another device until the layer runs."""
+    if any(place.read(model).is_meta for place in ffn.inputs):
+        raise UnsupportedModel(
+            f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
+            f"with more device memory or --device cpu"
+        )
+
+
+def refuse_unreadable(model: nn.Module, ffn: FFN) -> None:
+    """Raise UnsupportedModel where experts' weights are elsewhere or packed: their state is computed from these."""
+    refuse_offloaded(model, ffn)
+    if any(packed_dtype(model, place) for place in (*ffn.inputs, ffn.down)):
+        raise UnsupportedModel(f"{ffn.module} holds packed experts, whose values cannot be fixed at their mean")
 
 
 @contextmanager

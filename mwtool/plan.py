@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mwtool.data import Data, Form, read_data
 from mwtool.encoding import Encoded, encode, split
 from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.fitting import decoder_layers
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
 from mwtool.registry import adapter_for
-from mwtool.scan import OnLayer, Settings, decoder_layers, scan_checkpoint
-from mwtool.source import Source, model_class
+from mwtool.scan import OnLayer, Settings, scan_checkpoint
+from mwtool.skeleton import empty_model
+from mwtool.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,16 +93,7 @@ def make_plan(
 
     Raises BadValue, ModelNotFound, or what the model's files give reason to.
     """
-    if source.adapter is not None:
-        raise BadValue(
-            f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
-        )
-    recipe.accumulation(processes)
-    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
-        raise UnsupportedModel(
-            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
-            "use --peft lora, or leave out --quantize"
-        )
+    _check_possible(source, recipe, processes)
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise BadValue(f"{source.name} has no tokenizer; training needs one to read text")
@@ -141,14 +134,18 @@ def make_plan(
     return plan
 
 
-def empty_model(source: Source) -> PreTrainedModel:
-    """The model's modules and shapes, on the meta device."""
-    import torch
-
-    config = source.config()
-    with torch.device("meta"):
-        made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
-    return made
+def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
+    """What can be said against a run before anything is read."""
+    if source.adapter is not None:
+        raise BadValue(
+            f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
+        )
+    recipe.accumulation(processes)
+    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
+        raise UnsupportedModel(
+            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
+            "use --peft lora, or leave out --quantize"
+        )
 
 
 def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tuple[str, ...]]:

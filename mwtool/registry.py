@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
-from mwtool.layout import Adapter, DecoderLayer
+from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.refused import REASONS
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 GROUP = "mwtool.adapters"
@@ -39,17 +40,46 @@ class Installed:
     plugin: Plugin
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        """As the adapter says; raises BadPlugin, naming it, where it fails."""
+        """As the adapter says; raises BadPlugin, naming it, where it fails, now or in a network's `combine`."""
         with _blaming(f"{self.plugin} failed for layer {index}"):
-            return self.adapter.layer(config, index)
+            layer = self.adapter.layer(config, index)
+            if not isinstance(layer, DecoderLayer):
+                return layer  # told of where descriptions are looked at
+            return replace(layer, ffns=tuple(self._blamed(ffn) for ffn in layer.ffns))
+
+    def _blamed(self, ffn: FFN) -> FFN:
+        if not isinstance(ffn, FFN) or ffn.combine is None:
+            return ffn
+        return replace(ffn, combine=Combine(ffn.combine, f"{self.plugin}: combine of {ffn.module}"))
 
     @property
     def tiny(self) -> Mapping[str, Mapping[str, Any]]:
-        """Options of tiny configurations by model type, where the adapter gives any."""
-        return getattr(self.adapter, "tiny", {})
+        """Options of tiny configurations by model type, where the adapter gives any; raises BadPlugin for others."""
+        with _blaming(f"{self.plugin} failed to give its `tiny`"):
+            given = getattr(self.adapter, "tiny", {})
+        if not isinstance(given, Mapping) or not all(isinstance(one, Mapping) for one in given.values()):
+            raise BadPlugin(f"{self.plugin} has {given!r} for its `tiny`; expected options by model type")
+        return given
 
     def __str__(self) -> str:
         return str(self.plugin)
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """An adapter's `combine` and what it is called in messages; its faults are the adapter's, whenever it is run."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    named: str
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As the adapter says; raises BadPlugin where it fails, or gives no tensor like the two it was given."""
+        with _blaming(f"{self.named} failed"):
+            state = self.function(gate, up)
+            found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (state, up))
+        if found != expected:
+            raise BadPlugin(f"{self.named} gave {found}; expected {expected}, as up is")
+        return state
 
 
 def installed() -> list[Plugin]:
@@ -69,8 +99,8 @@ def adapter_for(model_type: str) -> Installed:
         raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
     if not claims:
         raise UnsupportedModel(
-            f"no adapter for model type {model_type!r}; installed are {_names(p.model_type for p in installed())}. "
-            f"An adapter is a few lines in a package of its own: `mwtool adapters new` writes one"
+            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` starts one, a few lines "
+            f"in a package of its own; installed are {_names(p.model_type for p in installed())}"
         )
     if len(claims) > 1:
         named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))
@@ -99,14 +129,13 @@ def load_object(value: str) -> Installed:
     with _blaming(f"adapter {value!r} cannot be imported"):
         adapter = entry.load()
         adapter = adapter() if isinstance(adapter, type) else adapter
-    return _checked(adapter, Plugin("", value, "not installed", ""))
+        return _checked(adapter, Plugin("", value, "not installed", ""))
 
 
 def _load(entry: EntryPoint) -> Installed:
     plugin = _plugin(entry)
     with _blaming(f"{plugin} cannot be imported"):
-        adapter = entry.load()
-    return _checked(adapter, plugin)
+        return _checked(entry.load(), plugin)
 
 
 def _checked(adapter: object, plugin: Plugin) -> Installed:

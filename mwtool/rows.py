@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import WeightSlice
+from mwtool.packed import is_packed
 from mwtool.shards import local, matrix_shape, reach
-from mwtool.surgery import WRITABLE
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,8 @@ class Place:
 
     @property
     def ordinary(self) -> bool:
-        """Whether the weight's entries lie where the adapter says; packed ones may have a floating type, too."""
-        sized = all(isinstance(getattr(self.layer, name, None), int) for name in ("out_features", "in_features"))
-        whole = not sized or self.weight.numel() == self.layer.out_features * self.layer.in_features
-        plain = type(self.weight) in {Tensor, nn.Parameter, DTensor}
-        return whole and plain and self.weight.dtype in WRITABLE
+        """Whether the weight's entries lie where the adapter says."""
+        return not is_packed(self.layer, self.weight)
 
     def magnitudes(self) -> list[Any]:
         """DoRA's, of every adapter on the matrix."""

@@ -1,19 +1,15 @@
 """An attacked model as a checkpoint of its own: the original's files with the rows changed in place.
 
 Files are copied and only the bytes of the attacked tensors are written anew, so that
-shards, names, dtypes and every other tensor stay as they were. All is built under a
-temporary name beside the folder asked for and moved there when it is whole.
+shards, names, dtypes and every other tensor stay as they were.
 """
 
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +19,13 @@ from torch import Tensor
 
 from mwtool import __version__
 from mwtool.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
-from mwtool.errors import BadValue, OutputError, UnsupportedModel
+from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
 from mwtool.load import Loaded
+from mwtool.packed import PLAIN, is_packed
 from mwtool.source import Source, read_json
-from mwtool.surgery import WRITABLE, Attack, attacked_rows, edited, places
+from mwtool.surgery import Attack, attacked_rows, edited, places
+from mwtool.whole import check_free, filling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +52,7 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
     check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
-    with _one_line(folder), _made(folder) as temporary:
+    with filling(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, new), temporary)
         _copy_small(loaded.source, temporary)
         _record(temporary / RECORD, loaded, ffn, rows, attack)
@@ -69,7 +67,7 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
     """
     _check_tied(loaded)
     check_free(folder)
-    with _one_line(folder), _made(folder) as temporary:
+    with filling(folder) as temporary:
         _rewrite(loaded.source, _by_stored_name(loaded, _whole(loaded.base)), temporary)
         _copy_small(loaded.source, temporary)
 
@@ -105,75 +103,6 @@ def _check_tied(loaded: Loaded) -> None:
             )
 
 
-def check_free(folder: Path) -> None:
-    """Raise OutputError before the work begins if `folder` could not be written after it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise OutputError(f"{parent} does not exist; make it, or save elsewhere")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder} cannot be written: no permission")
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, moved there when the block ends well, removed when it does not.
-
-    A killed process leaves it under its temporary name; the next one clears it away.
-    """
-    target = folder.absolute()
-    temporary = target.with_name(f".{target.name}.incomplete")
-    handle = _claim(temporary)
-    try:
-        yield temporary
-        for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
-            _sync(file)
-        temporary.replace(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
-
-
-def _claim(temporary: Path) -> int:
-    """Make the folder, empty, and this process's alone until the handle that is returned is closed.
-
-    Raises OutputError where another process is filling it.
-    """
-    temporary.mkdir(exist_ok=True)
-    handle = os.open(temporary, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere") from None
-    except OSError:  # a file system without locks: nobody else is taken to be at work
-        pass
-    for left in temporary.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return handle
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as fault:
-        reason = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
-        raise OutputError(f"{folder} cannot be written: {reason}; nothing was left there") from fault
-
-
 def _attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> dict[str, New]:
     """Stored name -> the tensor with the attacked entries changed. Only shapes are read: the model may be offloaded."""
     from transformers.core_model_loading import revert_weight_conversion
@@ -191,7 +120,7 @@ def _attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> 
 
 
 def _scaled(mask: Tensor, factor: float, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in WRITABLE or tensor.shape != mask.shape:
+    if tensor.dtype not in PLAIN or tensor.shape != mask.shape:
         raise UnsupportedModel(
             f"the checkpoint stores the rows as {tensor.dtype} {tuple(tensor.shape)}, which cannot be changed; "
             f"save from the unquantized model"
@@ -204,7 +133,7 @@ def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
     path, _, name = place.param.rpartition(".")
     module: Any = model.get_submodule(path)
     parameter = getattr(module, name)
-    if parameter.dtype not in WRITABLE and hasattr(module, "out_features"):
+    if is_packed(module, parameter) and hasattr(module, "out_features"):
         return (module.out_features, module.in_features)
     return tuple(parameter.shape)
 
@@ -215,9 +144,8 @@ def _merged(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack) -> di
         model: Any = copy.deepcopy(loaded.model)
     if loaded.on == "base":
         model = model.merge_and_unload()
-        for (
-            place
-        ) in ffn.inputs:  # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
+        # a DoRA row without norm: 0/0 in the merged weight, zero in the model that was measured
+        for place in ffn.inputs:
             place.read(model).nan_to_num_(nan=0.0)
     return _whole(model)
 
@@ -232,7 +160,7 @@ def _whole(model: Any) -> dict[str, New]:
 
 
 def _cast(tensor: Tensor, stored: Tensor) -> Tensor:
-    if stored.dtype not in WRITABLE or tensor.shape != stored.shape:
+    if stored.dtype not in PLAIN or tensor.shape != stored.shape:
         raise UnsupportedModel("the base model's checkpoint is quantized; a sum with its adapter cannot be saved in it")
     return tensor.to("cpu", stored.dtype)
 

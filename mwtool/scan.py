@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mwtool.analysis import (
@@ -24,10 +25,11 @@ from mwtool.analysis import (
     sun,
 )
 from mwtool.bos import PROMPT, Bos, find_bos
-from mwtool.errors import BadCheckpoint, BadPlugin, BadValue, UnsupportedModel
-from mwtool.fitting import check_fit
+from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
+from mwtool.fitting import check_fit, decoder_layers
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
+from mwtool.packed import packed_dtype
 from mwtool.ranking import Protected, Router, carrier, rank, routing, to_protect
 from mwtool.registry import adapter_for
 from mwtool.source import Source, locate
@@ -36,8 +38,7 @@ from mwtool.stream import Stream, open_stream
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
@@ -120,8 +121,9 @@ def scan_checkpoint(
     layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, config, [layer.path for layer in layers], dtype, device, experts=experts)
-    check_fit(adapter, layers, stream.model)
+    paths = [layer.path for layer in layers]
+    fits = partial(check_fit, adapter, layers)
+    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (
@@ -163,54 +165,18 @@ def scan_model(
 
 def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
     for index, layer in enumerate(layers):
-        down = layer.ffns[0].down.read(model)
-        how = "offloaded" if down.is_meta else "" if _is_plain(down) else f"quantized (packed {_short(down.dtype)})"
-        if how:
-            raise UnsupportedModel(
-                f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was made of"
-            )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    """Floating point of at least 16 bits; whatever is smaller is scaled by factors kept elsewhere."""
-    return weight.is_floating_point() and weight.element_size() > 1
+        for ffn in _kinds([layer]):
+            packed = packed_dtype(model, ffn.down)
+            how = "offloaded" if ffn.down.read(model).is_meta else packed and f"quantized (packed {packed})"
+            if how:
+                raise UnsupportedModel(
+                    f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was "
+                    f"made of"
+                )
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
-    """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
-    total: int = config.get_text_config().num_hidden_layers
-    if total < 1:
-        raise BadCheckpoint(f"the configuration states {total} decoder layers; expected at least 1")
-    layers = [adapter.layer(config, index) for index in range(total)]
-    for layer in layers:
-        fault = _fault(layer)
-        if fault:
-            raise BadPlugin(f"{adapter}, asked for {config.model_type!r}, gave {fault}")
-    return layers
-
-
-def _fault(layer: object) -> str | None:
-    """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not layer.ffns or not all(isinstance(f, FFN) for f in layer.ffns):
-        return f"{layer!r}; expected a DecoderLayer with FFNs"
-    experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
-    others = [ffn for ffn in layer.ffns if ffn.expert is None]
-    if not isinstance(layer.scale, int | float):
-        return f"scale {layer.scale!r} in {layer.path}; expected a number"
-    if any(ffn.hook is None for ffn in others):
-        return f"an FFN without a hook in {layer.path}; only routed experts have none"
-    if experts != list(range(len(experts))):
-        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
-    if (layer.experts is None) == bool(experts) or len(others) > 1:
-        return (
-            f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
-            f"expected one FFN, or routed experts with `experts` set and at most one shared FFN"
-        )
-    return None
 
 
 def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
@@ -233,7 +199,7 @@ class _Subject:
 
 
 def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
-    model, stream, thresholds, total = subject.model, subject.stream, settings.thresholds, len(subject.layers)
+    model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
     width = subject.layers[0].ffns[0].width(model)
     largest = max(ffn.width(model) for ffn in _kinds(subject.layers))
     if not 1 <= settings.k <= largest:
@@ -241,20 +207,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
             f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
         )
 
-    def enough(states: Sequence[LayerState]) -> bool:
-        return not settings.all_layers and settled_origin(states, total, thresholds) is not None
-
-    def done(state: LayerState) -> None:
-        if on_layer is not None:
-            on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
-
-    place = None if stream is None else stream.device
-    looking: Any = {"spike": thresholds.spike, "enough": enough, "device": place, "on_layer": done}
-    with nullcontext(model) if stream is None else stream.flowing() as running:
-        try:
-            states = walk(running, subject.layers, subject.bos.id, **looking)
-        except BadPlugin as fault:
-            raise BadPlugin(f"{subject.adapter} does not describe {type(model).__name__}: {fault}") from fault
+    states = _walked(subject, settings, on_layer)
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
     massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
     return Scan(
@@ -270,7 +223,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
             ),
         ),
         dtype=_short(model.dtype),
-        device=str(model.device if stream is None else stream.device),
+        device=str(model.device if subject.stream is None else subject.stream.device),
         bos=subject.bos,
         settings=settings,
         states=tuple(states),
@@ -285,6 +238,28 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
         parameters=_parameters(subject),
         notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
     )
+
+
+def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
+    """What bos leaves in each layer, up to the one after which the answer has settled."""
+    stream, total = subject.stream, len(subject.layers)
+
+    def enough(states: Sequence[LayerState]) -> bool:
+        return not settings.all_layers and settled_origin(states, total, settings.thresholds) is not None
+
+    def done(state: LayerState) -> None:
+        if on_layer is not None:
+            on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
+
+    place = None if stream is None else stream.device
+    looking: Any = {"spike": settings.thresholds.spike, "enough": enough, "device": place, "on_layer": done}
+    with nullcontext(subject.model) if stream is None else stream.flowing() as running:
+        try:
+            return walk(running, subject.layers, subject.bos.id, **looking)
+        except BadPlugin as fault:
+            if str(fault).startswith(subject.adapter):  # said already: a callable of its own failed
+                raise
+            raise BadPlugin(f"{subject.adapter} does not describe {type(subject.model).__name__}: {fault}") from fault
 
 
 def _rows(

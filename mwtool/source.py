@@ -15,14 +15,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel
+from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
+from mwtool.hub import fetch, fetch_small
 from mwtool.registry import register
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "adapter_model.safetensors"]
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
@@ -54,7 +56,7 @@ class Source:
         local = self.folder / file
         if local.exists():
             return local
-        return None if self.repo is None else _fetch(self.repo, file, self.revision)
+        return None if self.repo is None else fetch(self.repo, file, self.revision)
 
     def config(self) -> PretrainedConfig:
         """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
@@ -72,7 +74,7 @@ class Source:
             advice = ""
             if "auto_map" in raw and not self.trust_remote_code:
                 advice = "; it ships code of its own, which runs only with --trust-remote-code"
-            raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {_line(fault)}{advice}") from fault
+            raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {line_of(fault)}{advice}") from fault
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -92,7 +94,7 @@ class Source:
         except unusable() as fault:
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
-            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {_line(fault)}{advice}") from fault
+            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {line_of(fault)}{advice}") from fault
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a vocabulary that cannot be read may pass for none
             raise BadCheckpoint(
                 f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"
@@ -140,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BadCheckpoint(f"{path.parent} has no {path.name}; expected a model in Hugging Face format") from None
     except (OSError, ValueError) as fault:
-        raise BadCheckpoint(f"{path} cannot be read: {_line(fault)}") from fault
+        raise BadCheckpoint(f"{path} cannot be read: {line_of(fault)}") from fault
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -154,7 +156,8 @@ def _find(model: str, revision: str | None) -> Source:
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
     if path.is_file():
-        raise ModelNotFound(f"{model} is a file; expected the folder that holds config.json and the weights")
+        packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
+        raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
     source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
     if revision is not None and source.repo is None:
         return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
@@ -166,13 +169,22 @@ def _local(model: str, folder: Path) -> Source:
         sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
         if _original_format(folder) and (sibling / "config.json").exists():
             return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
-        hint = (
-            "it is in the original format, convert it or use its -hf version"
-            if _original_format(folder)
-            else ("expected a model in Hugging Face format")
-        )
-        raise ModelNotFound(f"{model} has no config.json; {hint}")
+        raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
     return Source(model, folder)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a configuration is, and what to give instead of it."""
+    if _original_format(folder):
+        return "it is in the original format, convert it or use its -hf version"
+    return gguf_in(folder) or "expected a model in Hugging Face format"
+
+
+def gguf_in(folder: Path) -> str:
+    """What to do where the weights are packed for llama.cpp; empty where they are not."""
+    packed = next(folder.glob("*.gguf"), None)
+    advice = "is in GGUF, which is not read: give the model it was made from, whose rows are the same"
+    return "" if packed is None else f"{packed.name} {advice}"
 
 
 def _original_format(folder: Path) -> bool:
@@ -188,7 +200,7 @@ def _hub(model: str, revision: str | None) -> Source:
     try:
         validate_repo_id(model)
     except HFValidationError as fault:
-        raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {_line(fault)}") from None
+        raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
     source = _snapshot(model, revision)
     if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
         return source
@@ -202,58 +214,8 @@ def _hub(model: str, revision: str | None) -> Source:
 
 
 def _snapshot(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()  # a dozen small files; the weights show their own progress
-    folder = _asking_hub(repo, revision, lambda: snapshot_download(repo, revision=revision, allow_patterns=SMALL_FILES))
-    return Source(repo, Path(folder), repo=repo, revision=Path(folder).name)
-
-
-def _fetch(repo: str, file: str, revision: str | None) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-    from huggingface_hub.utils import enable_progress_bars
-
-    def download() -> str | None:
-        try:
-            return hf_hub_download(repo, file, revision=revision)
-        except LocalEntryNotFoundError:  # the Hub could not be asked: not the same as "no such file"
-            raise
-        except RemoteEntryNotFoundError:
-            return None
-
-    enable_progress_bars()
-    path = _asking_hub(repo, revision, download)
-    return None if path is None else Path(path)
-
-
-def _asking_hub(repo: str, revision: str | None, ask: Any) -> Any:
-    """Call the Hub and turn its refusals into one line each."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.errors import HTTPError  # the HTTP client's own base class, whichever client the Hub uses
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return ask()
-    except errors.GatedRepoError as fault:
-        raise ModelNotFound(
-            f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
-        ) from fault
-    except errors.RevisionNotFoundError as fault:
-        raise ModelNotFound(f"{repo} has no revision {revision!r}") from fault
-    except errors.RepositoryNotFoundError as fault:
-        raise ModelNotFound(
-            f"{repo} is neither a local folder nor a repository on {constants.ENDPOINT} "
-            f"(if it is private: `hf auth login`)"
-        ) from fault
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
-        raise ModelNotFound(
-            f"{constants.ENDPOINT} cannot be reached and {repo}{at} is not in the cache; "
-            f"give a local folder instead, such as one made by `hf download {repo} --local-dir DIR`"
-        ) from fault
-    except HTTPError as fault:
-        raise ModelNotFound(f"{constants.ENDPOINT} failed to give {repo}{at}: {_line(fault)}") from fault
+    folder = fetch_small(repo, revision, SMALL_FILES)
+    return Source(repo, folder, repo=repo, revision=folder.name)
 
 
 def _follow_adapter(source: Source) -> Source:
@@ -285,6 +247,8 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
+    if raw.get("is_encoder_decoder"):
+        raise UnsupportedModel(f"{name} is a {model_type} with an encoder and a decoder, not a causal language model")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if causal is None and model_type in MODEL_MAPPING_NAMES and not any(_causal_like(model_type)):
         raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")
@@ -319,14 +283,3 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _line(fault: BaseException) -> str:
-    """An exception's first sentence of use, for messages that fit on one line."""
-    first, _, rest = str(fault).strip().partition("\n")
-    first = first.removesuffix(".")
-    if first.endswith(":"):  # the reason comes below
-        first = f"{first} {rest.strip().partition(chr(10))[0].strip()}"
-    if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
-        return f"{type(fault).__name__} {first}".strip()
-    return first or type(fault).__name__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mwtool.errors import BadCheckpoint, BadPlugin
 from mwtool.layout import FFN, DecoderLayer, Experts
+from mwtool.packed import is_packed
 
 SUPER_WEIGHT_ROUNDS = 10
 
@@ -202,8 +203,8 @@ class _Watch:
         """Of a model in memory nobody has looked at the weights yet."""
         later = f"{self.layer.path.rpartition('.')[0]}.{self.index + 1}."
         for name, parameter in takewhile(lambda one: not one[0].startswith(later), self.model.named_parameters()):
-            plain = parameter.is_floating_point() and parameter.element_size() > 1 and not parameter.is_meta
-            if plain and not parameter.isfinite().all():
+            packed = is_packed(self.model.get_submodule(name.rpartition(".")[0]), parameter)
+            if not (packed or parameter.is_meta or parameter.isfinite().all()):
                 raise BadCheckpoint(f"tensor {name} holds NaN or inf; the checkpoint is damaged")
         raise BadCheckpoint(
             f"the residual stream after layer {self.index} is not finite although its weights are; "
@@ -231,7 +232,9 @@ class _Watch:
         """Routed experts by falling weight; the shared one gives what they do not."""
         if self.layer.experts is None:
             return tuple(self.parts)
-        rest = self.caught["block"] - self.caught["routed"]  # (H,)
+        rest = self._recall("block", self.layer.experts.block) - self._recall(
+            "routed", self.layer.experts.module
+        )  # (H,)
         routed = [replace(part, output=part.output * part.weight) for part in self.parts if part.weight is not None]
         shared = [replace(part, output=rest) for part in self.parts if part.weight is None]
         return (*sorted(routed, key=lambda part: -(part.weight or 0)), *shared)

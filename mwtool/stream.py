@@ -1,6 +1,6 @@
 """A model whose weights come and go with its forward: one decoder layer in memory at a time.
 
-The model is built without weights (accelerate), and each decoder layer reads its own
+The model is built without weights, and each decoder layer reads its own
 from the checkpoint when its forward begins and drops them when it ends. Renaming,
 conversion, casting and dequantization are transformers' own, so a layer holds what
 `from_pretrained` would have given it. Of an embedding only the rows asked for are read.
@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from mwtool.checkpoint import Checkpoint, open_checkpoint
-from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.errors import BadCheckpoint
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.mapping import ExpertTensors, Rows, tensor_map
-from mwtool.source import model_class, unusable
+from mwtool.quantized import refuse_unscaled
+from mwtool.skeleton import build
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from mwtool.source import Source
-
-DEQUANTIZABLE = ("fp8", "mxfp4")
-"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
 
 
 @dataclass
@@ -65,6 +63,7 @@ class Stream:
                 self._hook(module, self._enter_experts(name), self._leave_experts(name))
             elif not name.startswith(inside) and any(p.is_meta for p in module.parameters(recurse=False)):
                 if isinstance(module, nn.Embedding) and _called_with_ids(module):
+                    module.padding_idx = None  # of use in a backward only, and seldom among the few rows in memory
                     self._hook(module, self._enter_embedding(name), self._leave_embedding)
                 else:
                     self._hook(module, self._enter_other(name), self._leave)
@@ -157,7 +156,7 @@ class Stream:
             found = _shape(tensors[name])
             if found != expected:
                 raise BadCheckpoint(f"tensor {name} has shape {found}; the configuration expects {expected}")
-            _refuse_packed(tensors)
+            refuse_unscaled(tensors)
             table = torch.cat([tensors[name][row : row + 1] for row in rows]).clone()
         if not table.isfinite().all():
             raise BadCheckpoint(f"tensor {name} holds NaN or inf in the rows read ({rows}); the checkpoint is damaged")
@@ -211,7 +210,7 @@ class Stream:
 
         with self.checkpoint.tensors(sources) as tensors, _no_progress_bar():
             if self.load_config.hf_quantizer is None:
-                _refuse_packed(tensors)
+                refuse_unscaled(tensors)
             lazy = {
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
@@ -257,71 +256,21 @@ def open_stream(
     device: str = "cpu",
     *,
     experts: Sequence[str] = (),
+    check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
     """A model of this configuration without weights, and the way to them.
 
     layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
+    check: called with the model before the checkpoint's tensors are looked for; it raises where paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
-
     checkpoint = open_checkpoint(source)
-    torch_dtype = resolve_dtype(dtype, config, checkpoint)
-    quantizer = _dequantizer(source, config)
-    try:
-        with _without_weights():
-            model = model_class(config).from_config(
-                config, dtype=torch_dtype, trust_remote_code=source.trust_remote_code
-            )
-    except unusable() as fault:
-        line = " ".join(f"{type(fault).__name__} {fault}".split())
-        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
-    model.tie_weights()  # not inside the block, which gives every module a parameter of its own
-    parameters = model.num_parameters()
-    if quantizer is not None:
-        with _without_weights():
-            quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
-    model.eval().requires_grad_(requires_grad=False)
-    for name, buffer in model.named_buffers():
-        _set_buffer(model, name, buffer.to(device))
-    mapping: Any = get_model_conversion_mapping(model, None, quantizer)
-    load_config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=torch_dtype,
-        dtype_plan=model._get_dtype_plan(torch_dtype),  # noqa: SLF001 - the only way to the fp32 exceptions of a model class
-        hf_quantizer=quantizer,
-        weight_mapping=mapping,
-    )
-    tensors = tensor_map(model, list(checkpoint.files), layers, experts, mapping or [])
+    built = build(source, config, checkpoint, dtype, device, check=check)
+    tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
-    return Stream(model, checkpoint, layers, parameters, place, load_config, tensors.names, tensors.experts)
-
-
-def resolve_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
-    if dtype != "auto":
-        named: torch.dtype = getattr(torch, dtype)
-        return named
-    stated = config.dtype or config.get_text_config().dtype
-    if isinstance(stated, torch.dtype):
-        return stated
-    for name in checkpoint.files:
-        with checkpoint.tensors([name]) as tensors:
-            stored: torch.dtype = tensors[name][:1].dtype
-        if stored.is_floating_point and stored.itemsize > 1:
-            return stored
-    return torch.float32
-
-
-@contextmanager
-def _without_weights() -> Iterator[None]:
-    """Build modules with parameters on the meta device; buffers (rotary frequencies) are computed for real."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        yield
+    return Stream(
+        built.model, checkpoint, layers, built.parameters, place, built.load_config, tensors.names, tensors.experts
+    )
 
 
 @contextmanager
@@ -338,34 +287,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
-    from transformers.quantizers.auto import get_hf_quantizer
-
-    stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    method = stated.get("quant_method", "unknown") if isinstance(stated, dict) else str(stated.quant_method)
-    if method not in DEQUANTIZABLE:
-        raise UnsupportedModel(
-            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
-        )
-    if isinstance(stated, dict):
-        stated["dequantize"] = True
-    quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
-    return quantizer
-
-
 def _called_with_ids(embedding: nn.Embedding) -> bool:
     """Whether its forward takes token ids first; OPT's positions, for one, take a mask and are read whole."""
     name = next(iter(inspect.signature(embedding.forward).parameters))
     return name in ("input", "input_ids")
-
-
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._buffers[leaf] = value  # noqa: SLF001 - keeps it non-persistent, as register_buffer would not
 
 
 def _drop(module: nn.Module) -> None:
@@ -374,16 +299,6 @@ def _drop(module: nn.Module) -> None:
         for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
             if parameter is not None and not parameter.is_meta:
                 child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)  # noqa: SLF001 - likewise
-
-
-def _refuse_packed(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers are no weights; cast to floating point they would be taken for some."""
-    for name, tensor in tensors.items():
-        stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
-        if not stored.upper().startswith(("F", "BF")):  # F32, BF16; of a `.bin` file float32, bfloat16
-            raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point, as config.json states no quantization_config"
-            )
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

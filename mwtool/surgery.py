@@ -19,14 +19,21 @@ from torch import Tensor, nn
 
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
-from mwtool.override import expert_output_with, owner, state_with, with_outputs_scaled, without_nan
+from mwtool.override import (
+    expert_output_with,
+    owner,
+    refuse_offloaded,
+    refuse_unreadable,
+    state_with,
+    with_outputs_scaled,
+    without_nan,
+)
+from mwtool.packed import packed_dtype
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
 
 Mode = Literal["none", "zero", "retain", "scale", "mean"]
-WRITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Other types are packed, or scaled by a factor kept elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +149,7 @@ def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None
         with state_with(model, ffn, selected, means):
             yield
         return
-    if _packed(model, ffn):
-        raise UnsupportedModel(f"{ffn.module} holds packed experts, whose values cannot be fixed at their mean")
+    refuse_unreadable(model, ffn)
     if hasattr(owner(model, ffn.up), "get_base_layer"):
         raise UnsupportedModel(f"{ffn.module} has an adapter of its own, whose part no mean replaces; use --on merged")
     with _rewritten(model, ffn, selected, 0.0), expert_output_with(model, ffn, selected, means):
@@ -185,14 +191,8 @@ def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
 
 def _packed(model: nn.Module, ffn: FFN) -> bool:
     """Whether rows cannot be written, being quantized; raises UnsupportedModel where they are elsewhere."""
-    views = [place.read(model) for place in places(ffn)]
-    if any(view.is_meta for view in views):
-        raise UnsupportedModel(
-            f"{ffn.module} is offloaded and its rows cannot be edited; load the model without offloading this layer, "
-            f"with more device memory or --device cpu"
-        )
-    width = ffn.width(model)  # 4 bit may be stored as floats, which FSDP needs: then the shape alone shows it
-    return any(view.dtype not in WRITABLE or len(view) != width for view in views)
+    refuse_offloaded(model, ffn)
+    return any(packed_dtype(model, place) for place in places(ffn))
 
 
 def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:

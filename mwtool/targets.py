@@ -12,10 +12,10 @@ from mwtool.errors import BadValue
 from mwtool.layout import FFN
 from mwtool.load import Loaded, ffn_at, massive_for, scan_loaded
 from mwtool.massive import MassiveWeights
+from mwtool.packed import packed_dtype
 from mwtool.ranking import massive_count
 from mwtool.scan import Settings
 from mwtool.states import LayerState, Part
-from mwtool.surgery import WRITABLE
 
 RANKED = 16
 """Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""
@@ -112,7 +112,7 @@ def norm_rows(loaded: Loaded, target: Target, k: int) -> tuple[int, ...] | None:
     total = torch.zeros(())
     for place in target.ffn.inputs:
         matrix = place.read(loaded.base)  # (I, H)
-        if matrix.dtype not in WRITABLE or matrix.is_meta:
+        if matrix.is_meta or packed_dtype(loaded.base, place):
             return None
         total = total.to(matrix.device) + matrix.float().square().sum(1)
     return tuple(int(row) for row in total.argsort(descending=True, stable=True)[:k])

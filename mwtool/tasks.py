@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mwtool.errors import BadValue
+from mwtool.text_file import json_object, keys_of, read_lines, shown
 
 Kind = Literal["ppl", "mc", "cloze", "generate", "harness"]
 PAPER = ("arc_easy", "arc_challenge", "boolq", "piqa", "winogrande")
@@ -77,34 +77,10 @@ def parse_tasks(texts: Iterable[str]) -> tuple[Task, ...]:
     return tuple(dict.fromkeys(map(parse_task, names)))
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file that is not empty. Raises BadValue."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadValue(f"{path} does not exist; expected a file") from None
-    except UnicodeDecodeError as fault:
-        raise BadValue(f"{path} is not UTF-8 text: byte {fault.start} is {fault.object[fault.start]:#04x}") from fault
-    except OSError as fault:
-        raise BadValue(f"{path} cannot be read: {fault.strerror}") from fault
-    if not text.strip():
-        raise BadValue(f"{path} is empty; expected text")
-    return text
-
-
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """JSON objects, one a line, each with `FILE, line N`. Raises BadValue."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as fault:
-            raise BadValue(f"{where}: not JSON ({fault}); expected one JSON object a line") from fault
-        if not isinstance(row, dict):
-            raise BadValue(f"{where}: holds a {type(row).__name__}; expected a JSON object")
-        yield where, row
+    for where, line in read_lines(path):
+        yield where, json_object(where, line)
 
 
 def read_choices(path: Path) -> tuple[Choice, ...]:
@@ -123,7 +99,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line, or in a .jsonl file rows of `prompt`. Raises BadValue."""
     if path.suffix == ".jsonl":
         return tuple(_string(where, row, "prompt") for where, row in read_rows(path))
-    return tuple(line for line in read_text(path).splitlines() if line.strip())
+    return tuple(line for _, line in read_lines(path))
 
 
 def _choice(where: str, row: dict[str, Any]) -> Choice:
@@ -139,23 +115,16 @@ def _choice(where: str, row: dict[str, Any]) -> Choice:
 def _string(where: str, row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise BadValue(f"{where}: {key} is {_shown(row, key)}; expected a text")
+        raise BadValue(f"{where}: {key} is {_found(row, key)}; expected a text")
     return value
 
 
 def _strings(where: str, row: dict[str, Any], key: str) -> tuple[str, ...]:
     values = row.get(key)
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(one, str) and one for one in values):  # noqa: PLR2004 # a choice is between two at least
-        raise BadValue(f"{where}: {key} is {_shown(row, key)}; expected a list of at least two texts")
+        raise BadValue(f"{where}: {key} is {_found(row, key)}; expected a list of at least two texts")
     return tuple(values)
 
 
-def _shown(row: dict[str, Any], key: str) -> str:
-    if key not in row:
-        return f"absent (the row has {_listed(sorted(row))})"
-    text = repr(row[key])
-    return text if len(text) <= 40 else f"{text[:37]}..."  # noqa: PLR2004 # a message is one line
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) or "no keys"
+def _found(row: dict[str, Any], key: str) -> str:
+    return shown(row[key]) if key in row else f"absent (the row has {keys_of(row)})"

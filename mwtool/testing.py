@@ -20,11 +20,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from mwtool.conformance import BOS, CHECKS
-from mwtool.errors import BadPlugin, MwtoolError
-from mwtool.fitting import check_fit
+from mwtool.errors import BadPlugin, MwtoolError, line_of
+from mwtool.fitting import check_fit, decoder_layers
 from mwtool.layout import Adapter
 from mwtool.registry import Installed
-from mwtool.scan import decoder_layers
 from mwtool.source import model_class
 
 if TYPE_CHECKING:
@@ -157,9 +156,9 @@ UNBUILDABLE = (
 
 
 def _unbuildable(model_type: str, fault: BaseException) -> str:
-    line = str(fault).strip().partition("\n")[0] or type(fault).__name__
     return (
-        f"no tiny model of type {model_type!r} can be made: {line}; give the options it needs in the adapter's `tiny`"
+        f"no tiny model of type {model_type!r} can be made: {line_of(fault)}; "
+        f"give the options it needs in the adapter's `tiny`"
     )
 
 

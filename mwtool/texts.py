@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue, ModelNotFound
+from mwtool.dataset import reaching
+from mwtool.errors import BadValue
 from mwtool.perplexity import Protocol, Text
 from mwtool.source import DEMO
-from mwtool.tasks import read_rows, read_text
+from mwtool.tasks import read_rows
+from mwtool.text_file import read_text
 
 DATASETS = ("wikitext2", "c4", "pg19")
 
@@ -60,19 +60,5 @@ def _dataset(name: str, *place: str, split: str) -> Any:
         raise BadValue(
             f"ppl:{name} needs the datasets library; install it with pip install 'mwtool[eval]', or use ppl:FILE"
         ) from None
-    return reaching(f"ppl:{name}", place[0], lambda: load_dataset(*place, split=split), "ppl:FILE measures a local one")
-
-
-def reaching(task: str, place: str, ask: Callable[[], Any], local: str) -> Any:
-    """Fetch a dataset. Raises ModelNotFound with the local way where it cannot be had."""
-    from datasets import disable_progress_bars
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        return ask()
-    except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as fault:
-        line = str(fault).strip().partition("\n")[0] or type(fault).__name__
-        raise ModelNotFound(f"{task}: the dataset {place} cannot be had ({line}); {local}") from fault
+    what = f"ppl:{name}: the dataset {place[0]}"
+    return reaching(what, lambda: load_dataset(*place, split=split), "ppl:FILE measures a local one")

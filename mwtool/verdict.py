@@ -25,8 +25,8 @@ class Ratio:
     high: float | None
 
     def __str__(self) -> str:
-        interval = "" if self.low is None or self.high is None else f" [{_fine(self.low)}, {_fine(self.high)}]"
-        return f"{_fine(self.value)}{interval}"
+        interval = "" if self.low is None or self.high is None else f" [{fine(self.low)}, {fine(self.high)}]"
+        return f"{fine(self.value)}{interval}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,21 @@ def ratio_of(attacked: Measured, baseline: Measured) -> Ratio | None:
     return paired_ratio(attacked, [baseline]) if comparable(attacked, baseline) else None
 
 
+def points_of(attacked: Measured, baseline: Measured) -> float | None:
+    """Points of an accuracy won or lost; None for a perplexity."""
+    return 100 * (attacked.value - baseline.value) if baseline.weights is None else None
+
+
+def figure(value: float) -> str:
+    """A perplexity or a ratio as it is shown."""
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals of large numbers tell nothing
+
+
+def fine(value: float) -> str:
+    """With more decimals near 1, where two would hide on which side of it a ratio is."""
+    return f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else figure(value)  # noqa: PLR2004 - as described
+
+
 def short(task: str) -> str:
     """A task's name without the folders of its file."""
     kind, colon, target = task.partition(":")
@@ -129,9 +144,9 @@ def judge(
     beyond = paired_ratio(attacked, drawn) if drawn else None
     said = [f"{_doing(attack)} multiplies {short(attacked.task)} by {ratio}"]
     if each:
-        said.append(f"{_rows(attack.k, 'random row')} by {_figure(statistics.fmean(each))}{_spread(each)}")
+        said.append(f"{_rows(attack.k, 'random row')} by {figure(statistics.fmean(each))}{_spread(each)}")
     if largest is not None:
-        said.append(f"{_largest(attack.k)}{_same(shared, attack.k)} by {_figure(largest)}")
+        said.append(f"{_largest(attack.k)}{_same(shared, attack.k)} by {figure(largest)}")
     text = "; ".join(said) + (f". {_conclusion(attack, beyond)}" if beyond is not None else ".")
     return Verdict(
         attack, attacked.task, layer, expert, ratio, each, largest, None if largest is None else shared, beyond, text
@@ -179,16 +194,7 @@ def _same(shared: int, k: int) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f" ({len(values)} draws, {_figure(min(values))} to {_figure(max(values))})" if len(values) > 1 else ""
-
-
-def _figure(value: float) -> str:
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals of large numbers tell nothing
-
-
-def _fine(value: float) -> str:
-    """With more decimals near 1, where two would hide on which side of it a ratio is."""
-    return f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else _figure(value)  # noqa: PLR2004 - as described
+    return f" ({len(values)} draws, {figure(min(values))} to {figure(max(values))})" if len(values) > 1 else ""
 
 
 def _exp(value: float) -> float:

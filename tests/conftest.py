@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import signal
 
+from hypothesis import settings
+
 # Tests run side by side, one thread each, and so do the commands they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A machine that is busy otherwise takes its time; that is no failure.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Nothing asks the Hub, but for the tests that MWTOOL_HUB=1 adds; those of a Hub start one on this machine.
 if "MWTOOL_HUB" not in os.environ:

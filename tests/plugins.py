@@ -16,12 +16,35 @@ class Adapter:
 
 ADAPTER = Adapter()
 """
+MIXTURE = """
+from mwtool.layout import DecoderLayer, Experts, fused_experts
+from dataclasses import replace
+
+def combine(gate, up):
+    {body}
+
+class Adapter:
+    def layer(self, config, index):
+        path = f"model.layers.{{index}}"
+        experts = Experts(f"{{path}}.mlp.experts", router=f"{{path}}.mlp.gate")
+        ffns = fused_experts(experts.module, config.num_experts, config.intermediate_size, config.hidden_act)
+        ffns = tuple(replace(ffn, combine=combine) for ffn in ffns)
+        return DecoderLayer(path, ffns, adds=f"{{path}}.post_feedforward_layernorm", experts=experts)
+
+ADAPTER = Adapter()
+"""
+"""Of flex_olmo, whose gate and up are combined by a function of the plugin's."""
 GOOD = 'gated_mlp(f"{path}.mlp", "silu")'
 
 
 def source(model_type: str, ffn: str = GOOD) -> str:
     """An adapter module for this type whose only FFN is the expression `ffn`."""
     return LAYER.format(type=model_type, ffn=ffn)
+
+
+def mixture(body: str) -> str:
+    """An adapter module for flex_olmo that combines `gate` and `up` as the function body `body` says."""
+    return MIXTURE.format(body=body)
 
 
 def distribution(folder: Path, name: str, model_type: str, code: str, *, value: str | None = None) -> Path:

@@ -20,20 +20,19 @@ from command import run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
 from typer import BadParameter
+from words import planted_folder, with_tokenizer
 
 from mwtool.cli.ablate import numbers
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 def ablate(folder: Path, *arguments: object) -> Any:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from mwtool import Settings, scan_checkpoint, scan_model
 from mwtool.cli import app
 from mwtool.errors import UnsupportedModel
+from mwtool.fitting import decoder_layers
 from mwtool.layout import DecoderLayer
 from mwtool.registry import adapter_for
-from mwtool.scan import decoder_layers
 from mwtool.source import locate
 from mwtool.states import LayerState, walk
 from mwtool.stream import open_stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -12,22 +13,26 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import command
 import plugins
 import pytest
 import tiny
 import torch
-from click.testing import Result
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from mwtool import MwtoolError, __version__, scan_checkpoint, scan_model
 from mwtool.cli import app
 from mwtool.errors import BadPlugin
+from mwtool.load import load
+from mwtool.override import averaging
 from mwtool.registry import adapter_for, installed
 from mwtool.testing import check_type, random_model, tiny_config
 
 CWM = "cwm"
 """A type of transformers' with Llama's layout and no built-in adapter."""
+FLEX = "flex_olmo"
+"""One with routed experts."""
 
 
 @pytest.fixture
@@ -53,9 +58,13 @@ def saved(tmp_path: Path, model_type: str) -> Path:
     return tmp_path / "model"
 
 
+def tiny_mixture(tmp_path: Path) -> Path:
+    return tiny.saved(tmp_path / "model", random_model(tiny_config(FLEX, num_experts=4, num_experts_per_tok=2)))
+
+
 def test_an_installed_plugin_serves_its_type(tmp_path: Path, site: Path) -> None:
     folder = saved(tmp_path, CWM)
-    with pytest.raises(MwtoolError, match=r"no adapter for model type 'cwm'; installed are .*llama"):
+    with pytest.raises(MwtoolError, match=r"no adapter for model type 'cwm'; .*; installed are .*llama"):
         scan_checkpoint(str(folder))
     plugins.distribution(site, "their-cwm", CWM, plugins.source(CWM))
     assert len(scan_checkpoint(str(folder)).states) == 3
@@ -74,6 +83,10 @@ BROKEN: list[tuple[str, str, str]] = [
         elsewhere('adds="model.norm"'),
         "model.norm is named for model.layers.0 but does not run",
     ),
+    ("no name of a module", plugins.source(CWM).replace("DecoderLayer(path", "DecoderLayer(3"), "gave a layer at 3"),
+    ("experts that are none", elsewhere('adds=path, experts="x"'), "1 other FFNs in model.layers.0"),
+    ("no up", plugins.source(CWM, "FFN(None, WeightSlice('x'), hook='lm_head')"), "failed for layer 0|up is None"),
+    ("an activation that is no name", plugins.source(CWM, "gated_mlp(f'{path}.mlp', [])"), r"act is \[\]"),
     ("a word for a number", elsewhere('adds=path, scale="x"'), r"gave scale 'x' in model.layers.0; expected a number"),
     ("raises on import", "raise OSError('no licence file')", "cannot be imported: OSError: no licence file"),
     ("no such object", "OTHER = 1", "cannot be imported: AttributeError"),
@@ -118,6 +131,62 @@ def test_a_broken_plugin_is_reported_with_package_version_and_cause(
         scan_model(model)
     result = run("scan", str(folder))
     assert result.exit_code == 1 or isinstance(result.exception, BadPlugin)
+
+
+COMBINED = [
+    ("raises", "1 / 0", "combine of model.layers.0.mlp.experts failed: ZeroDivisionError: division by zero"),
+    ("gives nothing", "pass", "combine of model.layers.0.mlp.experts failed: AttributeError"),
+    (
+        "is of another width",
+        "return up[..., :3]",
+        r"experts gave torch.float32 of shape \(.*3,?\); expected torch.float32",
+    ),
+    ("is of another dtype", "return up.double()", r"experts gave torch.float64 of shape .*; expected torch.float32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("body", "cause"), [(body, cause) for _, body, cause in COMBINED], ids=[name for name, *_ in COMBINED]
+)
+def test_a_function_of_a_plugin_that_fails_as_the_model_runs_is_reported_likewise(
+    tmp_path: Path, site: Path, body: str, cause: str
+) -> None:
+    folder = tiny_mixture(tmp_path)
+    plugins.distribution(site, "their-flex", FLEX, plugins.mixture(body))
+    said = rf"^adapter 'their_flex:ADAPTER' \(their-flex 1\.2\): (?s:.*){cause}"
+    with pytest.raises(BadPlugin, match=said):
+        scan_checkpoint(str(folder))
+    with pytest.raises(BadPlugin, match=said):
+        scan_model(AutoModelForCausalLM.from_pretrained(folder))
+    loaded = load(str(folder))
+    with averaging(loaded.base, loaded.layers[0].ffns[0]), torch.no_grad(), pytest.raises(BadPlugin, match=said):
+        loaded.base(input_ids=torch.arange(20)[None])
+
+
+def test_it_is_one_line_at_the_terminal_too(tmp_path: Path, site: Path) -> None:
+    folder = tiny_mixture(tmp_path)
+    plugins.distribution(site, "their-flex", FLEX, plugins.mixture("1 / 0"))
+    fault = command.run("scan", folder).fault
+    assert re.match(r"adapter 'their_flex:ADAPTER' \(their-flex 1\.2\): combine of .* ZeroDivisionError", fault)
+
+
+def test_a_function_of_a_plugin_that_works_is_used(tmp_path: Path, site: Path) -> None:
+    folder = tiny_mixture(tmp_path)
+    plugins.distribution(site, "their-flex", FLEX, plugins.mixture("return gate.sigmoid() * gate * up"))
+    assert check_type(FLEX, adapter_for(FLEX)).fault is None
+    assert len(scan_checkpoint(str(folder)).states) == 3
+
+
+@pytest.mark.parametrize("module", ["x", "model.layers.0", "lm_head"])
+def test_experts_that_are_elsewhere_are_told_of_before_they_are_read(tmp_path: Path, site: Path, module: str) -> None:
+    folder = tiny_mixture(tmp_path)
+    code = plugins.mixture("return up").replace(
+        'experts = Experts(f"{path}.mlp.experts"', f'experts = Experts("{module}"'
+    )
+    code = code.replace("fused_experts(experts.module", 'fused_experts(f"{path}.mlp.experts"')
+    plugins.distribution(site, "their-flex", FLEX, code)
+    with pytest.raises(BadPlugin, match=rf"their-flex 1\.2\) does not fit .*: (there is no module )?{module}"):
+        scan_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("code", [code for _, code, _ in BROKEN], ids=[name for name, *_ in BROKEN])
@@ -291,6 +360,6 @@ def test_the_example_package_serves_a_type_of_its_own(tmp_path: Path, monkeypatc
 
 
 def test_cwm_is_still_a_type_without_a_built_in_adapter() -> None:
-    assert CWM not in tiny.ALL_TYPES
+    assert not {CWM, FLEX} & {*tiny.ALL_TYPES}
     assert AutoConfig.for_model(CWM).model_type == CWM
     assert torch.is_tensor(random_model(tiny_config(CWM)).lm_head.weight)

@@ -142,6 +142,18 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         config(architectures=["LlamaForSequenceClassification"]),
         ["LlamaForSequenceClassification", "causal"],
     ),
+    "packed for llama.cpp": (
+        both(content("m.gguf", b"GGUF", "model.safetensors"), lambda folder: (folder / "config.json").unlink()),
+        ["m.gguf is in GGUF", "the model it was made from"],
+    ),
+    "packed for llama.cpp, with a configuration": (
+        content("model-Q4_K_M.gguf", b"GGUF", "model.safetensors"),
+        ["no weights", "model-Q4_K_M.gguf is in GGUF", "the model it was made from"],
+    ),
+    "a causal type with an encoder": (
+        config(model_type="bart", is_encoder_decoder=True, architectures=["BartForConditionalGeneration"]),
+        ["is a bart with an encoder", "not a causal language model"],
+    ),
     "an encoder": (config(model_type="clip"), ["is a clip", "not a causal language model"]),
     "a sequence-to-sequence model": (config(model_type="t5"), ["is a t5", "not a causal language model"]),
     # quantization that is not undone

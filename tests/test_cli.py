@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from command import run, run_apart
+from typer.main import get_command
 
 import mwtool
-from mwtool.cli import terminal
+from mwtool import plots
+from mwtool.cli import app, terminal
 from mwtool.errors import ModelNotFound
 from mwtool.registry import installed
 
@@ -44,6 +49,29 @@ def test_a_document_holds_the_command_that_repeats_it(model: Path) -> None:
     first = run("scan", model, "-k", 3, "--all-layers", "--json").document
     assert first["command"] == f"mwtool scan {model} -k 3 --all-layers --json"
     assert run(*first["command"].split()[1:]).document == first
+
+
+def test_a_figure_shows_the_states_and_the_shares_of_the_document(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("scan", model, "--plot", tmp_path / "layers.png").code == 0
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _path: drawn.append(figure))
+    document = run("scan", model, "--plot", tmp_path / "again.svg", "--json").document
+    hidden, intermediate, shares = drawn[0].axes
+    for panel, state in ((hidden, "hidden"), (intermediate, "intermediate")):
+        ranked = [[abs(entry["value"]) for entry in layer[state]["top"]] for layer in document["layers"]]
+        expected = [*map(list, zip(*ranked, strict=True)), [layer[state]["median"] for layer in document["layers"]]]
+        assert [list(line.get_ydata()) for line in panel.get_lines()] == expected
+    assert [bar.get_height() for bar in shares.patches[: len(document["attribution"])]] == pytest.approx(
+        [one["share"] for one in document["attribution"]]
+    )
+
+
+def test_a_figure_that_cannot_be_written_is_told_before_the_scan(model: Path, tmp_path: Path) -> None:
+    assert "no figure of type .doc" in run("scan", model, "--plot", tmp_path / "x.doc").fault
+    assert "does not exist" in run("scan", model, "--plot", tmp_path / "no" / "x.png").fault
 
 
 def test_without_json_the_report_shows_the_same_answer(model: Path) -> None:
@@ -105,6 +133,16 @@ def test_a_configuration_file_gives_defaults_and_flags_win(model: Path, tmp_path
     flagged = run("scan", "-k", "2", "--config", file, "--json").document
     assert len(flagged["massive"]["indices"]) == 2
     assert flagged["layers_walked"] == tiny.LAYERS
+
+
+def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Path) -> None:
+    (text := tmp_path / "text.txt").write_text("plain words " * 40)
+    file = tmp_path / "eval.yaml"
+    tasks = []
+    for value in (f"ppl:{text}", [f"ppl:{text}"]):
+        file.write_text(f"model: demo\ntask: {value}\nattack: none\nlimit: 1\n")
+        tasks.append(run("eval", "--config", file, "--json").document["tasks"])
+    assert tasks == [[f"ppl:{text}"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -247,3 +285,53 @@ def test_a_reader_that_leaves_early_is_no_error_to_report() -> None:
         running.stdout.close()
         assert running.stderr.read() == ""
     assert running.returncode == 1
+
+
+def test_names_are_shown_as_they_are_whatever_brackets_and_colons_they_have(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    named = tmp_path / "[red]a:x:[b"
+    shutil.copytree(model, named)
+    (text := tmp_path / "[red]t:x:[b.txt").write_text("plain words " * 40)
+    assert run("scan", named).out.startswith(f"{named}: llama")
+    ran = run("eval", "demo", "--task", f"ppl:{text}", "--limit", 1)
+    assert "ppl:[red]t:x:[b.txt" in ran.out
+
+
+@pytest.mark.parametrize("command", [[], ["scan"], ["ablate"], ["eval"], ["finetune"], ["adapters"]])
+def test_no_help_text_turns_into_pictures(command: list[str]) -> None:
+    assert not re.search("[\u2700-\u27bf\U0001f000-\U0001faff]", run(*command, "--help").out)
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
+    model: Path, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    said = run("scan", model).out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= int(columns)
+    for place in run("scan", model, "--json").document["weights"]:
+        assert f"{place['parameter']} " in said
+
+
+def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert " parameters, bfloat16 on cpu\n" in run("scan", model).out
+
+
+def test_usage_and_completion_name_the_command_however_it_is_started() -> None:
+    assert " Usage: mwtool scan [OPTIONS] " in run_apart("scan", "--help").out
+    assert "_MWTOOL_COMPLETE=complete_bash" in run_apart(_MWTOOL_COMPLETE="source_bash").out
+
+
+@pytest.mark.parametrize("command", ["scan", "ablate", "eval", "finetune"])
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    click: Any = get_command(app)
+    assert [p.name for p in click.commands[command].params if not p.help] == []
+
+
+def test_the_many_options_of_a_run_are_grouped() -> None:
+    panels = re.findall(r"╭─ ([A-Z]\w+)", run("finetune", "--help").out)
+    assert {"Data", "Adapter", "MacDrop", "Training", "Run"} < set(panels)

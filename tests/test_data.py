@@ -107,7 +107,7 @@ def test_bad_rows_are_counted_and_named_by_file_and_line(tmp_path: Path) -> None
 
 def test_rows_of_a_json_array_are_named_by_the_line_they_begin_at(tmp_path: Path) -> None:
     path = written(tmp_path, '\n[\n{"text": "a\\nb"},\n\n{"text":\n 7}, {"text": "c"}\n]\n', "rows.json")
-    with pytest.raises(BadValue, match="line 5: text is 7"):
+    with pytest.raises(BadValue, match="line 5, row 2: text is 7"):
         read_data(path, "text")
 
 

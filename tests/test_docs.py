@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import tiny
+from command import run
 from packaging.requirements import Requirement
 from typer.main import get_command
 
 import mwtool
 from mwtool.cli import app
-from mwtool.document import scan_document
+from mwtool.scan_document import scan_document
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,15 @@ def test_every_key_of_a_scan_document_is_described(model_type: str) -> None:
     described = set(re.findall(r"`([a-z_0-9]+)`", (ROOT / "docs" / "json.md").read_text(encoding="utf-8")))
     assert document["published"] is not None
     assert set(keys(document)) - described == set()
+
+
+@pytest.mark.parametrize("command", [["adapters"], ["adapters", "check", "llama"]])
+def test_every_key_of_the_adapters_documents_is_described(command: list[str]) -> None:
+    document = run(*command, "--json").document
+    page = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`([a-z_0-9]+)`", page.partition("## `mwtool.adapters/1`")[2]))
+    assert set(keys(document)) - described == {"schema", "mwtool_version"}
+    assert f"`{document['schema']}`" in page
 
 
 @pytest.mark.parametrize("file", ["model.py", "adapter.py"])

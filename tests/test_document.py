@@ -1,11 +1,8 @@
-"""A scan's document: its keys, the way back from it, and that files are written whole or not at all."""
+"""A scan's document: its keys, and the way back from it."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +15,11 @@ from hypothesis import strategies as st
 
 import mwtool
 from mwtool import MwtoolError, Scan, Settings
-from mwtool.document import check_writable, scan_document, text_of, write
-from mwtool.errors import BadValue, OutputError
+from mwtool.document import text_of
+from mwtool.errors import BadValue
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.published import PUBLISHED, published
+from mwtool.scan_document import scan_document
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
 SCAN = "massive layers attribution growth layers_walked stopped intermediate_peak_layer super_weights weights bos sun"
@@ -233,42 +231,6 @@ def test_published_rows_are_those_of_the_same_repository_only() -> None:
     assert known.agreement(known.layer, (b, a, *rest)) == "same rows in another order"
     assert known.agreement(known.layer, (a, b, 0)) == "2 of 3 rows shared"
     assert known.agreement(7, known.indices) == "another layer: 7, published 1"
-
-
-def test_a_file_is_replaced_whole_and_has_the_usual_mode(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_text("former, and longer than what comes")
-    write(path, "new")
-    assert path.read_text() == "new"
-    mask = os.umask(0)
-    os.umask(mask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("target")
-    for content in ("first", "second"):
-        write(tmp_path / "link", content)
-        assert (tmp_path / "link").is_symlink()
-        assert (tmp_path / "target").read_text() == content
-
-
-def test_a_pipe_is_written_to_directly(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = [sys.executable, "-c", "import sys; sys.stdout.write(open(sys.argv[1]).read())", str(pipe)]
-    with subprocess.Popen(reader, stdout=subprocess.PIPE, text=True) as running:
-        write(pipe, "through")
-        assert running.communicate()[0] == "through"
-    assert pipe.is_fifo()
-
-
-def test_where_nothing_can_be_written_is_known_beforehand(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new.json")
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "none" / "x.json", "does not exist")):
-        with pytest.raises(OutputError, match=words):
-            check_writable(path)
 
 
 def test_identity_and_weights_cannot_be_changed_by_accident(scan: Scan) -> None:

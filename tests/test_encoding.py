@@ -107,11 +107,18 @@ def test_a_conversation_the_template_refuses_is_a_row_that_cannot_be_read() -> N
     assert (len(left), len(left.refused)) == (1, 1)
 
 
+def test_without_a_template_the_headings_are_told_and_text_has_none(plain: Any) -> None:
+    (said,) = encode(data(talk(*TALK)), plain, 200).notes
+    assert "no chat template" in said
+    assert "### Instruction: ... ### Response: ..." in said
+    assert encode(data(Example("a.txt, line 1", text="plain words")), plain, 200).notes == ()
+
+
 def test_examples_that_are_too_long_are_left_out_and_counted(plain: Any) -> None:
     long = talk(Turn("user", "why " * 90), Turn("assistant", "so"))
     encoded = encode(data(talk(*TALK), long), plain, 64)
     assert (len(encoded), encoded.too_long) == (1, 1)
-    assert encoded.notes == ("1 of 2 examples are longer than 64 tokens and left out (--max-length)",)
+    assert encoded.notes[0] == "1 of 2 examples are longer than 64 tokens and left out (--max-length)"
     with pytest.raises(BadValue, match=r"all 2 examples of rows\.jsonl are longer than 8 tokens: raise --max-length"):
         encode(data(talk(*TALK), long), plain, 8)
 

@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from test_ablate import WORDS, digest, perplexity_of, planted, text_of
-from test_perplexity import adding_bos
+from questions import CHOICES, CLOZE, OPTIONS, rows, words
+from words import adding_bos, perplexity_of, planted, text_of
 
 from mwtool import harness
 from mwtool.ablate import Sweep, ablate
@@ -34,29 +34,9 @@ from mwtool.tasks import Task, parse_tasks
 from mwtool.verdict import student_t
 
 
-def words(start: int, count: int) -> str:
-    return " ".join(WORDS[(start * 11 + 5 * at * at) % 40] for at in range(count))
-
-
-CHOICES = [
-    {"query": words(n, 3 + n % 4), "choices": [words(n + 7 * c, 1 + (n + c) % 3) for c in range(3)], "gold": n % 3}
-    for n in range(11)
-]
-OPTIONS = [
-    {"context_options": [words(n, 4), words(n + 3, 5)], "continuation": words(n + 5, 2), "gold": n % 2}
-    for n in range(5)
-]
-CLOZE = [{"context": words(n, 5), "continuation": words(n + 2, 1)} for n in range(9)]
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return planted(tmp_path_factory.mktemp("model"))
-
-
-def rows(folder: Path, kind: str, found: list[dict[str, Any]]) -> Task:
-    (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    return Task(kind, str(folder / f"{kind}.jsonl"))  # type: ignore[arg-type]
 
 
 def likelihood(loaded: Loaded, context: str, continuation: str) -> float:
@@ -166,7 +146,7 @@ def test_answers_are_those_of_greedy_decoding_one_prompt_at_a_time(loaded: Loade
 
 
 def test_an_attacked_evaluation_gives_what_ablate_gives_and_leaves_the_model_as_it_was(loaded: Loaded) -> None:
-    before, tasks, options = digest(loaded.base), parse_tasks([text_of(loaded)]), Options(window=16)
+    before, tasks, options = tiny.digest(loaded.base), parse_tasks([text_of(loaded)]), Options(window=16)
     targets, _ = find_targets(loaded, Choice(), 3, Settings())
     swept = ablate(loaded, targets, tasks, Sweep(ks=(3,), draws=0), options)
     massive, _ = massive_for(loaded, settings=Settings(k=3))
@@ -175,7 +155,7 @@ def test_an_attacked_evaluation_gives_what_ablate_gives_and_leaves_the_model_as_
     assert plain.measured.value == swept.baseline[0].value == pytest.approx(perplexity_of(loaded), rel=1e-6)
     assert [zeroed.measured.samples, retained.measured.samples] == [run.measured[0].samples for run in swept.runs]
     assert zeroed.measured.value != plain.measured.value
-    assert digest(loaded.base) == before
+    assert tiny.digest(loaded.base) == before
 
 
 def test_what_cannot_be_attacked_is_refused_before_anything_runs(loaded: Loaded) -> None:

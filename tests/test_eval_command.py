@@ -18,19 +18,18 @@ import tiny
 import torch
 from command import run, run_apart
 from peft import LoraConfig, get_peft_model
-from test_ablate import WORDS, with_tokenizer
-from test_eval import CHOICES, CLOZE, rows
+from questions import CHOICES, CLOZE, rows
 from transformers import AutoModelForCausalLM
+from words import WORDS, planted_folder, with_tokenizer
 
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_a_run_is_not_resumed_under_other_conditions(folder: Path, tmp_path: Pat
     output = tmp_path / "a.json"
     assert evaluated(folder, "-o", output).code == 0
     fault = evaluated(folder, "-o", output, "--resume", "--limit", 2).fault
-    assert "a.json was made with options" in fault
+    assert "a.json was made with options limit None, now it is limit 2; give the same" in fault
     assert "give the same to go on, or write elsewhere" in fault
     assert "was made with bos" in evaluated(folder, "-o", output, "--resume", "--bos", "w1").fault
     more = evaluated(folder, "-o", output, "--resume", "--attack", "none", "--attack", "zero:2", "--json").document
@@ -347,3 +346,10 @@ def test_lm_eval_is_imported_only_where_a_task_needs_it(folder: Path) -> None:
 @pytest.mark.skipif(not os.environ.get("MWTOOL_HUB"), reason="set MWTOOL_HUB=1 where the Hub can be reached")
 def test_the_papers_tasks_run_from_the_hub() -> None:
     assert run_apart("eval", "--task", "paper", "--limit", "2").code == 0
+
+
+def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
+    ran = run_apart("eval", tmp_path / "adapter", "--task", f"ppl:{folder / 'text.txt'}", "--limit", "1", "--json")
+    assert (ran.code, "kernels" in ran.err) == (0, False)

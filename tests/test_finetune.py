@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_ablate import WORDS, with_tokenizer
 from training import IDS, digest, gradients
 from transformers import AutoModelForCausalLM
+from words import WORDS, planted_folder, with_tokenizer
 
 from mwtool.curriculum import curriculum_of
 from mwtool.errors import BadValue, MwtoolError, OutputError, UnsupportedModel
@@ -37,9 +37,7 @@ QUICK = Recipe(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a massive row, its tokenizer, and 95 words to train on."""
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 def planned(folder: Path, recipe: Recipe = QUICK, **asked: Any) -> Plan:

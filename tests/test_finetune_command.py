@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from command import Ran, run, run_apart
 from peft import AutoPeftModelForCausalLM
-from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
+from words import planted_folder
 
-from mwtool.document import scan_document, text_of
+from mwtool.document import text_of
 from mwtool.scan import scan_checkpoint
+from mwtool.scan_document import scan_document
 
 QUICK = "--rank 4 --lr 1e-2 --max-length 16 --batch-size 2 --effective-batch 4 --dropout 0.1 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.model("llama")
-    tiny.plant(model)
-    return with_tokenizer(tmp_path_factory.mktemp("model"), model)
+    return planted_folder(tmp_path_factory.mktemp("model"))
 
 
 def arguments(folder: Path, *more: object) -> list[object]:
@@ -56,6 +54,9 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
         "base_model:",
+        "pipeline_tag: text-generation",
+        f'AutoTokenizer.from_pretrained("{folder}")',
+        *(f"- {note}" for note in document["notes"]),
         "tags: [lora, macdrop]",
         "linear:0.9-0.1",
         "| lr | 0.01 |",

@@ -131,7 +131,8 @@ def test_a_hub_that_cannot_be_reached_says_how_to_use_a_folder(tmp_path: Path, m
 
 def test_offline_mode_says_the_same(tmp_path: Path, models: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "some/model is not in the cache" in run("scan", "some/model").fault
+    assert run("scan", "some/model").fault.startswith("HF_HUB_OFFLINE is set and some/model is not in the cache")
+    assert run("scan", "gone").fault.startswith("there is no folder gone here, HF_HUB_OFFLINE is set and gone is not")
     assert models.sent == []
 
 

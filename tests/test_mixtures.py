@@ -12,14 +12,14 @@ import tiny
 import torch
 from command import run
 from safetensors.torch import load_file
-from test_ablate import with_tokenizer
 from transformers import AutoModelForCausalLM
+from words import with_tokenizer
 
 from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
 from mwtool.checkpoint import Checkpoint
+from mwtool.fitting import decoder_layers
 from mwtool.mapping import Rows
 from mwtool.registry import adapter_for
-from mwtool.scan import decoder_layers
 
 ROW, LAYER = 11, 3
 KINDS = ["deepseek_v3", "gpt_oss", "mixtral", "phi3", "qwen2_moe"]

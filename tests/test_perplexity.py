@@ -11,9 +11,9 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ablate import WORDS, with_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
+from words import WORDS, adding_bos, with_tokenizer
 
 from mwtool import head
 from mwtool.errors import BadValue, NoBos
@@ -135,15 +135,6 @@ def test_bos_stands_in_front_of_every_window_once_though_the_tokenizer_adds_one(
     word = windows(tokenizer, Text((TEXT, TEXT)), "word", 16, tiny.BOS)
     assert sum(int((ids == tiny.BOS).sum()) for ids, last in zip(word.ids, word.scored, strict=True) if last == 16) == 2
     assert not any((ids == tiny.BOS).any() for ids in windows(tokenizer, TEXT, "sun-4096", 16).ids)
-
-
-def adding_bos(tokenizer: Any) -> Any:
-    """The same, putting bos in front of everything by itself, as Llama's does."""
-    from tokenizers import processors
-
-    raw = tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tiny.BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_windows_do_not_overlap_and_only_the_default_keeps_the_end(tokenizer: Any) -> None:

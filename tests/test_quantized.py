@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mwtool import Scan, Settings, scan_checkpoint, scan_model
+from mwtool.load import load, massive_for
 
 WHOLE = Settings(all_layers=True)
 BLOCK = 16
@@ -87,6 +88,16 @@ def test_a_dequantized_scan_equals_that_of_the_plain_model(tmp_path: Path, make:
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), f"{name} of layer {ours.layer}"
     assert streamed.massive == whole.massive
     assert streamed.parameters == sum(p.numel() for p in plain.parameters())
+
+
+def test_a_model_whose_packed_weights_can_be_undone_is_scanned_from_its_files(tmp_path: Path) -> None:
+    """A GPU that computes in FP8 keeps the weights packed; elsewhere transformers undoes them when it loads."""
+    folder, _ = fp8_llama(tmp_path)
+    loaded = load(str(folder))
+    for layer in loaded.layers:
+        module = loaded.base.get_submodule(f"{layer.ffns[0].module}.down_proj")
+        module.weight = nn.Parameter(as_fp8(module.weight.data)[0], requires_grad=False)
+    assert massive_for(loaded) == (scan_checkpoint(str(folder)).massive, ())
 
 
 def test_rows_to_protect_are_named_as_the_packed_checkpoint_names_them(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_adapter_is_found_with_the_distribution_it_came_from(announce: Annou
 
 def test_an_unknown_type_lists_what_is_installed_and_how_to_add_one(announce: Announce) -> None:
     announce(beta="x:Y", alpha="x:Y")
-    with pytest.raises(UnsupportedModel, match=r"'gamma'; installed are alpha, beta\. .*`mwtool adapters new`"):
+    with pytest.raises(UnsupportedModel, match=r"'gamma'; `mwtool adapters new gamma DIR`.* alpha, beta$"):
         adapter_for("gamma")
 
 
@@ -107,6 +107,23 @@ def test_an_adapter_that_fails_is_named_with_the_layer(announce: Announce) -> No
         adapter_for("broken").layer(PretrainedConfig(), 3)
     with pytest.raises(UnsupportedModel, match=r"^two FFNs$"):  # what it means to say passes
         adapter_for("picky").layer(PretrainedConfig(), 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (property(lambda _: 1 / 0), "failed to give its `tiny`: ZeroDivisionError"),
+        (["here"], r"has \['here'\] for its `tiny`; expected options by model type"),
+        ({"here": 3}, r"has \{'here': 3\} for its `tiny`; expected options by model type"),
+    ],
+)
+def test_tiny_configurations_that_are_none_are_told_of(
+    announce: Announce, monkeypatch: pytest.MonkeyPatch, given: object, fault: str
+) -> None:
+    announce(here="test_registry:GOOD")
+    monkeypatch.setattr(Here, "tiny", given)
+    with pytest.raises(BadPlugin, match=rf"some-plugin 1\.2\) {fault}"):
+        _ = adapter_for("here").tiny
 
 
 def test_two_claimants_are_both_named(announce: Announce) -> None:

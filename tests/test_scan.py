@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mwtool import Settings, scan_checkpoint, scan_model
 from mwtool.errors import BadCheckpoint
 from mwtool.states import LayerState
+from mwtool.testing import random_model
 
 WHOLE = Settings(all_layers=True)
 
@@ -148,10 +148,10 @@ def test_row_shares_and_count_agree_with_a_plain_recomputation(tmp_path: Path) -
 
 def test_scanning_in_memory_leaves_weights_hooks_and_mode_alone() -> None:
     model = tiny.model("llama").train()
-    before = digest(model)
+    before = tiny.digest(model)
     scan_model(model)
     assert model.training
-    assert digest(model) == before
+    assert tiny.digest(model) == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -184,8 +184,8 @@ def test_the_checkpoint_is_never_written(tmp_path: Path) -> None:
 
 def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Counted at every layer's end from inside the walk: all other layers are on the meta device."""
+    from mwtool.fitting import decoder_layers
     from mwtool.registry import adapter_for
-    from mwtool.scan import decoder_layers
     from mwtool.source import locate
     from mwtool.states import walk
     from mwtool.stream import open_stream
@@ -214,6 +214,16 @@ def test_of_the_embedding_only_the_row_of_bos_is_read(tmp_path: Path) -> None:
         weight = model.get_input_embeddings().weight
         weight[torch.arange(64) != tiny.BOS] = float("nan")
     assert len(scan_checkpoint(str(tiny.saved(tmp_path, model))).states) == 8
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "xglm", "gemma3"])
+def test_a_padding_token_anywhere_in_the_vocabulary_changes_nothing(tmp_path: Path, model_type: str) -> None:
+    config = tiny.config(model_type)
+    config.get_text_config().pad_token_id = 7
+    model = random_model(config, dtype=torch.float32, seed=0)
+    found = scan_checkpoint(str(tiny.saved(tmp_path, model)), WHOLE).states
+    for streamed, whole in zip(found, scan_model(model, None, WHOLE).states, strict=True):
+        assert_equal(streamed.hidden, whole.hidden, torch.float32)
 
 
 @pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
@@ -256,7 +266,7 @@ def test_shards_and_legacy_files_give_the_same_states(tmp_path: Path) -> None:
         for ours, theirs in zip(scans[0].states, other.states, strict=True):
             assert torch.equal(ours.hidden, theirs.hidden)
     for scan in scans[2:]:
-        assert any("read whole" in note for note in scan.notes)
+        assert any("opened whole" in note for note in scan.notes)
 
 
 def in_two_legacy_files(folder: Path, model: PreTrainedModel) -> Path:
@@ -276,7 +286,3 @@ def test_dtype_is_obeyed(tmp_path: Path, dtype: str) -> None:
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     assert found.dtype == dtype
     assert_equal(found.states[-1].hidden, scan_model(full).states[-1].hidden, getattr(torch, dtype))
-
-
-def digest(model: PreTrainedModel) -> str:
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -30,14 +29,6 @@ IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])
 ATTACKS = [Attack("zero", 2), Attack("retain", 2), Attack("scale", 2, 0.5), Attack("mean", 2), Attack("retain", 0)]
 TOLERANCE = 1e-5
 """Of the largest logit, in float32: products summed in another order."""
-
-
-def digest(model: nn.Module) -> str:
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(name.encode())
-        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
@@ -68,19 +59,19 @@ def with_means(model: PreTrainedModel, ffn: FFN) -> Tensor:
 
 
 def test_every_type_is_bit_identical_after_each_mode_and_after_errors_and_interrupts(made: PreTrainedModel) -> None:
-    before = digest(made)
+    before = tiny.digest(made)
     for ffn in networks(made):
         means = with_means(made, ffn)
         for attack in ATTACKS:
             rows = [1, 4][: attack.k]
             with edited(made, ffn, rows, attack, means=means):
-                changed = digest(made)
-            assert digest(made) == before
+                changed = tiny.digest(made)
+            assert tiny.digest(made) == before
             assert (changed != before) == (attack.mode != "mean" or ffn.expert is not None)
             for fault in (ValueError, KeyboardInterrupt):
                 with pytest.raises(fault), edited(made, ffn, rows, attack, means=means):
                     raise fault
-                assert digest(made) == before
+                assert tiny.digest(made) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in made.modules())
 
 
@@ -158,7 +149,7 @@ def test_an_attack_on_no_rows_changes_nothing_but_retaining_none_silences_the_ne
 
 def test_interrupts_while_restoring_leave_nothing_half_done(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", num_hidden_layers=4)
-    before, ffn = digest(model), tiny.layers_of(model)[1].ffns[0]
+    before, ffn = tiny.digest(model), tiny.layers_of(model)[1].ffns[0]
     writes = count = 0
     original = Tensor.__setitem__
 
@@ -175,7 +166,7 @@ def test_interrupts_while_restoring_leave_nothing_half_done(monkeypatch: pytest.
         writes = 0
         with pytest.raises(KeyboardInterrupt), edited(model, ffn, [1, 4], Attack("zero", 2)):
             pass
-        assert digest(model) == before
+        assert tiny.digest(model) == before
 
 
 def test_biases_are_attacked_with_their_rows() -> None:
@@ -242,6 +233,25 @@ def test_an_offloaded_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
         edited(model, tiny.layers_of(model)[1].ffns[0], [1], Attack("zero", 1)).__enter__()
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_that_cannot_be_read_are_refused_before_their_states_are_averaged(
+    tmp_path: Path, model_type: str
+) -> None:
+    """They are computed from the weights; what a module receives is seen wherever its weights are."""
+    from accelerate import disk_offload
+
+    model = tiny.model(model_type, num_hidden_layers=2)
+    ffn = tiny.layers_of(model)[1].ffns[0]
+    weights = model.get_submodule(ffn.module).down_proj
+    weights.data = weights.data.to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModel, match="holds packed experts, whose values cannot be fixed at their mean"):
+        averaging(model, ffn).__enter__()
+    weights.data = weights.data.float()
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.experts is offloaded .* without offloading"):
+        averaging(model, ffn).__enter__()
+
+
 @pytest.mark.parametrize(
     ("model_type", "targets"), [("llama", ["gate_proj", "up_proj"]), ("gpt2", ["c_fc"]), ("phi3", ["gate_up_proj"])]
 )
@@ -257,7 +267,7 @@ def test_a_dora_row_without_norm_gives_zero_and_never_nan(model_type: str, targe
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
-    base, before = wrapped.get_base_model(), digest(wrapped)
+    base, before = wrapped.get_base_model(), tiny.digest(wrapped)
     ffn = tiny.layers_of(base)[1].ffns[0]
     seen: list[Tensor] = []
     hook = base.get_submodule(ffn.hook or "").register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
@@ -267,7 +277,7 @@ def test_a_dora_row_without_norm_gives_zero_and_never_nan(model_type: str, targe
         with edited(base, ffn, rows, attack):
             assert logits(wrapped).isfinite().all()
         assert seen[-1][..., attacked].any() == trained
-        assert digest(wrapped) == before
+        assert tiny.digest(wrapped) == before
     hook.remove()
 
 
@@ -318,8 +328,6 @@ def outputs(model: PreTrainedModel, ffn: FFN, block: AbstractContextManager[None
     return seen
 
 
-# bitsandbytes casts what it is given to float16, and says so each time
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
 def quantized(folder: Path, model_type: str, bits: int, storage: str | None = None) -> PreTrainedModel:
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -355,12 +363,12 @@ def test_experts_under_an_adapter_of_their_own_are_attacked_but_not_fixed() -> N
 
     model = tiny.model("mixtral", num_hidden_layers=2)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]))
-    base, before = wrapped.get_base_model(), digest(wrapped)
+    base, before = wrapped.get_base_model(), tiny.digest(wrapped)
     ffn = tiny.layers_of(base)[1].ffns[0]
     rows = ffn.up.read(base)
     with edited(base, ffn, [1, 4], Attack("zero", 2)):
         assert not rows[[1, 4]].any()
-    assert digest(wrapped) == before
+    assert tiny.digest(wrapped) == before
     with pytest.raises(UnsupportedModel, match="whose part no mean replaces; use --on merged"):
         edited(base, ffn, [1, 4], Attack("mean", 2), means=torch.zeros(64)).__enter__()
 

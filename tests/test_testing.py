@@ -119,6 +119,7 @@ MISTAKES: list[tuple[str, str, Any]] = [
     ("shapes", "an unknown activation", Wrong("llama", ffn=lambda f: replace(f, act="silu2"))),
     ("shapes", "a list of rows", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=([0, 1],))))),
     ("shapes", "rows backwards", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=(slice(9, 0, -1),))))),
+    ("shapes", "an FFN alone", Wrong("llama", decoder=lambda d: replace(d, ffns=d.ffns[0]))),
     ("shapes", "no index", Wrong("llama", ffn=lambda f: replace(f, up=replace(f.up, index=None)))),
     ("shapes", "no number", Wrong("llama", decoder=lambda d: replace(d, scale="0.5"))),
     ("zeroing", "the bias of a row forgotten", Wrong("phi", ffn=lambda f: replace(f, up_bias=None))),
@@ -133,6 +134,43 @@ MISTAKES: list[tuple[str, str, Any]] = [
 @pytest.mark.parametrize(("check", "mistake", "adapter"), MISTAKES, ids=[mistake for _, mistake, _ in MISTAKES])
 def test_a_mistake_fails_its_check(check: str, mistake: str, adapter: Wrong) -> None:
     assert check in failed(adapter, adapter.model_type)
+
+
+def in_turn(ffn: FFN) -> FFN:
+    """Gate and up of phi3's one matrix, which has them in halves, taken row by row in turn."""
+    up, gate = (replace(ffn.up, index=(slice(first, None, 2),)) for first in (1, 0))
+    return replace(ffn, up=up, gate=gate)
+
+
+NEARBY: list[tuple[str, str, Any]] = [
+    ("phi3", "gate and up exchanged", lambda f: replace(f, up=f.gate, gate=f.up)),
+    ("phi3", "gate and up in halves", in_turn),
+    ("phi3", "gate and up exchanged and act='silu'", lambda f: replace(f, up=f.gate, gate=f.up, act="gelu")),
+    ("mixtral", "gate and up exchanged", lambda f: replace(f, up=f.gate, gate=f.up)),
+    ("gpt_neox", "act='gelu'", lambda f: replace(f, act="relu")),
+    ("gemma2", "act='gelu_pytorch_tanh'", lambda f: replace(f, act="gelu")),
+    (
+        "phi",
+        "up_bias in model.layers.0.mlp.fc1.bias, down_bias in model.layers.0.mlp.fc2.bias",
+        lambda f: replace(f, up_bias=None, down_bias=None),
+    ),
+    ("gpt2", "up_bias in transformer.h.0.mlp.c_fc.bias", lambda f: replace(f, up_bias=None)),
+]
+
+
+@pytest.mark.parametrize(("model_type", "remedy", "mistake"), NEARBY, ids=[f"{a}, {b}" for a, b, _ in NEARBY])
+def test_a_description_close_to_the_right_one_is_told_what_to_change(
+    model_type: str, remedy: str, mistake: Any
+) -> None:
+    adapter = Wrong(model_type, ffn=mistake)
+    output = next(one for one in run_checks(adapter, tiny_config(model_type, adapter)) if one.name == "output")
+    assert output.detail.endswith(f"; with {remedy} it agrees")
+
+
+def test_a_description_that_is_not_close_is_not_advised() -> None:
+    adapter = Wrong("llama", ffn=lambda f: replace(f, down=renamed(f.down, "s.1.", "s.0.")))
+    output = next(one for one in run_checks(adapter, tiny_config("llama", adapter)) if one.name == "output")
+    assert output.detail.endswith("of its largest entry")
 
 
 def test_an_adapter_that_is_right_fails_none() -> None:
@@ -152,7 +190,7 @@ def test_options_a_type_does_not_take_can_be_left_out() -> None:
 def test_options_that_do_not_go_together_are_reported_with_what_to_do() -> None:
     from mwtool.errors import BadPlugin
 
-    with pytest.raises(BadPlugin, match=r"no tiny model of type 'llama'.*`tiny`"):
+    with pytest.raises(BadPlugin, match=r"no tiny model of type 'llama'.*not a multiple.*`tiny`"):
         check_adapter(adapter_for("llama"), tiny_config("llama", num_attention_heads=3, head_dim=None))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
+from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
 from mwtool.registry import adapter_for, installed
-from mwtool.scan import decoder_layers
 from mwtool.source import model_class
 from mwtool.states import recompute
 from mwtool.testing import random_model, tiny_config
@@ -66,6 +68,15 @@ def opened(folder: Path) -> PreTrainedModel:
     return model
 
 
+def digest(made: nn.Module) -> str:
+    """Of everything a checkpoint would hold, names and bytes."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(made.state_dict().items()):
+        state.update(name.encode())
+        state.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
 def layers_of(made: PreTrainedModel) -> list[DecoderLayer]:
     return decoder_layers(adapter_for(made.config.model_type), made.config)
 
@@ -87,9 +98,8 @@ def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, st
         matrix.read(made)[row] = direction if ffn.gate is not None else strength * direction
     ffn.down.read(made)[:, row] = 0
     ffn.down.read(made)[dim, row] = 1.0 if expert is None else 2 * strength**2 / recompute(ffn, made, x)[0][row]
-    if (
-        place.adds not in (ffn.module, ffn.hook) and place.experts is None
-    ):  # a norm behind: let it pass the dimension on
+    # a norm behind: let it pass the dimension on
+    if place.adds not in (ffn.module, ffn.hook) and place.experts is None:
         made.get_submodule(place.adds).weight[dim] = strength**2
     return ffn
 

@@ -61,7 +61,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app()
+        app(prog_name="mwtool")  # as it is completed, under `python -m mwtool` too
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a failure still counts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,15 +16,6 @@ if TYPE_CHECKING:
     from mwtool.ablate import Ablation, Sweep
     from mwtool.load import Loaded
     from mwtool.targets import Target
-
-
-class DeviceMap(StrEnum):
-    """How accelerate spreads a model over devices."""
-
-    auto = "auto"
-    balanced = "balanced"
-    balanced_low_0 = "balanced_low_0"
-    sequential = "sequential"
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -53,7 +43,7 @@ def ablate(
     task: Annotated[
         list[str] | None, typer.Option(help="What to measure, as in eval; repeatable.", show_default="ppl:demo")
     ] = None,
-    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    massive: options.Massive = None,
     layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer instead.")] = None,
     indices: Annotated[str | None, typer.Option(help="These rows, in this order: I,J,...")] = None,
     expert: Annotated[int | None, typer.Option(min=0, help="Rows of this expert.")] = None,
@@ -79,9 +69,7 @@ def ablate(
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
-    ] = None,
+    device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -98,11 +86,12 @@ def ablate(
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablate import Sweep
-    from mwtool.cli.terminal import note, say_once
+    from mwtool.cli.terminal import note_all, say_once
     from mwtool.continuation import prompt_ids
     from mwtool.load import load
     from mwtool.measured import Options
     from mwtool.save import check_savable
+    from mwtool.scan import Settings
     from mwtool.surgery import parse_mode
     from mwtool.targets import Choice, find_targets
     from mwtool.tasks import parse_tasks
@@ -112,27 +101,25 @@ def ablate(
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or ["ppl:demo"])
     _writable(output, plot, save)
-    loaded = load(
-        model,
-        on=on.value,
+    opening = options.opening(
+        on=on,
         revision=revision,
-        dtype=dtype.value,
+        dtype=dtype,
         device=device,
-        device_map=None if device_map is None else device_map.value,
+        device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
+    loaded = load(model, **opening)
     if save is not None:
         check_savable(loaded, sweep.modes[0])
     if generate is not None:
         prompt_ids(loaded, generate, bos)
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     choice = Choice(massive, layer, expert, given, each_layer)
-    targets, notes = find_targets(loaded, choice, max(wanted), _scanning(bos))
-    for line in dict.fromkeys((*loaded.notes, *notes)):
-        note(line)
+    targets, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
+    note_all((*loaded.notes, *notes))
     found = _measured(loaded, targets, tasks, sweep, measuring)
-    for line in found.notes:
-        note(line)
+    note_all(found.notes)
     found = replace(found, notes=(*notes, *found.notes))
     said = _said(loaded, targets, tasks, sweep, measuring, generate)
     _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
@@ -151,7 +138,7 @@ def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | No
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
     """Everything that is to be written can be, as far as one can know before."""
-    from mwtool.document import check_writable
+    from mwtool.whole import check_writable
 
     for file in (output, plot):
         if file is not None:
@@ -161,15 +148,9 @@ def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None
 
         check_plottable(plot)
     if save is not None:
-        from mwtool.save import check_free
+        from mwtool.whole import check_free
 
         check_free(save)
-
-
-def _scanning(bos: str) -> Any:
-    from mwtool.scan import Settings
-
-    return Settings(bos=bos)
 
 
 def _measured(loaded: Loaded, targets: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
@@ -206,8 +187,9 @@ def _give(
     """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablate_document import ablate_document
     from mwtool.cli.terminal import command_line, note
-    from mwtool.document import text_of, write
+    from mwtool.document import text_of
     from mwtool.save import save_attacked
+    from mwtool.whole import write
 
     if save is not None:
         attack = found.runs[0].attack
@@ -228,9 +210,8 @@ def _give(
 
 
 def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-
     from mwtool.ablate_report import ablate_report
+    from mwtool.cli.terminal import report_console
 
-    console = Console()
+    console = report_console()
     console.print(ablate_report(found, said, console.width))

@@ -30,18 +30,17 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
     if json:
         _print("mwtool.adapters/1", adapters=[asdict(plugin) for plugin in plugins])
         return
-    from rich.console import Console
+    from mwtool.adapters_report import adapters_table
+    from mwtool.cli.terminal import report_console
 
-    from mwtool.report import adapters_table
-
-    Console().print(adapters_table(plugins))
+    report_console().print(adapters_table(plugins))
 
 
 @adapters.command()
 def check(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL_TYPE|MODULE:OBJECT]", help="What to check; every installed adapter by default."),
+        typer.Argument(metavar="MODEL_TYPE|MODULE:OBJECT", help="What to check; every installed adapter by default."),
     ] = None,
     model_type: Annotated[
         str | None,
@@ -55,11 +54,10 @@ def check(
     if json:
         _print("mwtool.adapters.check/1", results=[asdict(result) for result in results])
     else:
-        from rich.console import Console
+        from mwtool.adapters_report import conformance_table
+        from mwtool.cli.terminal import report_console
 
-        from mwtool.report import conformance_table
-
-        Console().print(conformance_table(results))
+        report_console().print(conformance_table(results))
     failed = [result for result in results if result.fault is not None]
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""

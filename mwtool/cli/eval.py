@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.ablate import DeviceMap
 from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="Hub id, local folder, PEFT adapter folder, or demo; with --compare several, or earlier result files.",
             show_default="demo",
         ),
@@ -53,9 +52,9 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:X:K; repeatable.", show_default="none"),
+        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
     ] = None,
-    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    massive: options.Massive = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
     compare: Annotated[
         bool,
@@ -80,9 +79,7 @@ def evaluate(
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
-    device_map: Annotated[
-        DeviceMap | None, typer.Option(help="Spread over all devices, as accelerate does.", show_default=False)
-    ] = None,
+    device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -92,12 +89,14 @@ def evaluate(
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
-    from mwtool.document import check_writable
+    from mwtool.cli.terminal import say_once
     from mwtool.evaluate import check
     from mwtool.measured import Options
     from mwtool.surgery import parse_attack
     from mwtool.tasks import parse_tasks
+    from mwtool.whole import check_writable
 
+    say_once()
     measuring = Options(
         batch_size=batch_size,
         limit=limit,
@@ -111,8 +110,14 @@ def evaluate(
     attacks = tuple(dict.fromkeys(map(parse_attack, attack or ["none"])))
     if output is not None:
         check_writable(output)
-    opening: dict[str, Any] = {"on": on.value, "revision": revision, "dtype": dtype.value, "device": device}
-    opening |= {"device_map": None if device_map is None else device_map.value, "trust_remote_code": trust_remote_code}
+    opening = options.opening(
+        on=on,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
     run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
@@ -120,12 +125,11 @@ def evaluate(
     if json:
         sys.stdout.write(run.text())
         return
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.eval_document import rows_of
     from mwtool.eval_report import eval_report
 
-    Console().print(eval_report(rows_of(run.documents, run.names)))
+    report_console().print(eval_report(rows_of(run.documents, run.names)))
 
 
 def _usage(
@@ -188,21 +192,20 @@ class _Run:
         return text_of_results(document)
 
     def _write(self) -> None:
-        from mwtool.document import write
+        from mwtool.whole import write
 
         if self.output is not None:
             write(self.output, self.text())
 
     def _evaluate(self, model: str) -> None:
-        from mwtool.cli.terminal import note, run_progress
+        from mwtool.cli.terminal import note, note_all, run_progress
         from mwtool.eval_document import earlier_results
         from mwtool.evaluate import evaluate
         from mwtool.load import load
 
         loaded = load(model, **self.opening)
         massive, notes = self._massive(loaded)
-        for line in (*loaded.notes, *notes):
-            note(line)
+        note_all((*loaded.notes, *notes))
         document = self._document(loaded, massive)
         earlier = (
             []

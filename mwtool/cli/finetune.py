@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mwtool.cli import options
+from mwtool.cli import options, process
 from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
     from mwtool.curriculum import Curriculum
+    from mwtool.finetune import Telling
     from mwtool.plan import Asked, Plan
     from mwtool.recipe import Recipe
 
@@ -58,79 +59,84 @@ class Quantize(StrEnum):
     four_bit = "4bit"
 
 
+_of_data = partial(typer.Option, rich_help_panel="Data")
+_of_adapter = partial(typer.Option, rich_help_panel="Adapter")
+_of_macdrop = partial(typer.Option, rich_help_panel="MacDrop")
+_of_training = partial(typer.Option, rich_help_panel="Training")
+_of_run = partial(typer.Option, rich_help_panel="Run")
+_of_model = partial(typer.Option, rich_help_panel=options.MODEL)
+
+
 def finetune(
-    model: options.Model = "demo",
+    model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",  # typer 0.27 takes an option whose metavar is its name for an argument
-            metavar="DATA",
-            help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG].",
+        _of_data(
+            "--data", metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."
         ),
     ] = None,
     macdrop: Annotated[
-        str, typer.Option(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
+        str, _of_macdrop(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
     ] = "step:0.8",
-    peft: Annotated[Peft, typer.Option(help="The adapter.")] = Peft.lora,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where the adapter goes.")
-    ] = None,
-    format_: Annotated[
-        Format, typer.Option("--format", help="How rows are read; auto looks at their keys.")
-    ] = Format.auto,
-    split: Annotated[str, typer.Option(help="Of a Hub dataset or folder.")] = "train",
+    peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
+    output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
+    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = Format.auto,
+    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = "train",
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
+        bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
     ] = False,
     train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
+        bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=1)] = 16,
-    alpha: Annotated[int, typer.Option(min=1)] = 16,
-    dropout: Annotated[float, typer.Option(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
+    alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
+    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = 0.0,
     target_modules: Annotated[
         list[str] | None,
-        typer.Option(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
+        _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
     ] = None,
-    lr: Annotated[float, typer.Option(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
-    warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, typer.Option(min=0.001, callback=options.finite)] = 3.0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a device takes at once.")] = 8,
+    lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
+    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
+    epochs: Annotated[float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")] = 3.0,
+    max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
-        int, typer.Option(min=1, help="Sequences of an optimizer step, reached by accumulation.")
+        int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
     ] = 256,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
+        int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
     ] = None,
-    packing: Annotated[bool, typer.Option("--packing", help="Several examples in a sequence, apart.")] = False,
+    packing: Annotated[bool, _of_data("--packing", help="Several examples in a sequence, apart.")] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+        bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
-    quantize: Annotated[Quantize | None, typer.Option(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, typer.Option(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
-    k: Annotated[int | None, typer.Option("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
-    scope: Annotated[Scope | None, typer.Option(help="Rows dropped from.", show_default="massive")] = None,
-    resample: Annotated[Resample | None, typer.Option(help="A mask for each of these.", show_default="step")] = None,
-    massive: Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")] = None,
+    quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
+    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
+    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
+    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
+    scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
+    resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
+    massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
     allow_none: Annotated[
-        bool, typer.Option("--allow-none", help="Train a model without massive weights, without MacDrop.")
+        bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")
-    ] = False,
-    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb, ...; repeatable.")] = None,
-    logging_steps: Annotated[int | None, typer.Option(min=1, show_default="a hundredth, at most 10")] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1, show_default="a twentieth of the run")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    show_curriculum: Annotated[bool, typer.Option("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    merge: Annotated[bool, _of_adapter("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")] = False,
+    report_to: Annotated[list[str] | None, _of_run(help="tensorboard, wandb, ...; repeatable.")] = None,
+    logging_steps: Annotated[
+        int | None,
+        _of_run(min=1, help="Steps from one logged loss to the next.", show_default="a hundredth, at most 10"),
+    ] = None,
+    save_steps: Annotated[
+        int | None, _of_run(min=1, help="Steps from one checkpoint to the next.", show_default="a twentieth of the run")
+    ] = None,
+    resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
+    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
+    show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
     revision: options.Revision = None,
     dtype: Annotated[
-        DType, typer.Option(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
+        DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
     ] = DType.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str, _of_model(help="auto, cpu, cuda, mps.")] = "auto",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     config: options.Config = None,
@@ -150,7 +156,7 @@ def finetune(
     from mwtool.recipe import Recipe
 
     quiet_libraries()
-    place = _device(device)
+    place = process.training_device(device)
     recipe = Recipe(
         curriculum=curriculum,
         peft=peft.value,
@@ -171,7 +177,7 @@ def finetune(
         quantize=None if quantize is None else "4bit",
         eval_share=eval_share,
         seed=seed,
-        dtype=_precision(dtype, place),
+        dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
     asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
@@ -181,14 +187,14 @@ def finetune(
     if dry_run or output is None:
         _show_plan(plan, json=json)
         return
-    telling = _Telling(logging_steps, save_steps, tuple(report_to or ()))
+    from mwtool.finetune import Telling
+
+    telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
     _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
     """The curriculum of `--macdrop`, with what other flags say about it."""
-    from dataclasses import replace
-
     from mwtool.curriculum_file import read_curriculum
 
     read = read_curriculum(text)
@@ -200,42 +206,15 @@ def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resa
 
 def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
     """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
-    from rich.console import Console
-
-    from mwtool.cli.terminal import note
+    from mwtool.cli.terminal import note, report_console
     from mwtool.finetune_report import curriculum_chart
     from mwtool.recipe import PAPER_STEPS
 
     steps = max_steps or PAPER_STEPS
     if max_steps is None:
         note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
-    console = Console()
+    console = report_console()
     console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
-
-
-def _device(asked: str) -> str:
-    """Where this process trains; under a launcher, one of several, on a card of its own."""
-    import torch
-
-    if asked not in ("auto", "cpu", "cuda", "mps"):
-        raise typer.BadParameter(
-            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a card"
-        )
-    if asked == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        asked = "cpu" if on_cpu else found
-    card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if asked == "cuda" else asked
-    return options.usable(card)
-
-
-def _precision(asked: DType, device: str) -> str:
-    if asked is not DType.auto:
-        return asked.value
-    import torch
-
-    able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if able else "float32"
 
 
 def _ended(folder: Path, *, resume: bool) -> bool:
@@ -243,12 +222,12 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.finetune_document import RECORD
-    from mwtool.save import check_free
+    from mwtool.whole import check_free
 
     if resume and (folder / RECORD).exists():
         note(f"{folder} holds a run that has ended; there is nothing to go on with")
         return True
-    if resume or os.environ.get("RANK", "0") != "0":  # the first process looks, before it fills the folder
+    if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
         check_free(folder)
@@ -259,27 +238,20 @@ def _ended(folder: Path, *, resume: bool) -> bool:
 
 
 def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
-    from mwtool.cli.terminal import layer_progress, note
+    from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.plan import make_plan
     from mwtool.source import locate
 
     source = locate(model, revision, trust_remote_code=trust)
-    for line in source.notes:
-        note(line)
+    note_all(source.notes)
     with layer_progress() as on_layer:
-        plan = make_plan(source, recipe, asked, processes=_processes(), on_layer=on_layer)
-    for line in plan.notes:
-        note(line)
+        plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
+    note_all(plan.notes)
     return plan
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _show_plan(plan: Plan, *, json: bool) -> None:
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.document import text_of
     from mwtool.finetune_document import plan_document
     from mwtool.finetune_report import plan_report
@@ -289,28 +261,20 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
     if json:
         sys.stdout.write(text_of(plan_document(plan, needed)))
         return
-    console = Console()
+    console = report_console()
     console.print(plan_report(plan, needed, console.width))
 
 
-@dataclass(frozen=True, slots=True)
-class _Telling:
-    logging_steps: int | None
-    save_steps: int | None
-    loggers: tuple[str, ...]
-
-
-def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bool, merge: bool, json: bool) -> None:
-    from mwtool.cli.terminal import command_line, note, step_progress
-    from mwtool.finetune import Telling, train, with_adapter
+def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: bool, merge: bool, json: bool) -> None:
+    from mwtool.cli.terminal import command_line, note, note_all, step_progress
+    from mwtool.finetune import train, with_adapter
     from mwtool.finetune_document import finetune_document
     from mwtool.outcome import leave
     from mwtool.resume import newest
 
     settings = plan.settings()
     found, notes = newest(folder, settings) if resume else (None, ())
-    for line in notes:
-        note(line)
+    note_all(notes)
     if resume:
         note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
     model = with_adapter(plan.source, plan.recipe, device)
@@ -323,25 +287,24 @@ def _run(plan: Plan, folder: Path, device: str, telling: _Telling, *, resume: bo
             folder,
             settings=settings,
             resume=found,
-            telling=Telling(telling.logging_steps, telling.save_steps, telling.loggers, on_step),
+            telling=replace(telling, on_step=on_step),
             processes=plan.processes,
         )
     if trained.stopped_by is not None:
         note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
         raise typer.Exit(128 + trained.stopped_by)
-    if os.environ.get("RANK", "0") == "0":
+    if process.first():
         document = finetune_document(plan, trained, device=device, command=command_line())
         leave(document, trained, folder, merge=merge)
         _show(document, folder, json=json)
 
 
 def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
-    from rich.console import Console
-
+    from mwtool.cli.terminal import report_console
     from mwtool.document import text_of
     from mwtool.finetune_report import outcome_report
 
     if json:
         sys.stdout.write(text_of(document))
     else:
-        Console().print(outcome_report(document, str(folder)))
+        report_console().print(outcome_report(document, str(folder)))

@@ -30,6 +30,29 @@ class On(StrEnum):
     merged = "merged"
 
 
+class DeviceMap(StrEnum):
+    """How accelerate spreads a model over devices."""
+
+    auto = "auto"
+    balanced = "balanced"
+    balanced_low_0 = "balanced_low_0"
+    sequential = "sequential"
+
+
+def opening(
+    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `mwtool.load.load` is told of the options with which a whole model is opened."""
+    return {
+        "on": on.value,
+        "revision": revision,
+        "dtype": dtype.value,
+        "device": device,
+        "device_map": None if device_map is None else device_map.value,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
 def _debug(on: bool) -> None:
     if on:
         os.environ["MWTOOL_DEBUG"] = "1"
@@ -67,8 +90,12 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(fault).split())}") from fault
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")
-    names = [str(p.name) for p in context.command.params if p.name not in ("config", "help")]
-    context.default_map = {**(context.default_map or {}), **_known(path, values, names)}
+    taken = {str(p.name): p for p in context.command.params if p.name not in ("config", "help")}
+    known = _known(path, values, list(taken))
+    for name, value in known.items():  # one value of an option that may be repeated
+        if (getattr(taken[name], "multiple", False) or taken[name].nargs == -1) and not isinstance(value, list):
+            known[name] = [value]
+    context.default_map = {**(context.default_map or {}), **known}
     return path
 
 
@@ -84,24 +111,63 @@ def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, An
     return known
 
 
+MODEL, OUTPUT = "Opening the model", "Configuration and output"
+"""Panels of `--help`, behind what is the command's own."""
+
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
-        help="Hub id, local folder, PEFT adapter folder (its base model is used), or demo, the bundled model.",
+        metavar="MODEL",
+        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-Precision = Annotated[DType, typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.")]
-Device = Annotated[str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON document to this file.")]
+BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
+Precision = Annotated[
+    DType,
+    typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.", rich_help_panel=MODEL),
+]
+Device = Annotated[
+    str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL)
+]
+Spread = Annotated[
+    DeviceMap | None,
+    typer.Option(
+        "--device-map",
+        help="Spread over all devices, as accelerate does.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
+]
+Massive = Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=MODEL)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Also write the JSON document to this file.", rich_help_panel=OUTPUT),
+]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", is_eager=True, callback=_config, help="YAML file of option values; flags win."),
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_config,
+        help="YAML file of option values; flags win.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", is_eager=True, expose_value=True, callback=_debug, help="Show the traceback of an error."),
+    typer.Option(
+        "--debug",
+        is_eager=True,
+        expose_value=True,
+        callback=_debug,
+        help="Show the traceback of an error.",
+        rich_help_panel=OUTPUT,
+    ),
 ]

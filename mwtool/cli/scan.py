@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,6 +43,9 @@ def scan(
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer: .png, .svg, .pdf.")
+    ] = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -54,22 +58,32 @@ def scan(
     """Find the massive weights of a model, one decoder layer in memory at a time."""
     from mwtool.analysis import Thresholds
     from mwtool.bos import PROMPT
-    from mwtool.cli.terminal import command_line, note
-    from mwtool.document import check_writable, scan_document, text_of, write
+    from mwtool.cli.terminal import command_line, note_all
+    from mwtool.document import text_of
     from mwtool.scan import Settings
+    from mwtool.scan_document import scan_document
+    from mwtool.whole import check_writable, write
 
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
-    if output is not None:
-        check_writable(output)
+    for file in (output, plot):
+        if file is not None:
+            check_writable(file)
+    if plot is not None:
+        from mwtool.plots import check_plottable
+
+        check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
     found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
-    for line in found.notes:
-        note(line)
+    note_all(found.notes)
     text = text_of(scan_document(found, command_line()))
     if output is not None:
         write(output, text)
+    if plot is not None:
+        from mwtool.plots import plot_scan
+
+        plot_scan(found, plot)
     if json:
         typer.echo(text, nl=False)
     else:
@@ -100,9 +114,8 @@ def _scan(
 
 
 def _show(found: Scan) -> None:
-    from rich.console import Console
+    from mwtool.cli.terminal import report_console
+    from mwtool.scan_report import scan_report
 
-    from mwtool.report import scan_report
-
-    console = Console()
+    console = report_console()
     console.print(scan_report(found, console.width))

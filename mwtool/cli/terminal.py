@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mwtool.cli import process
+
 if TYPE_CHECKING:
     from mwtool.watch import Step
 
-_RANK = os.environ.get("RANK", "0")
+_stderr = Console(stderr=True, soft_wrap=True, quiet=not process.first())
 """Of several processes that train together, the first one shows progress and notes."""
-_stderr = Console(stderr=True, soft_wrap=True, quiet=_RANK != "0")
+
+
+REDIRECTED = 120
+"""Columns where stdout is a file or a pipe and COLUMNS says nothing: there is no terminal that tables must fit."""
+
+
+def report_console() -> Console:
+    """stdout for people: names are shown as they are, whatever Rich would read into their brackets and colons."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed
+    width = None if terminal or "COLUMNS" in os.environ else REDIRECTED
+    return Console(width=width, markup=False, emoji=False)
 
 
 def note(line: str) -> None:
@@ -28,9 +40,15 @@ def note(line: str) -> None:
     _stderr.print(Text.assemble(("note: ", "dim"), line))
 
 
+def note_all(lines: Iterable[str]) -> None:
+    """Each once, in their order."""
+    for line in dict.fromkeys(lines):
+        note(line)
+
+
 def fail(line: str) -> None:
     """One line, whatever the message holds."""
-    where = "" if _RANK == "0" else f"process {_RANK}: "
+    where = "" if process.first() else f"process {process.rank()}: "
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), where, " ".join(line.split())))
 
 
@@ -64,7 +82,11 @@ class _Once(logging.Filter):
 
 
 def say_once() -> None:
-    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward."""
+    """What libraries log themselves is shown once: bitsandbytes would say the same at every product of a forward.
+
+    Which kernels it does without, which it says as soon as PEFT imports it, is not shown at all.
+    """
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     handler = logging.lastResort
     if handler is not None and not any(isinstance(one, _Once) for one in handler.filters):
         handler.addFilter(_Once())
@@ -79,7 +101,7 @@ def command_line() -> str:
 def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
     """A bar over layers with the bytes read; nothing where stderr is not a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("layers, {task.fields[read]} read"),
@@ -122,7 +144,7 @@ def step_progress() -> Iterator[Callable[[Step], None]]:
 def run_progress() -> Iterator[Callable[[int, int, str], Callable[[int, int], None]]]:
     """A bar over runs, within a run over its windows; nothing where stderr is not a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[run]} of {task.fields[runs]} runs"),
         TimeElapsedColumn(),

@@ -1,13 +1,12 @@
-"""Results as text for people, with Rich. Knows results only; computes nothing."""
+"""A scan as text for people, with Rich: the layers, the rows, what they carry and where they are stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,18 +18,17 @@ if TYPE_CHECKING:
 
     from mwtool.massive import MassiveWeights
     from mwtool.ranking import Router
-    from mwtool.registry import Plugin
     from mwtool.scan import Scan
-    from mwtool.testing import Conformance
+
+
+DRAWN = 70
+"""Columns from which on the bars have room beside the numbers, which are never cut."""
 
 
 def scan_report(scan: Scan, width: int) -> RenderableType:
     """All a scan found: what was fed, the layers, the rows, and what to do with them."""
-    parts: list[RenderableType] = [
-        _heading(scan),
-        _layers(scan, width),
-        Text("█ median  ─● top-1, on one log scale a column\n", "dim"),
-    ]
+    legend = "█ median  ─● top-1, on one log scale a column\n" if width >= DRAWN else ""
+    parts: list[RenderableType] = [_heading(scan), _layers(scan, width), Text(legend, "dim")]
     if scan.massive is None:
         parts.extend(_nothing(scan))
     else:
@@ -38,38 +36,15 @@ def scan_report(scan: Scan, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def adapters_table(plugins: Sequence[Plugin]) -> Table:
-    """Installed adapters: model type, the object that serves it, and the distribution it came with."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("model type", "adapter", "distribution", "version"):
-        table.add_column(column)
-    for plugin in plugins:
-        table.add_row(plugin.model_type, plugin.value, plugin.distribution, plugin.version)
-    return table
-
-
-def conformance_table(results: Sequence[Conformance]) -> Table:
-    """One row a model type, one column a check; a check that was not tried is left empty."""
-    table = Table(box=None, pad_edge=False)
-    names = results[0].names if results else ()
-    table.add_column("model type", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="center")
-    table.add_column("from", overflow="fold")  # a distribution's name is never cut
-    for result in results:
-        marks = {check.name: "[green]✓[/]" if check.passed else "[bold red]✗[/]" for check in result.checks}
-        table.add_row(result.model_type, *[marks.get(name, "") for name in names], result.source)
-    return table
-
-
 def _heading(scan: Scan) -> RenderableType:
     one, bos = scan.identity, scan.bos
     revision = f" at {one.revision[:12]}" if one.revision else ""
     origin = {"tokenizer": "from the tokenizer", "config": "from config.json", "given": "as given", "none": "not a bos"}
-    return Text.from_markup(
-        f"[bold]{escape(one.model)}[/]{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
+    return Text.assemble(
+        (one.model, "bold"),
+        f"{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
         f"FFN {one.intermediate_size:,}, {scan.parameters:,} parameters, {scan.dtype} on {scan.device}\n"
-        f"fed: {escape(bos.token or '(no tokenizer)')} (id {bos.id}, {origin[bos.how]}) alone at the first position\n"
+        f"fed: {bos.token or '(no tokenizer)'} (id {bos.id}, {origin[bos.how]}) alone at the first position\n",
     )
 
 
@@ -78,26 +53,21 @@ def _layers(scan: Scan, width: int) -> Table:
     bar = max(6, min(24, (width - 58) // 2))
     table.add_column("layer", justify="right")
     for column in ("hidden", "intermediate"):
-        table.add_column(column, no_wrap=True)
-        table.add_column("top-1", justify="right")
-        table.add_column("median", justify="right")
-    table.add_column("share", justify="right")
+        if width >= DRAWN:
+            table.add_column(column, no_wrap=True)
+        table.add_column("top-1" if width >= DRAWN else column, justify="right", no_wrap=True)
+        table.add_column("median", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     hidden = [_measures(state.hidden) for state in scan.states]
     intermediate = [_measures(state.intermediate) for state in scan.states]
     for state, h, z in zip(scan.states, hidden, intermediate, strict=True):
         share = f"{scan.attribution[state.layer]:.1%}" if state.layer < len(scan.attribution) else ""
         marked = scan.massive is not None and state.layer == scan.massive.layer
-        table.add_row(
-            f"{'▶ ' if marked else ''}{state.layer}",
-            _bar(*h, hidden, bar),
-            _number(h[0]),
-            _number(h[1]),
-            _bar(*z, intermediate, bar),
-            _number(z[0]),
-            _number(z[1]),
-            share,
-            style="bold yellow" if marked else None,
-        )
+        cells = [f"{'▶ ' if marked else ''}{state.layer}"]
+        for figures, whole in ((h, hidden), (z, intermediate)):
+            cells += [_bar(*figures, whole, bar)] if width >= DRAWN else []
+            cells += map(_number, figures)
+        table.add_row(*cells, share, style="bold yellow" if marked else None)
     return table
 
 
@@ -135,11 +105,13 @@ def _nothing(scan: Scan) -> Iterator[Text]:
 def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     where = "settles at" if scan.settled is not None else "never settles; it is largest at"
     at = len(scan.attribution) - 1
-    text = Text.from_markup(
-        f"[bold]Massive layer {massive.layer}[/] ({massive.module}; layer {massive.layer + 1} in the paper's count): "
+    text = Text.assemble(
+        (f"Massive layer {massive.layer}", "bold"),
+        f" ({massive.module}; layer {massive.layer + 1} in the paper's count): "
         f"its FFN writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, "
-        f"which {where} layer {at} with {_number(massive.value)}.\n"
-        f"[bold]{massive.count} of {_width(scan, massive):,} rows[/] make up 90 % of it."
+        f"which {where} layer {at} with {_number(massive.value)}.\n",
+        (f"{massive.count} of {_width(scan, massive):,} rows", "bold"),
+        " make up 90 % of it.",
     )
     if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
         text.append(f" Later layers take it to {_number(scan.growth[1])} (layer {scan.growth[0]}).")
@@ -207,7 +179,7 @@ def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableTyp
 
 def _protected(scan: Scan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("parameter")
+    table.add_column("parameter", no_wrap=True)  # a name to copy: the indices give way
     table.add_column("dim", justify="right")
     table.add_column("indices")
     for place in scan.protect:

@@ -1,0 +1,50 @@
+"""Of several processes that train together, which one this is, on what it trains and in which precision."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from mwtool.cli.options import DType, usable
+
+
+def rank() -> str:
+    """Its number, from 0, as the launcher gives it."""
+    return os.environ.get("RANK", "0")
+
+
+def first() -> bool:
+    """Whether it is the one that speaks and writes for all."""
+    return rank() == "0"
+
+
+def count() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def training_device(asked: str) -> str:
+    """Where it trains; under a launcher, one of several, on a card of its own."""
+    import torch
+
+    if asked not in ("auto", "cpu", "cuda", "mps"):
+        raise typer.BadParameter(
+            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a card"
+        )
+    if asked == "auto":
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        asked = "cpu" if on_cpu else found
+    card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if asked == "cuda" else asked
+    return usable(card)
+
+
+def training_precision(asked: DType, device: str) -> str:
+    """As asked; else bfloat16 where the hardware has it, which is not to emulate it."""
+    if asked is not DType.auto:
+        return asked.value
+    import torch
+
+    able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
