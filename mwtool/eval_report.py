@@ -71,13 +71,13 @@ def _value(row: Row) -> str:
     one = row.measured
     if one.nonfinite or not math.isfinite(one.value):
         return "not finite"
-    return _percent(one.value) if _accuracy(row) else _number(one.value)
+    return _percent(one.value) if _accuracy(row) else _plain(one.value)
 
 
 def _error(row: Row) -> str:
     if row.measured.stderr is None:
         return ""
-    return _percent(row.measured.stderr) if _accuracy(row) else _number(row.measured.stderr)
+    return _percent(row.measured.stderr) if _accuracy(row) else _plain(row.measured.stderr)
 
 
 def _beside(found: Paired | None, *, first: bool) -> str:
@@ -104,6 +104,11 @@ def _percent(value: float) -> str:
 
 
 def _number(value: float) -> str:
+    """A ratio."""
     if 0 < abs(value - 1) < 0.01:  # noqa: PLR2004 - two decimals would hide on which side of 1 it is
         return f"{value:.4f}"
+    return _plain(value)
+
+
+def _plain(value: float) -> str:
     return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals tell nothing there
