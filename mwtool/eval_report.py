@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.verdict import fine, short
+from mwtool.verdict import figure, fine, short
 
 SHOWN = 5
 """Prompts whose answers are shown before the rest is left to the document."""
@@ -71,13 +71,13 @@ def _value(row: Row) -> str:
     one = row.measured
     if one.nonfinite or not math.isfinite(one.value):
         return "not finite"
-    return _percent(one.value) if _accuracy(row) else fine(one.value)
+    return _percent(one.value) if _accuracy(row) else figure(one.value)
 
 
 def _error(row: Row) -> str:
     if row.measured.stderr is None:
         return ""
-    return _percent(row.measured.stderr) if _accuracy(row) else fine(row.measured.stderr)
+    return _percent(row.measured.stderr) if _accuracy(row) else figure(row.measured.stderr)
 
 
 def _beside(found: Paired | None, *, first: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,10 +20,14 @@ import torch
 from command import run, run_apart
 from peft import LoraConfig, get_peft_model
 from questions import CHOICES, CLOZE, rows
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from words import WORDS, planted_folder, with_tokenizer
 
+from mwtool.compare import Row
 from mwtool.document import text_of
+from mwtool.eval_report import eval_report
+from mwtool.measured import Measured
 from mwtool.scan import scan_checkpoint
 from mwtool.scan_document import scan_document
 
@@ -353,3 +358,14 @@ def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: P
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "adapter")
     ran = run_apart("eval", tmp_path / "adapter", "--task", f"ppl:{folder / 'text.txt'}", "--limit", "1", "--json")
     assert (ran.code, "kernels" in ran.err) == (0, False)
+
+
+def test_only_a_ratio_close_to_one_has_more_decimals() -> None:
+    figures = [
+        Row(name, "none", Measured("ppl:x", "perplexity", value, stderr, 4, 0.1, (1.0,) * 4, (1.0,) * 4, digest="d"))
+        for name, value, stderr in (("one", 25.74, 1.0058), ("two", 25.76, 0.9921))
+    ]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(eval_report(figures))
+    assert " 1.01 " in console.export_text(clear=False)
+    assert " 0.99 " in console.export_text()

@@ -32,7 +32,7 @@ from typing import Any
 from mwtool.ablate import Sweep, ablate
 from mwtool.cli.terminal import quiet_libraries
 from mwtool.curriculum import curriculum_of
-from mwtool.document import scan_document, text_of, write
+from mwtool.document import text_of
 from mwtool.finetune import train, with_adapter
 from mwtool.finetune_document import measured
 from mwtool.load import load
@@ -40,11 +40,13 @@ from mwtool.measured import Options
 from mwtool.plan import Asked, Plan, make_plan
 from mwtool.recipe import Recipe
 from mwtool.scan import Settings, scan_checkpoint
+from mwtool.scan_document import scan_document
 from mwtool.source import locate
 from mwtool.surgery import Attack
 from mwtool.targets import Choice, find_targets
 from mwtool.tasks import parse_tasks
 from mwtool.verdict import ratio_of, student_t
+from mwtool.whole import write
 
 PEFTS = ("lora", "dora")
 SCHEDULES = ("none", "step:0.8", "exp:0.8,alpha=0.01")
