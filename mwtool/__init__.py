@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mwtool.errors import MwtoolError
     from mwtool.macdrop import MacDrop
     from mwtool.massive import MassiveWeights
+    from mwtool.perplexity import Perplexity, measure_perplexity
     from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
 
 __version__ = "0.1.0"
@@ -25,11 +26,13 @@ _HOMES = {
     "MacDropCallback": "mwtool.callback",
     "MassiveWeights": "mwtool.massive",
     "MwtoolError": "mwtool.errors",
+    "Perplexity": "mwtool.perplexity",
     "Scan": "mwtool.scan",
     "Settings": "mwtool.scan",
     "Thresholds": "mwtool.analysis",
     "ablated": "mwtool.ablate",
     "guard": "mwtool.callback",
+    "measure_perplexity": "mwtool.perplexity",
     "read_curriculum": "mwtool.curriculum_file",
     "scan_checkpoint": "mwtool.scan",
     "scan_model": "mwtool.scan",
@@ -41,12 +44,14 @@ __all__ = [
     "MacDropCallback",
     "MassiveWeights",
     "MwtoolError",
+    "Perplexity",
     "Scan",
     "Settings",
     "Thresholds",
     "__version__",
     "ablated",
     "guard",
+    "measure_perplexity",
     "read_curriculum",
     "scan_checkpoint",
     "scan_model",

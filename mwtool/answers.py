@@ -16,8 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
-from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, positions, tokenizer_for
+from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, tokenizer_for
 from mwtool.perplexity import check_vocabulary
+from mwtool.protocol import positions
 from mwtool.tasks import Task, read_prompts
 
 
@@ -65,7 +66,7 @@ def prepare_answers(loaded: Loaded, task: Task, options: Options) -> Prompts:
     """Read a file of prompts. Raises BadValue for a bad line, a missing file, or a model without a tokenizer."""
     tokenizer, bos = tokenizer_for(loaded, task), bos_for(loaded, options)
     texts = read_prompts(Path(task.target))[: options.limit]
-    most = positions(loaded)
+    most = positions(loaded.base.config)
     room = None if most is None else most - options.new_tokens
     if room is not None and room < 2:  # noqa: PLR2004 # bos and one token
         raise BadValue(

@@ -13,8 +13,8 @@ from mwtool.bos import find_bos
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared
 from mwtool.load import Loaded
-from mwtool.measured import positions
 from mwtool.perplexity import check_vocabulary
+from mwtool.protocol import positions
 from mwtool.surgery import Attack, edited
 from mwtool.targets import Target
 
@@ -34,7 +34,7 @@ def continuations(
     new_tokens: at most; fewer where the model has no more positions. Raises BadValue as `prompt_ids` does.
     """
     ids = prompt_ids(loaded, prompt, bos)
-    most = positions(loaded)
+    most = positions(loaded.base.config)
     room = new_tokens if most is None else min(new_tokens, most - ids.shape[1])
     means = means_for(loaded, target, sweep, tasks)
     said = []
@@ -54,7 +54,7 @@ def prompt_ids(loaded: Loaded, prompt: str, bos: str = "auto") -> Tensor:
         raise BadValue(f"{loaded.source.name} has no tokenizer; --generate needs one to read the prompt")
     first = find_bos(bos, loaded.tokenizer, loaded.base.config).id
     ids = [first, *loaded.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]]
-    most = positions(loaded)
+    most = positions(loaded.base.config)
     if most is not None and len(ids) >= most:
         raise BadValue(f"the prompt has {len(ids)} tokens with bos and the model {most} positions; give a shorter one")
     whole = torch.tensor([ids])

@@ -13,8 +13,9 @@ from mwtool.errors import BadValue
 from mwtool.harness import check_name, check_rows, prepare_named, prepare_rows
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
-from mwtool.measured import Measured, OnProgress, Options, bos_for, perplexity_of, positions, tokenizer_for
-from mwtool.perplexity import LENGTH, Windows, perplexity, windows
+from mwtool.measured import Measured, OnProgress, Options, bos_for, perplexity_of, tokenizer_for
+from mwtool.perplexity import perplexity
+from mwtool.protocol import Windows, window_for, windows
 from mwtool.surgery import Attack, edited, rows_of
 from mwtool.tasks import Task, read_prompts
 from mwtool.texts import DATASETS, default_protocol, text_for
@@ -149,21 +150,13 @@ class _Perplexity:
 def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
     tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
-    length, notes = window_for(loaded, options.window)
+    length, notes = window_for(loaded.base.config, options.window)
     bos = None if protocol == "sun-4096" else bos_for(loaded, options)
     if bos is not None and bos.note:
         notes += (bos.note,)
     first = None if bos is None else bos.id
     cut = windows(tokenizer, text_for(task.target), protocol, length, first).first(options.limit)
     return _Perplexity(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
-
-
-def window_for(loaded: Loaded, asked: int | None) -> tuple[int, tuple[str, ...]]:
-    """Tokens in a window: as asked, else 4096, and no more than the model has positions for."""
-    wanted, most = asked or LENGTH, positions(loaded)
-    if most is None or wanted <= most:
-        return wanted, ()
-    return most, (f"windows of {wanted} tokens are shortened to the {most} the model has",)
 
 
 def _attacking(loaded: Loaded, massive: MassiveWeights | None, attack: Attack) -> AbstractContextManager[None]:

@@ -25,8 +25,9 @@ from mwtool.dataset import reaching
 from mwtool.errors import BadValue
 from mwtool.harness_figures import Answer, choice_figures, cloze_figures, harness_figures
 from mwtool.load import Loaded
-from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, positions, tokenizer_for
+from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, tokenizer_for
 from mwtool.perplexity import check_vocabulary
+from mwtool.protocol import positions
 from mwtool.source import DEMO
 from mwtool.tasks import Choice, Cloze, Task, read_choices, read_cloze
 
@@ -144,7 +145,7 @@ def check_name(task: Task, name: str) -> None:
 
 def _check_lengths(loaded: Loaded, task: Task, rows: Sequence[Choice | Cloze], options: Options) -> None:
     """Each continuation is some tokens of its own, known to the model and no more than it reads; else BadValue."""
-    tokenizer, most = loaded.tokenizer, options.window or positions(loaded)
+    tokenizer, most = loaded.tokenizer, options.window or positions(loaded.base.config)
     assert tokenizer is not None, "seen before"
     for number, row in enumerate(rows, start=1):
         pairs = _pairs(row, options.delimiter)
@@ -203,7 +204,7 @@ def _model(loaded: Loaded, options: Options, on_progress: OnProgress | None) -> 
         tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness gives it a pad token
         backend="causal",
         batch_size=options.batch_size or BATCH,
-        max_length=options.window or positions(loaded),
+        max_length=options.window or positions(loaded.base.config),
         softmax_dtype="float32",
         prefix_token_id=None if bos is None else bos.id,
         on_progress=on_progress,

@@ -10,7 +10,8 @@ from typing import Any
 from mwtool.bos import Bos, find_bos
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
-from mwtool.perplexity import Perplexity, Protocol
+from mwtool.perplexity import Perplexity
+from mwtool.protocol import Protocol
 from mwtool.tasks import Task
 
 OnProgress = Callable[[int, int], None]
@@ -112,12 +113,3 @@ def tokenizer_for(loaded: Loaded, task: Task) -> Any:
     if loaded.tokenizer is None:
         raise BadValue(f"{loaded.source.name} has no tokenizer; {task} needs one to read text")
     return loaded.tokenizer
-
-
-def positions(loaded: Loaded) -> int | None:
-    """Positions the model has, by its configuration; None where it sets no bound."""
-    config = loaded.base.config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return None

@@ -1,103 +1,33 @@
-"""Perplexity of a text under a named protocol: how it is cut into windows, and what is averaged.
+"""Perplexity of a text that is cut into windows.
 
-Perplexity is exp(sum of -ln p over the scored tokens / their number), so that every token
-weighs the same; under `word` the sum is divided by the number of words. Figures of
-different protocols cannot be compared with each other.
+It is exp(sum of -ln p over the scored tokens / their number), so that every token weighs the
+same; under the protocol `word` the sum is divided by the number of words.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mwtool.errors import BadValue, NoBos
+from mwtool.bos import find_bos
+from mwtool.errors import BadValue
 from mwtool.head import Head, head_of, sent
+from mwtool.protocol import Protocol, Text, Windows, window_for, windows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Protocol = Literal["bos", "bos-4096", "sun-4096", "word"]
-"""How a text becomes windows, none overlapping.
-
-bos: bos, then length - 1 tokens; the end of the text is a shorter window. The default for files.
-bos-4096: the same, and the end that does not fill a window is left out.
-sun-4096: length tokens of the text and no bos, as in the paper's code (Sun et al. 2024); the end is left out.
-word: every document for itself, after bos; per word and not per token, as lm-evaluation-harness does it.
-"""
-PROTOCOLS: tuple[Protocol, ...] = ("bos", "bos-4096", "sun-4096", "word")
-LENGTH = 4096
 HIDDEN, MOST = 2**26, 2**16
 """What is run at once where no batch size is given: tokens whose hidden states take 64 MB, but no more than 65,536."""
 CACHED = 4096
 """The same on a CPU, in bytes of one entry a token: 2048 tokens in bfloat16. Its caches hold no more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What to measure on.
-
-    documents: joined by `joiner`, except under `word`.
-    special: under `sun-4096`, whether the tokenizer adds its special tokens to the whole text once.
-    most: windows the paper's code takes at most; None for all.
-    """
-
-    documents: tuple[str, ...]
-    joiner: str = "\n\n"
-    special: bool = False
-    most: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """A text cut up.
-
-    ids: one tensor a window, (T,), int64. scored: how many tokens at its end count.
-    sample: the sample each window belongs to: itself, or under `word` its document.
-    units: tokens, under `word` words, of each sample.
-    """
-
-    ids: tuple[Tensor, ...]
-    scored: tuple[int, ...]
-    sample: tuple[int, ...]
-    units: tuple[int, ...]
-    protocol: Protocol
-    length: int
-    bos: int | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def metric(self) -> str:
-        """What the result is called."""
-        return "word_perplexity" if self.protocol == "word" else "perplexity"
-
-    @property
-    def digest(self) -> str:
-        """The same for the same tokens scored in the same windows, whatever the model."""
-        state = hashlib.sha256(repr((self.scored, self.sample, self.units)).encode())
-        for ids in self.ids:
-            state.update(ids.numpy().tobytes())
-        return state.hexdigest()[:16]
-
-    def first(self, samples: int | None) -> Windows:
-        """The first so many samples; all for None."""
-        if samples is None or samples >= len(self.units):
-            return self
-        count = sum(sample < samples for sample in self.sample)  # windows are in the order of their samples
-        return replace(
-            self,
-            ids=self.ids[:count],
-            scored=self.scored[:count],
-            sample=self.sample[:count],
-            units=self.units[:samples],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,41 +45,6 @@ class Perplexity:
     seconds: float
     nonfinite: str | None = None
     notes: tuple[str, ...] = ()
-
-
-def windows(
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text | str,
-    protocol: Protocol = "bos",
-    length: int = LENGTH,
-    bos_id: int | None = None,
-) -> Windows:
-    """Cut a text into windows of at most `length` tokens, bos included.
-
-    Raises NoBos if the protocol needs bos and none is given, BadValue if there is nothing to score.
-    """
-    text = Text((text,)) if isinstance(text, str) else text
-    if bos_id is None and protocol != "sun-4096":
-        raise NoBos(f"protocol {protocol} puts bos first and none was given; name it with --bos, or use sun-4096")
-    if length < 2:  # noqa: PLR2004 # one to condition on and one to score
-        raise BadValue(f"a window of {length} tokens scores nothing; give at least 2")
-    if protocol == "word":
-        assert bos_id is not None
-        return _by_document(tokenizer, text, length, bos_id)
-    first = [] if protocol == "sun-4096" or bos_id is None else [bos_id]
-    ids = _encode(tokenizer, text.joiner.join(text.documents), special=text.special and not first)
-    step = length - len(first)
-    kept = len(ids) if protocol == "bos" else max(len(ids) // step * step, min(len(ids), step))
-    cut = [torch.tensor(first + ids[start : start + step]) for start in range(0, kept, step)][: text.most]
-    cut = [one for one in cut if len(one) > 1]
-    if not cut:
-        raise BadValue("the text has no token to score; expected some text")
-    short = f"the text has {len(ids)} tokens, less than a window of {step}: it is evaluated as one short window"
-    scored = tuple(len(one) - 1 for one in cut)
-    notes = (short,) if len(ids) < step else ()
-    return Windows(
-        tuple(cut), scored, tuple(range(len(cut))), scored, protocol, length, first[0] if first else None, notes
-    )
 
 
 def perplexity(
@@ -177,6 +72,34 @@ def perplexity(
         nll[sample] += value
     notes = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
     return summarize(nll, windows.units, time.perf_counter() - start, notes)
+
+
+def measure_perplexity(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text | str,
+    *,
+    protocol: Protocol = "bos",
+    window: int | None = None,
+    bos: str = "auto",
+    batch_size: int | None = None,
+) -> Perplexity:
+    """Perplexity of a model in memory on a text, as `mwtool eval --task ppl:FILE` measures it.
+
+    window: tokens in a window; None for 4096, or what the model has positions for. bos: as `--bos`.
+    The model is run in evaluation mode and left in the mode it was in. Raises NoBos and BadValue.
+    """
+    config: Any = model.config
+    length, notes = window_for(config, window)
+    first = None if protocol == "sun-4096" or bos == "never" else find_bos(bos, tokenizer, config).id
+    cut = windows(tokenizer, text, protocol, length, first)
+    training: bool = model.training
+    model.eval()
+    try:
+        found = perplexity(model, cut, batch_size=batch_size)
+    finally:
+        model.train(training)
+    return replace(found, notes=(*notes, *cut.notes, *found.notes))
 
 
 def tokens_at_once(embedding: Tensor) -> int:
@@ -239,35 +162,3 @@ def _padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
         whole[row, : len(one)] = one
         counted[row, len(one) - last : len(one)] = True
     return whole, counted
-
-
-def _by_document(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, bos_id: int) -> Windows:
-    """Documents one by one; words are what whitespace separates."""
-    ids: list[Tensor] = []
-    scored: list[int] = []
-    sample: list[int] = []
-    units: list[int] = []
-    for document in text.documents:
-        tokens = _encode(tokenizer, document, special=False)
-        if not tokens:
-            continue
-        for window, last in _rolling([bos_id, *tokens], length):
-            ids.append(torch.tensor(window))
-            scored.append(last)
-            sample.append(len(units))
-        units.append(len(re.split(r"\s+", document)))
-    if not ids:
-        raise BadValue("the text has no token to score; expected some text")
-    return Windows(tuple(ids), tuple(scored), tuple(sample), tuple(units), "word", length, bos_id)
-
-
-def _rolling(tokens: list[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """Windows that read `length` tokens and score each token once; the last one reaches back to be full."""
-    for end in range(length, len(tokens) - 1 + length, length):
-        last = min(end, len(tokens) - 1)  # the last token scored
-        yield tokens[max(0, last - length) : last + 1], last - (end - length)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return ids

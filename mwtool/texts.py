@@ -8,7 +8,7 @@ from typing import Any
 
 from mwtool.dataset import reaching
 from mwtool.errors import BadValue
-from mwtool.perplexity import Protocol, Text
+from mwtool.protocol import Protocol, Text
 from mwtool.source import DEMO
 from mwtool.tasks import read_rows
 from mwtool.text_file import read_text

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
 from mwtool.load import load
-from mwtool.perplexity import Windows, perplexity
+from mwtool.perplexity import perplexity
+from mwtool.protocol import Windows
 from mwtool.source import DEMO
 from mwtool.surgery import edited, parse_attack
 

@@ -17,7 +17,8 @@ from words import WORDS, adding_bos, with_tokenizer
 
 from mwtool import head
 from mwtool.errors import BadValue, NoBos
-from mwtool.perplexity import Text, Windows, _rolling, perplexity, summarize, tokens_at_once, windows
+from mwtool.perplexity import measure_perplexity, perplexity, summarize, tokens_at_once
+from mwtool.protocol import Text, Windows, _rolling, windows
 from mwtool.texts import default_protocol, text_for
 
 TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in range(95))
@@ -50,6 +51,21 @@ def test_it_is_that_of_a_plain_float64_loop(tokenizer: Any, model_type: str, pro
         found = perplexity(model, cut, batch_size=size)
         assert found.value == pytest.approx(by_a_loop(model, cut), rel=1e-6)
     assert found.notes == ()
+
+
+@pytest.mark.parametrize("protocol", ["bos", "sun-4096"])
+def test_from_python_it_is_the_same_and_leaves_the_mode_as_it_was(tokenizer: Any, protocol: Any) -> None:
+    model = tiny.model("llama", num_hidden_layers=2, attention_dropout=0.5, max_position_embeddings=32).train()
+    cut = windows(tokenizer, TEXT, protocol, 16, tiny.BOS)
+    found = measure_perplexity(model, tokenizer, TEXT, protocol=protocol, window=16)
+    assert model.training
+    assert found.value == pytest.approx(by_a_loop(model.eval(), cut), rel=1e-6)
+    assert measure_perplexity(model, tokenizer, "w1 w2").notes == (
+        "windows of 4096 tokens are shortened to the 32 the model has",
+        "the text has 2 tokens, less than a window of 31: it is evaluated as one short window",
+    )
+    with pytest.raises(NoBos, match="sun-4096"):
+        measure_perplexity(model, tokenizer, TEXT, bos="never")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

@@ -27,7 +27,8 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mwtool.perplexity import Windows, perplexity, windows
+from mwtool.perplexity import perplexity
+from mwtool.protocol import Windows, windows
 from mwtool.source import DEMO
 
 SHAPES = {
