@@ -22,7 +22,7 @@ from mwtool.targets import Choice, find_targets
 from mwtool.tasks import parse_tasks
 
 KS = (0, 1, 3, 5)
-HEAD = ["run", "lr", "batch", "shape", "seed", "M tokens", "layer", "rows", "hidden top-1 / median"]
+HEAD = ["run", "lr", "decay", "batch", "shape", "seed", "M tokens", "layer", "rows", "hidden top-1 / median"]
 HEAD += ["perplexity", "zero 1 / 3 / 5", "retain 1 / 5", "all zero"]
 
 
@@ -92,7 +92,15 @@ def row(run: dict[str, Any]) -> list[str]:
     tokens = run["steps"] * s["batch_size"] * s["context"] / 1e6
     shape = f"{s['hidden_size']} x {s['layers']}, FFN {s['intermediate_size']}"
     name = f"**{run['run']}**" if run.get("chosen") else run["run"]
-    first = [name, f"{s['learning_rate']:g}", str(s["batch_size"]), shape, str(s["seed"]), f"{tokens:.0f}"]
+    first = [
+        name,
+        f"{s['learning_rate']:g}",
+        f"{s['weight_decay']:g}",
+        str(s["batch_size"]),
+        shape,
+        str(s["seed"]),
+        f"{tokens:.0f}",
+    ]
     if run["layer"] is None:
         return [*first, "none", *[""] * 6]
     zero, retain, top = run["zero"], run["retain"], run["hidden"]

@@ -1,10 +1,11 @@
 """Train the bundled model: a small Llama whose massive weights grow by themselves.
 
-    python -m mwtool.demo.train --corpus books.txt.xz --output runs/seed-3 --learning-rate 1.5e-2 --seed 3
+    python -m mwtool.demo.train --corpus books.txt.xz --output runs/seed-2 --seed 2
 
 Nothing is planted. A high learning rate, weight decay and a bos token at the first
 position of every sequence are enough for one early feed-forward layer to grow a row
-that drives the whole residual stream of bos; the seed decides in which layer.
+that drives the whole residual stream of bos; the seed decides in which layer. More
+weight decay leaves less that could stand in for that row (see the model card).
 
 The corpus is one UTF-8 text file, plain or ``.xz``. The tokenizer is trained on it
 first (byte-level BPE) unless `--cache` has one; `--prepare` stops after that, so that
@@ -80,14 +81,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--context", type=int, default=256, help="tokens a sequence, bos included")
     parser.add_argument("--batch-size", type=int, default=192, help="sequences a step")
-    parser.add_argument("--tokens", type=float, default=306e6, help="training tokens in all")
+    parser.add_argument("--tokens", type=float, default=305e6, help="training tokens in all")
     parser.add_argument(
         "--minutes", type=float, help="train fewer tokens if this is reached first, as the first steps foretell"
     )
-    parser.add_argument("--learning-rate", type=float, default=1.5e-2)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-2)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
-    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--weight-decay", type=float, default=0.3, help="on matrices")
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
