@@ -131,8 +131,8 @@ def ablated(
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
     ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
     means = None
-    if attack.mode == "mean" and windows is not None:
-        means = mean_state(model, base, ffn, layers[massive.layer].path, windows)
+    if attack.mode == "mean":
+        means = mean_state(model, base, ffn, layers[massive.layer].path, () if windows is None else windows)
     with edited(base, ffn, rows_of(massive, attack), attack, means=means):
         yield
 
@@ -158,7 +158,7 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
     finally:
         handle.remove()
     if average.values is None and ffn.expert is None:
-        raise BadValue("mean needs windows to take the rows' mean values over; none were given")
+        raise BadValue("mean needs windows=, token ids over which to take the rows' mean values; none were given")
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()

@@ -144,7 +144,7 @@ def _attacked(
 def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None) -> Iterator[None]:
     """Intermediate values of these rows at their means; a routed expert gives them beside its zeroed rows."""
     if means is None:
-        raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
+        raise BadValue("mean needs the mean values of the rows; none were given")
     if ffn.expert is None:
         with state_with(model, ffn, selected, means):
             yield

@@ -191,8 +191,8 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
         with ablated(loaded.base, massive, mode=mode, k=3, windows=windows):
             assert perplexity_of(loaded) == pytest.approx(found.runs[0].measured[0].value, rel=1e-5)
     for options, message in (
-        ({"mode": "mean"}, "mean needs windows"),
-        ({"mode": "mean", "windows": []}, "mean needs windows .* none were given"),
+        ({"mode": "mean"}, "mean needs windows=, token ids .* none were given"),
+        ({"mode": "mean", "windows": []}, "mean needs windows=, token ids .* none were given"),
         ({"k": -1}, "k is -1; expected a number from 0 on"),
         ({"k": 99}, "the scan ranked 5: scan with -k 99"),
     ):

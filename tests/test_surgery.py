@@ -205,7 +205,7 @@ def test_rows_out_of_range_are_refused_by_number() -> None:
 
 def test_mean_without_means_says_what_is_needed() -> None:
     model = tiny.model("llama", num_hidden_layers=4)
-    with pytest.raises(BadValue, match="add a perplexity task"):
+    with pytest.raises(BadValue, match="needs the mean values of the rows"):
         edited(model, tiny.layers_of(model)[1].ffns[0], [1], Attack("mean", 1)).__enter__()
 
 
