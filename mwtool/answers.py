@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
-from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, mean_of, nonfinite, tokenizer_for
-from mwtool.perplexity import check_vocabulary
+from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, bos_notes, digest_of, mean_of, tokenizer_for
+from mwtool.perplexity import check_vocabulary, nonfinite
 from mwtool.protocol import positions
 from mwtool.tasks import Task, read_prompts
 
@@ -49,12 +48,11 @@ class Prompts:
         figure = mean_of("answer_tokens", lengths)
         if bad:
             figure |= {"value": math.nan, "stderr": None, "nonfinite": nonfinite(bad, len(self.ids))}
-        digest = hashlib.sha256(repr(self.texts).encode()).hexdigest()[:16]
         return [
             Measured(
                 task=str(self.task),
                 seconds=time.perf_counter() - start,
-                digest=digest,
+                digest=digest_of(repr(self.texts)),
                 setting=self.setting,
                 answers=tuple(answers),
                 **figure,
@@ -79,11 +77,11 @@ def prepare_answers(loaded: Loaded, task: Task, options: Options) -> Prompts:
     ids = tuple(first + (one if room is None else one[-(room - len(first)) :]) for one in plain)
     cut = sum(len(one) + len(first) > len(kept) for one, kept in zip(plain, ids, strict=True))
     check_vocabulary(loaded.model, [torch.tensor(one) for one in ids])
-    notes = [f"{task}: {bos.note}"] if bos is not None and bos.note else []
+    notes = bos_notes(task, bos)
     if cut:
-        notes.append(f"{task}: {cut} prompts are longer than the {room} tokens there is room for and lose their start")
+        notes += (f"{task}: {cut} prompts are longer than the {room} tokens there is room for and lose their start",)
     setting = {"prompts": list(texts), "new_tokens": options.new_tokens, "bos": None if bos is None else bos.id}
-    return Prompts(task, texts, ids, setting, tuple(notes))
+    return Prompts(task, texts, ids, setting, notes)
 
 
 class _Watching(LogitsProcessor):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mwtool.errors import BadCheckpoint, BadPlugin
 from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
-from mwtool.packed import packed_dtype
+from mwtool.packed import bare_module, packed_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,9 +88,7 @@ def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:
 
 def _held(experts: str, model: nn.Module) -> set[int]:
     """First dimensions of the parameters in a module."""
-    module: Any = model.get_submodule(experts)
-    while hasattr(module, "base_layer"):  # PEFT's layers hold none of their own
-        module = module.base_layer
+    module = bare_module(model, experts)  # PEFT's layers hold none of their own
     return {parameter.shape[0] if parameter.ndim else 0 for parameter in module.parameters(recurse=False)}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import logging
 import random
 import time
@@ -25,7 +24,7 @@ from mwtool.dataset import reaching
 from mwtool.errors import BadValue
 from mwtool.harness_figures import Answer, choice_figures, cloze_figures, harness_figures
 from mwtool.load import Loaded
-from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, tokenizer_for
+from mwtool.measured import BATCH, Measured, OnProgress, Options, bos_for, bos_notes, digest_of, tokenizer_for
 from mwtool.perplexity import check_vocabulary
 from mwtool.protocol import positions
 from mwtool.source import DEMO
@@ -99,8 +98,7 @@ def prepare_rows(loaded: Loaded, task: Task, options: Options) -> Rows:
     bos, rows = bos_for(loaded, options), check_rows(task)[: options.limit]
     _check_lengths(loaded, task, rows, options)
     setting = {**_setting(bos, options), "delimiter": options.delimiter}
-    notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
-    return Rows(task, rows, hashlib.sha256(repr(rows).encode()).hexdigest()[:16], setting, notes)
+    return Rows(task, rows, digest_of(repr(rows)), setting, bos_notes(task, bos))
 
 
 def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None = None) -> Named:
@@ -117,8 +115,7 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
             data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
     except ImportError as fault:  # a package that only this task needs
         raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
-    notes = (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
-    return Named(task, data, {**_setting(bos, options), "name": name}, notes)
+    return Named(task, data, {**_setting(bos, options), "name": name}, bos_notes(task, bos))
 
 
 def _setting(bos: Any, options: Options) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mwtool.measured import Measured, mean_of, nonfinite, perplexity_of
-from mwtool.perplexity import summarize
+from mwtool.measured import Measured, digest_of, mean_of, perplexity_of
+from mwtool.perplexity import nonfinite, summarize
 
 Answer = tuple[float, bool]
 """ln p of a continuation, and whether greedy decoding would give it."""
@@ -57,8 +56,7 @@ def harness_figures(found: Any, task: str, seconds: float, setting: dict[str, An
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str | None:
     """The same for the same questions, asked in the same words."""
-    text = "".join(row["doc_hash"] + row["prompt_hash"] for row in rows)
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if rows else None
+    return digest_of("".join(row["doc_hash"] + row["prompt_hash"] for row in rows)) if rows else None
 
 
 def _figure(name: str, value: float, rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from mwtool.bos import Bos, find_bos
 from mwtool.errors import BadValue
 from mwtool.load import Loaded
-from mwtool.perplexity import Perplexity
+from mwtool.perplexity import Perplexity, nonfinite
 from mwtool.protocol import Protocol
 from mwtool.tasks import Task
 
@@ -98,14 +99,19 @@ def perplexity_of(metric: str, found: Perplexity) -> dict[str, Any]:
     }
 
 
-def nonfinite(bad: Sequence[int], n: int) -> str | None:
-    """Which samples gave no number, in words; None where all did."""
-    return f"{len(bad)} of {n} samples gave no finite loss, the first is number {bad[0]}" if bad else None
+def digest_of(samples: str) -> str:
+    """The same where the samples, written out, are."""
+    return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
 def bos_for(loaded: Loaded, options: Options) -> Bos | None:
     """The token put first, as `find_bos` finds it; None under `never`. Raises NoBos."""
     return None if options.bos == "never" else find_bos(options.bos, loaded.tokenizer, loaded.base.config)
+
+
+def bos_notes(task: Task, bos: Bos | None) -> tuple[str, ...]:
+    """What the user should know about the token a task puts first."""
+    return (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
 
 
 def tokenizer_for(loaded: Loaded, task: Task) -> Any:

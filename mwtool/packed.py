@@ -30,8 +30,14 @@ def is_packed(layer: nn.Module, weight: Tensor) -> bool:
 def packed_dtype(model: nn.Module, place: WeightSlice) -> str | None:
     """What the parameter at `place` is packed in, such as ``uint8``; None where it is not packed."""
     path, _, name = place.param.rpartition(".")
-    module: Any = model.get_submodule(path)
-    while hasattr(module, "base_layer"):  # PEFT's layers have sizes of their own
-        module = module.base_layer
+    module = bare_module(model, path)  # PEFT's layers have sizes of their own
     weight: Tensor = getattr(module, name)
     return str(weight.dtype).removeprefix("torch.") if is_packed(module, weight) else None
+
+
+def bare_module(model: nn.Module, path: str) -> Any:
+    """The module at `path`, out of the layers PEFT has put around it."""
+    module: Any = model.get_submodule(path)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

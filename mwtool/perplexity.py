@@ -123,16 +123,21 @@ def summarize(nll: Sequence[float], counts: Sequence[int], seconds: float, notes
     total, n = sum(counts), len(nll)
     mean = math.fsum(nll) / total if not bad else math.nan if any(map(math.isnan, nll)) else math.inf
     value = math.exp(mean) if mean < 709 else mean and math.inf  # noqa: PLR2004 # e^709 is the last that is finite
-    nonfinite = f"{len(bad)} of {n} samples gave no finite loss, the first is number {bad[0]}" if bad else None
+    reason = nonfinite(bad, n)
     if math.isnan(mean):
         value = math.nan
-    elif math.isinf(value) and nonfinite is None:
-        nonfinite = f"the mean loss is {mean:.4g}, whose exponential is beyond float64"
+    elif math.isinf(value) and reason is None:
+        reason = f"the mean loss is {mean:.4g}, whose exponential is beyond float64"
     stderr = None
-    if n > 1 and nonfinite is None:
+    if n > 1 and reason is None:
         squares = math.fsum((one - mean * count) ** 2 for one, count in zip(nll, counts, strict=True))
         stderr = value * math.sqrt(squares * n / (n - 1)) / total
-    return Perplexity(value, stderr, tuple(nll), tuple(counts), seconds, nonfinite, notes)
+    return Perplexity(value, stderr, tuple(nll), tuple(counts), seconds, reason, notes)
+
+
+def nonfinite(bad: Sequence[int], n: int) -> str | None:
+    """Which of n samples gave no number, in words; None where all did."""
+    return f"{len(bad)} of {n} samples gave no finite loss, the first is number {bad[0]}" if bad else None
 
 
 def _sums(

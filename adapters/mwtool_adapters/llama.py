@@ -9,7 +9,6 @@ from mwtool.layout import DecoderLayer, gated_mlp
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-
 LINEAR = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -17,6 +16,7 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
+"""Of tiny Qwen models with linear attention, and with images; its mixtures have the same."""
 
 
 class Llama:

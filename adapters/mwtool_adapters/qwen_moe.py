@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mwtool.layout import DecoderLayer, Experts, fused_experts, gated_mlp
+from mwtool_adapters.llama import LINEAR, VISION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
-LINEAR = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
 
 
 class QwenMoe:
