@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mwtool._version import __version__
+
 if TYPE_CHECKING:
     from mwtool.ablate import ablated
     from mwtool.analysis import Thresholds
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
     from mwtool.perplexity import Perplexity, measure_perplexity
     from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
-
-__version__ = "0.1.0"
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {

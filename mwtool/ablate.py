@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mwtool.errors import BadValue
 from mwtool.evaluate import Prepared, prepare
-from mwtool.fitting import decoder_layers
+from mwtool.fitting import decoder_layers, ffn_at, unwrapped
 from mwtool.layout import FFN
-from mwtool.load import Loaded, ffn_at
+from mwtool.load import Loaded
 from mwtool.measured import Measured, OnProgress, Options
 from mwtool.override import averaging
 from mwtool.perplexity import check_vocabulary
@@ -127,7 +127,7 @@ def ablated(
     """
     if massive is None:
         raise BadValue("there are no massive weights to attack: the scan found none")
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base: Any = unwrapped(model)
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
     ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
     means = None

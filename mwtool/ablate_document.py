@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mwtool.ablate import Ablation, Run
-from mwtool.document import envelope_of, finite
+from mwtool.compare import Ratio, named, points_of, ratio_of
+from mwtool.document import finite
+from mwtool.eval_document import envelope_of
 from mwtool.load import Loaded
 from mwtool.measured import Measured
-from mwtool.verdict import Ratio, Verdict, named, points_of, ratio_of
+from mwtool.verdict import Verdict
 
 SCHEMA = "mwtool.ablate/1"
 

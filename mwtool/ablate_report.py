@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.ablate import Ablation, Run, controls_of
+from mwtool.compare import named, points_of, ratio_of
 from mwtool.measured import Measured
-from mwtool.verdict import Verdict, figure, named, points_of, ratio_of, short
+from mwtool.numbers import figure, short
+from mwtool.verdict import Verdict
 
 BESIDE, WIDE = 26, 46
 """Columns that name the attack, and those that one task with its controls takes."""

@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from mwtool.curriculum import Curriculum
 from mwtool.curriculum_file import read_curriculum
 from mwtool.errors import BadValue
+from mwtool.interrupts import uninterrupted
 from mwtool.layout import DecoderLayer
-from mwtool.macdrop import MacDrop, uninterrupted
+from mwtool.macdrop import MacDrop
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments

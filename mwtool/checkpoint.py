@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint
-from mwtool.source import Source, gguf_in, read_json
+from mwtool.source import Source, gguf_in
+from mwtool.text_file import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mwtool.errors import BadPlugin
 from mwtool.layout import FFN, DecoderLayer, WeightSlice
 from mwtool.nearby import exchanged, nearby
-from mwtool.states import LayerState, Part, recompute, walk, wide
+from mwtool.reference import recompute
+from mwtool.states import LayerState, Part, walk, wide
 from mwtool.surgery import Attack, edited
 
 if TYPE_CHECKING:

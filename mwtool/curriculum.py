@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from mwtool.errors import BadSyntax, BadValue
+from mwtool.errors import BadSyntax, BadValue, nearest
 
 Kind = Literal["step", "linear", "epoch-before", "epoch-after", "exp", "constant", "none"]
 Scope = Literal["massive", "others", "all"]
@@ -36,14 +36,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 ALPHA = 0.01
 """The paper's first value, taken where `exp` names none."""
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Advice on an unknown name: the nearest known one, else all of them."""
-    import difflib
-
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def _refuse_unknown(what: str, value: str, known: Sequence[str]) -> None:

@@ -20,16 +20,8 @@ from typing import Any
 
 import yaml
 
-from mwtool.curriculum import (
-    CHOICES,
-    Curriculum,
-    Phase,
-    Schedule,
-    curriculum_of,
-    nearest,
-    parse_schedule,
-)
-from mwtool.errors import BadSyntax, BadValue
+from mwtool.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
+from mwtool.errors import BadSyntax, BadValue, nearest
 
 _KEYS = ("k", "scope", "resample", "masks", "seed", "schedule", "phases")
 _PHASE_KEYS = ("schedule", "steps", "share")

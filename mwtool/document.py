@@ -8,8 +8,7 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-from mwtool import __version__
-from mwtool.load import Loaded
+from mwtool._version import __version__
 
 
 def envelope(
@@ -39,25 +38,6 @@ def envelope(
             "transformers": version("transformers"),
         },
         "command": command,
-    }
-
-
-def envelope_of(schema: str, loaded: Loaded, *, seed: int, command: str | None) -> dict[str, Any]:
-    """The same of what was done to a model in memory, and where its adapter stood."""
-    identity = loaded.identity
-    return {
-        **envelope(
-            schema,
-            model=identity.model,
-            revision=identity.revision,
-            model_type=identity.model_type,
-            dtype=str(loaded.base.dtype).removeprefix("torch."),
-            device=str(loaded.base.device),
-            seed=seed,
-            command=command,
-        ),
-        "adapter": loaded.source.adapter,
-        "on": loaded.on,
     }
 
 

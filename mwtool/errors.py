@@ -6,6 +6,8 @@ command line prints it and exits with 1; a library caller catches `MwtoolError`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MwtoolError(Exception):
     """Any failure mwtool foresees."""
@@ -64,3 +66,11 @@ def line_of(fault: BaseException) -> str:
     if isinstance(fault, KeyError | AttributeError | ArithmeticError):  # little more than a name
         return f"{type(fault).__name__} {first}".strip()
     return first or type(fault).__name__
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Advice on an unknown name: the nearest known one, else all of them."""
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"

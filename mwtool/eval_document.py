@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.document import envelope_of, finite, text_of
+from mwtool.document import envelope, finite, text_of
 from mwtool.errors import BadValue
 from mwtool.evaluate import Result
 from mwtool.load import Loaded
@@ -222,3 +222,22 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def envelope_of(schema: str, loaded: Loaded, *, seed: int, command: str | None) -> dict[str, Any]:
+    """The same of what was done to a model in memory, and where its adapter stood."""
+    identity = loaded.identity
+    return {
+        **envelope(
+            schema,
+            model=identity.model,
+            revision=identity.revision,
+            model_type=identity.model_type,
+            dtype=str(loaded.base.dtype).removeprefix("torch."),
+            device=str(loaded.base.device),
+            seed=seed,
+            command=command,
+        ),
+        "adapter": loaded.source.adapter,
+        "on": loaded.on,
+    }

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.compare import Paired, Row, beside_first
-from mwtool.verdict import figure, fine, short
+from mwtool.numbers import figure, fine, short
 
 SHOWN = 5
 """Prompts whose answers are shown before the rest is left to the document."""

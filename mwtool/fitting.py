@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mwtool.errors import BadCheckpoint, BadPlugin
+from mwtool.errors import BadCheckpoint, BadPlugin, BadValue
 from mwtool.layout import FFN, Adapter, DecoderLayer, WeightSlice
 from mwtool.packed import bare_module, packed_dtype
 
@@ -140,3 +141,36 @@ def _brackets(place: WeightSlice) -> str:
 def _colons(part: slice) -> str:
     bounds = ["" if bound is None else str(bound) for bound in (part.start, part.stop)]
     return ":".join([*bounds, *([] if part.step is None else [str(part.step)])])
+
+
+def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
+    """The FFN of a decoder layer, or one of its routed experts; raises BadValue where there is none."""
+    if not 0 <= layer < len(layers):
+        raise BadValue(f"layer {layer} does not exist; the model has layers 0 to {len(layers) - 1}")
+    found = [ffn for ffn in layers[layer].ffns if ffn.expert == expert]
+    if not found:
+        experts = sorted(ffn.expert for ffn in layers[layer].ffns if ffn.expert is not None)
+        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network and no experts"
+        named = "which expert is meant must be said" if expert is None else f"there is no expert {expert}"
+        raise BadValue(f"layer {layer} has {has}; {named} (--expert)")
+    return found[0]
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT.
+
+    It is returned as Any, since nothing but its class says what else it can do.
+    """
+    import torch
+
+    mixed = getattr(sys.modules.get("peft"), "PeftMixedModel", ())  # importing peft takes a second: only who uses it
+    inner: Any = model
+    while not hasattr(inner, "get_base_model"):
+        if isinstance(inner, mixed):
+            inner = inner.base_model.model
+            break
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, torch.nn.Module) or hasattr(inner, "config"):
+            return inner if isinstance(inner, torch.nn.Module) else model
+        inner = wrapped
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

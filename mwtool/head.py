@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mwtool.fitting import unwrapped
+
 MULTIPLE, LEAST, TILE = 8, 2**22, 128
 """Float32 logits of a chunk take at most 8 times the bytes of the hidden states, or 4 MB where that is more; a GPU's
 matrix products work on tiles of 128 rows, and a tile begun costs as much as a full one."""
@@ -79,7 +81,7 @@ def head_of(model: Any, ids: Tensor) -> Head:
 
     ids: (1, T), of which the first few are tried.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     body = getattr(inner, "base_model", inner)
     if body is inner:
         return Head(model, inner, None, f"{type(inner).__name__} has no body apart from its head")

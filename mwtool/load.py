@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import Filter, LogRecord
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.checkpoint import open_checkpoint
-from mwtool.errors import BadCheckpoint, BadValue, UnsupportedModel, line_of
-from mwtool.fitting import decoder_layers
+from mwtool.errors import BadCheckpoint, UnsupportedModel, line_of
+from mwtool.fitting import decoder_layers, ffn_at
+from mwtool.identity import identity_of
 from mwtool.layout import FFN, DecoderLayer
-from mwtool.massive import Identity, MassiveWeights, load_massive
-from mwtool.packed import packed_dtype
-from mwtool.quantized import dequantizable, refuse_unscaled_weights
+from mwtool.massive import Identity, MassiveWeights
+from mwtool.quantized import refuse_unscaled_weights
 from mwtool.registry import adapter_for
-from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
 from mwtool.source import ADAPTER_FILES, Source, locate, model_class, unusable
 
 if TYPE_CHECKING:
@@ -50,17 +48,7 @@ class Loaded:
     @property
     def identity(self) -> Identity:
         """Name and shape, to be compared with those of a saved scan."""
-        first, experts = self.layers[0].ffns[0], [f.expert for layer in self.layers for f in layer.ffns]
-        routed = [expert for expert in experts if expert is not None]
-        return Identity(
-            model=self.source.name,
-            revision=self.source.revision,
-            model_type=self.base.config.model_type,
-            layers=len(self.layers),
-            hidden_size=self.base.config.get_text_config().hidden_size,
-            intermediate_size=first.width(self.base),
-            experts=max(routed) + 1 if routed else None,
-        )
+        return identity_of(self.source.name, self.source.revision, self.base.config, self.layers, self.base)
 
     def ffn(self, massive: MassiveWeights) -> FFN:
         """The feed-forward network that holds these rows; raises BadValue where there is none."""
@@ -99,63 +87,6 @@ def load(
         merged = wrapped.merge_and_unload().eval()
         return Loaded(merged, merged, tokenizer, source, layers, on, source.notes)
     return Loaded(wrapped, wrapped.get_base_model(), tokenizer, source, layers, on, source.notes)
-
-
-def massive_for(
-    loaded: Loaded, file: Path | None = None, settings: Settings | None = None
-) -> tuple[MassiveWeights | None, tuple[str, ...]]:
-    """The massive weights of a saved scan, or of a scan done now, and what the user should know about them.
-
-    Under `on="base"` the pre-trained model is scanned, its adapter switched off.
-    """
-    if file is not None:
-        massive, notes = load_massive(file, loaded.identity)
-        return massive, tuple(notes)
-    scan = scan_loaded(loaded, settings)
-    return scan.massive, scan.notes
-
-
-def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
-    """A scan of the model in memory; of the pre-trained one where an adapter is kept apart.
-
-    One that is offloaded, or packed in a way that can be undone, is scanned from its files, a layer at a time. Raises
-    UnsupportedModel where it is packed otherwise, or merged with an adapter, so that no file holds its weights.
-    """
-    down = [ffn.down for layer in loaded.layers for ffn in layer.ffns if not ffn.expert]  # one expert stands for all
-    packed = next(filter(None, (packed_dtype(loaded.base, place) for place in down)), None)
-    if packed and not dequantizable(loaded.source.config()):
-        raise UnsupportedModel(
-            f"{loaded.source.name} is quantized (packed {packed}) and cannot be scanned; scan the model it was made of "
-            f"and give --massive FILE (or, to ablate, --layer and --indices)"
-        )
-    if packed or any(parameter.is_meta for parameter in loaded.base.parameters()):
-        return _scan_files(loaded, settings)
-    model: Any = loaded.model
-    with model.disable_adapter() if loaded.on == "base" else nullcontext():
-        return scan_model(loaded.base, loaded.tokenizer, settings)
-
-
-def _scan_files(loaded: Loaded, settings: Settings | None) -> Scan:
-    if loaded.on == "merged":
-        raise UnsupportedModel(
-            f"{loaded.source.name} is offloaded or quantized, and no file holds its sum with {loaded.source.adapter} "
-            f"that could be scanned; merge and save it with PEFT, or give it more memory"
-        )
-    source = replace(loaded.source, adapter=None, notes=())  # said already
-    return scan_checkpoint(source, settings, dtype=str(loaded.base.dtype).removeprefix("torch."))
-
-
-def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
-    """The FFN of a decoder layer, or one of its routed experts; raises BadValue where there is none."""
-    if not 0 <= layer < len(layers):
-        raise BadValue(f"layer {layer} does not exist; the model has layers 0 to {len(layers) - 1}")
-    found = [ffn for ffn in layers[layer].ffns if ffn.expert == expert]
-    if not found:
-        experts = sorted(ffn.expert for ffn in layers[layer].ffns if ffn.expert is not None)
-        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network and no experts"
-        named = "which expert is meant must be said" if expert is None else f"there is no expert {expert}"
-        raise BadValue(f"layer {layer} has {has}; {named} (--expert)")
-    return found[0]
 
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:

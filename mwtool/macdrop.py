@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from mwtool.curriculum import Curriculum
 from mwtool.curriculum_file import read_curriculum
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.fitting import decoder_layers
+from mwtool.fitting import decoder_layers, ffn_at, unwrapped
+from mwtool.interrupts import uninterrupted
 from mwtool.layout import FFN, DecoderLayer
-from mwtool.load import ffn_at
 from mwtool.registry import adapter_for
 from mwtool.rows import Place, rows_of_matrix
 
@@ -193,23 +193,6 @@ def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> 
     return [row for row in range(width) if curriculum.scope == "all" or row not in set(top)]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT."""
-    from peft import PeftMixedModel
-
-    inner: Any = model
-    while not hasattr(inner, "get_base_model"):
-        if isinstance(inner, PeftMixedModel):
-            inner = inner.base_model.model
-            break
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(wrapped, nn.Module) or hasattr(inner, "config"):
-            return inner if isinstance(inner, nn.Module) else model
-        inner = wrapped
-    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return base
-
-
 def _network(base: nn.Module, massive: MassiveWeights, layers: Sequence[DecoderLayer] | None) -> FFN:
     config: Any = base.config
     if layers is None:
@@ -229,16 +212,3 @@ def _refuse_wrapper(model: nn.Module) -> None:
             "the model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens weights; use FSDP2 "
             "(fsdp_version: 2) or DDP to train with MacDrop"
         )
-
-
-def uninterrupted(restore: Callable[[], None]) -> None:
-    """Run to its end; each Ctrl-C that comes in the meantime starts it over, and the last is raised after it."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            restore()
-            break
-        except KeyboardInterrupt as again:
-            interrupted = again
-    if interrupted is not None:
-        raise interrupted

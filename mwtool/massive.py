@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue
-from mwtool.source import read_json
+from mwtool.errors import BadCheckpoint, BadValue
+from mwtool.text_file import read_json
 
 SCHEMA = "mwtool.scan/1"
 
@@ -66,7 +66,10 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
     """
     if not path.exists():
         raise BadValue(f"there is no {path}; expected a document that `mwtool scan -o` wrote")
-    document = read_json(path)
+    try:
+        document = read_json(path)
+    except BadCheckpoint as fault:
+        raise BadValue(str(fault)) from fault
     if document.get("schema") != SCHEMA:
         raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
     try:

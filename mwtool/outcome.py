@@ -8,9 +8,9 @@ from typing import Any
 from mwtool.document import text_of
 from mwtool.finetune import Trained
 from mwtool.finetune_document import RECORD, model_card
+from mwtool.finetune_plot import plot_training
 from mwtool.load import load
-from mwtool.plots import plot_training
-from mwtool.save import save_merged
+from mwtool.rewrite import save_merged
 from mwtool.whole import write
 
 FIGURE, MERGED = "training.png", "merged"

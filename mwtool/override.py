@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mwtool.errors import UnsupportedModel
 from mwtool.layout import FFN, WeightSlice
 from mwtool.packed import packed_dtype
-from mwtool.states import recompute
+from mwtool.reference import recompute
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from mwtool.data import Data, Form, read_data
 from mwtool.encoding import Encoded, encode, split
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.fitting import decoder_layers
-from mwtool.load import Loaded
+from mwtool.identity import identity_of
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.recipe import Recipe
 from mwtool.registry import adapter_for
@@ -165,7 +165,9 @@ def _rows(
         return None, ()
     layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
     if asked.massive is not None:
-        massive, warnings = load_massive(asked.massive, Loaded(skeleton, skeleton, None, source, layers).identity)
+        massive, warnings = load_massive(
+            asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
+        )
         notes = tuple(warnings)
     else:
         scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)

@@ -26,7 +26,8 @@ from mwtool.analysis import (
 )
 from mwtool.bos import PROMPT, Bos, find_bos
 from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
-from mwtool.fitting import check_fit, decoder_layers
+from mwtool.fitting import check_fit, decoder_layers, unwrapped
+from mwtool.identity import identity_of
 from mwtool.layout import FFN, Adapter, DecoderLayer
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.packed import packed_dtype
@@ -147,8 +148,7 @@ def scan_model(
     Raises UnsupportedModel where weights are packed or offloaded, so that rows cannot be read.
     """
     settings = settings or Settings()
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base = unwrapped(model)
     adapter = adapter or adapter_for(base.config.model_type)
     layers = decoder_layers(adapter, base.config)
     check_fit(adapter, layers, base)
@@ -200,7 +200,6 @@ class _Subject:
 
 def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
     model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
-    width = subject.layers[0].ffns[0].width(model)
     largest = max(ffn.width(model) for ffn in _kinds(subject.layers))
     if not 1 <= settings.k <= largest:
         raise BadValue(
@@ -211,17 +210,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
     origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
     massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
     return Scan(
-        identity=Identity(
-            model=subject.name,
-            revision=subject.revision,
-            model_type=model.config.model_type,
-            layers=total,
-            hidden_size=states[0].hidden.numel(),
-            intermediate_size=width,
-            experts=max(
-                (f.expert + 1 for layer in subject.layers for f in layer.ffns if f.expert is not None), default=None
-            ),
-        ),
+        identity=identity_of(subject.name, subject.revision, model.config, subject.layers, model),
         dtype=_short(model.dtype),
         device=str(model.device if subject.stream is None else subject.stream.device),
         bos=subject.bos,

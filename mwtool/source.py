@@ -7,7 +7,6 @@ first read, so that a scan that stops at layer 6 does not download layer 79.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
 from mwtool.hub import fetch, fetch_small
 from mwtool.registry import register
+from mwtool.text_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -133,19 +133,6 @@ def model_class(config: PretrainedConfig) -> Any:
     kind = type(config)
     seeing = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises BadCheckpoint if it is absent or is anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadCheckpoint(f"{path.parent} has no {path.name}; expected a model in Hugging Face format") from None
-    except (OSError, ValueError) as fault:
-        raise BadCheckpoint(f"{path} cannot be read: {line_of(fault)}") from fault
-    if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value
 
 
 def _find(model: str, revision: str | None) -> Source:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mwtool.errors import BadCheckpoint, BadPlugin
 from mwtool.layout import FFN, DecoderLayer, Experts
 from mwtool.packed import is_packed
+from mwtool.reference import recompute
 
 SUPER_WEIGHT_ROUNDS = 10
 
@@ -238,23 +239,6 @@ class _Watch:
         routed = [replace(part, output=part.output * part.weight) for part in self.parts if part.weight is not None]
         shared = [replace(part, output=rest) for part in self.parts if part.weight is None]
         return (*sorted(routed, key=lambda part: -(part.weight or 0)), *shared)
-
-
-def recompute(ffn: FFN, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The FFN by its formula, from its slices: the intermediate state, (..., I), and the output, (..., H).
-
-    x: (..., H), in the model's dtype.
-    """
-    from torch.nn.functional import linear
-    from transformers.activations import ACT2FN
-
-    up = linear(x, ffn.up.read(model), None if ffn.up_bias is None else ffn.up_bias.read(model))
-    if ffn.gate is None:
-        z = ACT2FN[ffn.act](up)
-    else:
-        gate = linear(x, ffn.gate.read(model), None if ffn.gate_bias is None else ffn.gate_bias.read(model))
-        z = ACT2FN[ffn.act](gate) * up if ffn.combine is None else ffn.combine(gate, up)
-    return z, linear(z, ffn.down.read(model), None if ffn.down_bias is None else ffn.down_bias.read(model))
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

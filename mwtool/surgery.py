@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.interrupts import uninterrupted
 from mwtool.layout import FFN, WeightSlice
 from mwtool.override import (
     expert_output_with,
@@ -169,9 +171,9 @@ def _rewritten(model: nn.Module, ffn: FFN, selected: list[int], factor: float) -
             with without_nan(model, ffn, selected):
                 yield
         finally:
-            _put_back(views, index, kept)
+            uninterrupted(partial(_put_back, views, index, kept))
     except KeyboardInterrupt:  # a second one may have come before restoring began
-        _put_back(views, index, kept)
+        uninterrupted(partial(_put_back, views, index, kept))
         raise
 
 
@@ -196,14 +198,5 @@ def _packed(model: nn.Module, ffn: FFN) -> bool:
 
 
 def _put_back(views: list[Tensor], index: list[Tensor], kept: list[Tensor]) -> None:
-    """Restore; a Ctrl-C in the middle, or several, must not leave half of it done."""
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            for view, at, rows in zip(views, index, kept, strict=True):
-                view[at] = rows
-            break
-        except KeyboardInterrupt as again:
-            interrupted = again
-    if interrupted is not None:
-        raise interrupted
+    for view, at, rows in zip(views, index, kept, strict=True):
+        view[at] = rows

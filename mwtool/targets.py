@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from mwtool.errors import BadValue
+from mwtool.fitting import ffn_at
 from mwtool.layout import FFN
-from mwtool.load import Loaded, ffn_at, massive_for, scan_loaded
+from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
 from mwtool.packed import packed_dtype
 from mwtool.ranking import massive_count
 from mwtool.scan import Settings
+from mwtool.scan_loaded import massive_for, scan_loaded
 from mwtool.states import LayerState, Part
 
 RANKED = 16

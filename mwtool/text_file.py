@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue
+from mwtool.errors import BadCheckpoint, BadValue, line_of
 
 
 def read_text(path: Path, expected: str = "text") -> str:
@@ -60,3 +60,16 @@ def shown(value: object) -> str:
 def keys_of(row: dict[str, Any]) -> str:
     """The keys a message lists."""
     return ", ".join(sorted(row)[:8]) or "no keys"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises BadCheckpoint if it is absent or is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path.parent} has no {path.name}; expected a model in Hugging Face format") from None
+    except (OSError, ValueError) as fault:
+        raise BadCheckpoint(f"{path} cannot be read: {line_of(fault)}") from fault
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value

@@ -16,10 +16,10 @@ from words import opened, planted, with_tokenizer
 
 from mwtool.ablate import Ablation, Run, Sweep
 from mwtool.ablate_document import ablate_document
+from mwtool.ablate_plot import _curves, plot_ablation
 from mwtool.ablate_report import ablate_report
 from mwtool.load import Loaded
 from mwtool.measured import Measured
-from mwtool.plots import _curves, plot_ablation
 from mwtool.surgery import Attack, parse_mode
 from mwtool.targets import Choice, Target
 

@@ -20,18 +20,18 @@ from words import adding_bos, perplexity_of, planted, text_of
 
 from mwtool import harness
 from mwtool.ablate import Sweep, ablate
-from mwtool.compare import Row, beside_first, paired
+from mwtool.compare import Row, beside_first, paired, student_t
 from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluate import check, evaluate, measure
-from mwtool.load import Loaded, massive_for
+from mwtool.load import Loaded
 from mwtool.measured import Measured, Options
 from mwtool.scan import Settings
+from mwtool.scan_loaded import massive_for
 from mwtool.source import DEMO
 from mwtool.surgery import parse_attack
 from mwtool.targets import Choice, find_targets
 from mwtool.tasks import Task, parse_tasks
-from mwtool.verdict import student_t
 
 
 @pytest.fixture(scope="module")

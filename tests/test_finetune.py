@@ -26,7 +26,7 @@ from mwtool.load import load
 from mwtool.plan import Asked, Plan, make_plan
 from mwtool.recipe import Recipe
 from mwtool.resume import MARK, clear, mark, newest
-from mwtool.save import save_merged
+from mwtool.rewrite import save_merged
 from mwtool.source import locate
 
 QUICK = Recipe(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
+from mwtool.fitting import ffn_at
 from mwtool.head import head_of
-from mwtool.load import Loaded, ffn_at, load, massive_for
+from mwtool.load import Loaded, load
 from mwtool.scan import scan_checkpoint, scan_model
+from mwtool.scan_loaded import massive_for
 from mwtool.surgery import Attack, edited
 from mwtool.targets import Target, norm_rows
 

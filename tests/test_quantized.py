@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mwtool import Scan, Settings, scan_checkpoint, scan_model
-from mwtool.load import load, massive_for
+from mwtool.load import load
+from mwtool.scan_loaded import massive_for
 
 WHOLE = Settings(all_layers=True)
 BLOCK = 16

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.load import Loaded, load
-from mwtool.save import save_attacked, save_merged
+from mwtool.rewrite import save_merged
+from mwtool.save import save_attacked
 from mwtool.surgery import Attack, edited, places
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.layout import FFN
 from mwtool.override import averaging
-from mwtool.states import recompute
+from mwtool.reference import recompute
 from mwtool.surgery import Attack, edited, parse_attack, parse_mode
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])

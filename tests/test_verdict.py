@@ -10,8 +10,9 @@ import pytest
 import torch
 from sweeps import measured
 
+from mwtool.compare import paired_ratio, student_t
 from mwtool.surgery import Attack
-from mwtool.verdict import judge, paired_ratio, student_t
+from mwtool.verdict import judge
 
 
 def test_the_paired_interval_holds_the_true_ratio_in_95_of_100_cases() -> None:

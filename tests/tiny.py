@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from mwtool.fitting import decoder_layers
 from mwtool.layout import FFN, DecoderLayer
+from mwtool.reference import recompute
 from mwtool.registry import adapter_for, installed
 from mwtool.source import model_class
-from mwtool.states import recompute
 from mwtool.testing import random_model, tiny_config
 
 if TYPE_CHECKING:

@@ -204,7 +204,7 @@ def _give(
     else:
         _show(found, said)
     if plot is not None:
-        from mwtool.plots import plot_ablation
+        from mwtool.ablate_plot import plot_ablation
 
         plot_ablation(found, plot)
 

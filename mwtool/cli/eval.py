@@ -244,8 +244,8 @@ class _Run:
         """Massive weights where an attack needs them."""
         if all(attack.idle for attack in self.attacks):
             return None, []
-        from mwtool.load import massive_for
         from mwtool.scan import Settings
+        from mwtool.scan_loaded import massive_for
 
         most = max(attack.k for attack in self.attacks)
         massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))

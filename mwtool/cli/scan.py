@@ -81,7 +81,7 @@ def scan(
     if output is not None:
         write(output, text)
     if plot is not None:
-        from mwtool.plots import plot_scan
+        from mwtool.scan_plot import plot_scan
 
         plot_scan(found, plot)
     if json:

@@ -16,8 +16,9 @@ from typing import Any
 
 from mwtool.ablate import Sweep, ablate
 from mwtool.analysis import median
-from mwtool.load import load, scan_loaded
+from mwtool.load import load
 from mwtool.scan import Scan, Settings
+from mwtool.scan_loaded import scan_loaded
 from mwtool.targets import Choice, find_targets
 from mwtool.tasks import parse_tasks
 

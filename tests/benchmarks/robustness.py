@@ -31,6 +31,7 @@ from typing import Any
 
 from mwtool.ablate import Sweep, ablate
 from mwtool.cli.terminal import quiet_libraries
+from mwtool.compare import ratio_of, student_t
 from mwtool.curriculum import curriculum_of
 from mwtool.document import text_of
 from mwtool.finetune import train, with_adapter
@@ -45,7 +46,6 @@ from mwtool.source import locate
 from mwtool.surgery import Attack
 from mwtool.targets import Choice, find_targets
 from mwtool.tasks import parse_tasks
-from mwtool.verdict import ratio_of, student_t
 from mwtool.whole import write
 
 PEFTS = ("lora", "dora")
