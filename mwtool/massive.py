@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadCheckpoint, BadValue
-from mwtool.text_file import read_json
+from mwtool.files.text import read_json
 
 SCHEMA = "mwtool.scan/1"
 

@@ -15,11 +15,11 @@ from training import digest, with_adapter
 from transformers import AutoModelForCausalLM
 
 from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
-from mwtool.load import load
-from mwtool.perplexity import perplexity
-from mwtool.protocol import Windows
-from mwtool.source import DEMO
-from mwtool.surgery import edited, parse_attack
+from mwtool.evaluation.perplexity import perplexity
+from mwtool.evaluation.windows import Windows
+from mwtool.models.load import load
+from mwtool.models.source import DEMO
+from mwtool.surgery.attack import edited, parse_attack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WHOLE = Settings(all_layers=True)

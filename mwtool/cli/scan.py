@@ -11,7 +11,7 @@ from mwtool.cli import options
 from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
-    from mwtool.scan import Scan, Settings
+    from mwtool.scan.scanner import Scan, Settings
 
 
 def scan(
@@ -56,13 +56,13 @@ def scan(
     debug: options.Debug = False,
 ) -> None:
     """Find the massive weights of a model, one decoder layer in memory at a time."""
-    from mwtool.analysis import Thresholds
-    from mwtool.bos import PROMPT
     from mwtool.cli.terminal import command_line, note_all
-    from mwtool.document import text_of
-    from mwtool.scan import Settings
-    from mwtool.scan_document import scan_document
-    from mwtool.whole import check_writable, write
+    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.document import text_of
+    from mwtool.models.bos import PROMPT
+    from mwtool.scan.definitions import Thresholds
+    from mwtool.scan.document import scan_document
+    from mwtool.scan.scanner import Settings
 
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
@@ -70,7 +70,7 @@ def scan(
         if file is not None:
             check_writable(file)
     if plot is not None:
-        from mwtool.plots import check_plottable
+        from mwtool.files.figure import check_plottable
 
         check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
@@ -81,7 +81,7 @@ def scan(
     if output is not None:
         write(output, text)
     if plot is not None:
-        from mwtool.scan_plot import plot_scan
+        from mwtool.scan.plot import plot_scan
 
         plot_scan(found, plot)
     if json:
@@ -99,7 +99,7 @@ def _scan(
     trust: bool,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
-    from mwtool.scan import scan_checkpoint
+    from mwtool.scan.scanner import scan_checkpoint
 
     with layer_progress() as on_layer:
         return scan_checkpoint(
@@ -115,7 +115,7 @@ def _scan(
 
 def _show(found: Scan) -> None:
     from mwtool.cli.terminal import report_console
-    from mwtool.scan_report import scan_report
+    from mwtool.scan.report import scan_report
 
     console = report_console()
     console.print(scan_report(found, console.width))
