@@ -26,7 +26,7 @@ class ByHand:
     indices: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
-        return self != ByHand()
+        return self != NOTHING
 
     def check(self, total: int) -> None:
         """Raise BadValue for what can be refused before the walk. total: decoder layers of the model."""
@@ -39,10 +39,15 @@ class ByHand:
             raise BadValue(f"row {twice} is named twice; expected different rows")
 
 
+NOTHING = ByHand()
+"""Everything as the definitions have it."""
+
+
 def ranked_by_hand(
     by_hand: ByHand,
     ranker: Ranker,
     states: Sequence[LayerState],
+    *,
     events: Sequence[Event],
     massive: Event | None,
     dimensions: Sequence[int],

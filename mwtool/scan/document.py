@@ -132,13 +132,22 @@ def _place(one: Protected) -> dict[str, Any]:
 
 def _published(scan: Scan) -> dict[str, Any] | None:
     known = published(scan.identity.model)
-    if known is None or scan.massive is None:
+    if known is None:
         return None
+    found = {(one.layer, one.hidden_dim, one.ffn_index) for one in scan.super_weights}
+    rows = known.rows
     return {
-        "layer": known.layer,
-        "expert": known.expert,
-        "indices": list(known.indices),
-        "agreement": known.agreement(scan.massive.layer, scan.massive.indices),
+        "layer": None if rows is None else rows.layer,
+        "expert": None if rows is None else rows.expert,
+        "indices": None if rows is None else list(rows.indices),
+        "source": None if rows is None else rows.source,
+        "agreement": None
+        if rows is None or scan.massive is None
+        else rows.agreement(scan.massive.layer, scan.massive.indices),
+        "super_weights": [
+            {"layer": layer, "hidden_dim": dim, "ffn_index": index, "found": (layer, dim, index) in found}
+            for layer, dim, index in known.super_weights
+        ],
     }
 
 

@@ -74,8 +74,9 @@ def _levels(scan: Scan, width: int) -> Text:
     text = Text(f"|h| after layers 0 to {len(scan.states) - 1}, log scale\n", "dim")
     for dimension in shown:
         at, value = peak(scan, dimension)
+        name = str(dimension).ljust(max(len(str(one)) for one in shown))
         line = sparkline([abs(v) for v in trace(scan, dimension).values], largest, max(width - 40, 20))
-        text.append(f"dimension {dimension:<5} {line} max {number(value)} (layer {at})\n")
+        text.append(f"dimension {name} {line} max {number(value)} (layer {at})\n")
     return text
 
 
@@ -153,10 +154,10 @@ def _span(first: int, last: int) -> str:
 
 def _legend(scan: Scan, check: Checked | None) -> Text:
     expert = " (eN:row in expert N)" if any(event.rows.expert is not None for event in scan.events) else ""
-    lives = "" if check is not None else "lives: layers until |h| is below half of `after`. "
+    lives = "" if check is not None else "lives: layers until |h| is below half of after."
     return Text(
-        f"row: the largest |z| of the layer's FFN{expert}. share: that row's part of what\n"
-        f"the FFN writes to the dimension. {lives}\n",
+        f"row: the one with the largest |z| in that layer's FFN{expert}. share: that row's part of what the FFN "
+        f"writes to the dimension. {lives}\n",
         "dim",
     )
 
@@ -269,15 +270,14 @@ def _compared(scan: Scan) -> Iterator[str]:
 
 
 def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
-    """Commands to type from here."""
+    """What to type from here."""
     model = shlex.quote(scan.identity.model)
-    lines = []
+    yield Text()
     if scan.massive is not None and check is None:
-        lines.append((f"mwtool ablate {model}", "measure what the model loses without the rows"))
-    shown = [("--states", "every layer")]
-    shown += [("--super-weights", "super weights")] if scan.super_weights else []
-    shown += [("--protect", "what to keep when quantizing")] if scan.protect else []
-    lines.append((f"mwtool scan {model} {shown[-1][0]}", "; ".join(f"{flag} {what}" for flag, what in shown)))
-    yield Text("\nNext", "bold")
-    for command, what in lines:
-        yield Text.assemble(f"  {command}", (f"   # {what}", "dim"))
+        yield Text("Next: measure what the model loses without these rows", "bold")
+        yield Text(f"  mwtool ablate {model}")
+    flags = "--states (layer by layer)"
+    flags += ", --super-weights" if scan.super_weights else ""
+    flags += ", --protect (what to keep in high precision)" if scan.protect else ""
+    yield Text(f"More: {flags}", "bold")
+    yield Text(f"  mwtool scan {model} {'--protect' if scan.protect else '--states'}")

@@ -23,7 +23,7 @@ from mwtool.models.bos import PROMPT, Bos, find_bos
 from mwtool.models.identity import identity_of
 from mwtool.models.source import Source, locate
 from mwtool.models.streaming import Stream, open_stream
-from mwtool.scan.by_hand import ByHand, ranked_by_hand
+from mwtool.scan.by_hand import NOTHING, ByHand, ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (
     Absence,
@@ -62,7 +62,7 @@ class Settings:
     prompt: str = PROMPT
     thresholds: Thresholds = Thresholds()
     last_layer: int | None = None
-    by_hand: ByHand = ByHand()
+    by_hand: ByHand = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +289,7 @@ def _massive(
     """The rows of the massive layer, or of what the user chose in its place."""
     found = massive_event(events, len(ranker.layers))
     if settings.by_hand:
-        return ranked_by_hand(settings.by_hand, ranker, states, events, found, dimensions)
+        return ranked_by_hand(settings.by_hand, ranker, states, events=events, massive=found, dimensions=dimensions)
     if found is not None:
         ranker.check(found.rows, carrier(states[found.layer], found.dimension))
     return None if found is None else found.rows

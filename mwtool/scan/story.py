@@ -67,7 +67,7 @@ def build_up(scan: Scan, dimension: int) -> str | None:
     parts = [abs(one.written) / value for _, one in up]
     return (
         f"Layers {listed([layer for layer, _ in up])} write {min(parts):.0%} to {max(parts):.0%} of dimension "
-        f"{dimension}'s largest value ({value:,.0f}) each: this is a build-up, and the rows of one layer may not matter."
+        f"{dimension}'s largest value ({value:,.0f}) each: a build-up, so the rows of one layer may not matter."
     )
 
 
