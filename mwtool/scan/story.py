@@ -99,7 +99,7 @@ def story(scan: Scan, dimension: int) -> str:
     every = steps(scan, dimension)
     last_up = max((step.layer for step in every if step.write.kind == "up"), default=-1)
     verbs = [(_verb(step, final=step.layer > last_up, every=every), step.layer) for step in every]
-    phrases = []
+    phrases: list[str] = []
     for verb, group in groupby(verbs, key=lambda pair: pair[0]):
         layers = [layer for _, layer in group]
         place = "" if phrases else "layers " if len(layers) > 1 else "layer "

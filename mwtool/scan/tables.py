@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from mwtool.scan.scanner import Scan
 
 NEWS = 0.1
-"""A layer whose largest entry is another dimension, or differs by this part from the layer before, has news."""
+"""A layer with an event or a super weight, or whose largest |h| is in another dimension or differs by this part from
+that of the layer before, is shown on its own line."""
 
 LEAST = 3
-"""Fewer neighbours without news than this are not folded."""
+"""Fewer neighbours than this are not folded."""
 
 
 def states_table(scan: Scan, *, every: bool = False) -> RenderableType:
@@ -55,23 +56,25 @@ def _folded(scan: Scan, *, every: bool) -> list[list[LayerState]]:
 def _news(scan: Scan, at: int) -> bool:
     here, before = scan.states[at].hidden.abs(), scan.states[at - 1].hidden.abs()
     moved = abs(float(here.max()) / float(before.max()) - 1) > NEWS if float(before.max()) else True
-    return any(event.layer == at for event in scan.events) or int(here.argmax()) != int(before.argmax()) or moved
+    own = bool(scan.states[at].super_weights) or any(event.layer == at for event in scan.events)
+    return own or moved or int(here.argmax()) != int(before.argmax())
 
 
 def _line(scan: Scan, group: Sequence[LayerState]) -> list[str]:
-    first, last = group[0], group[-1]
-    layers = str(first.layer) if first is last else f"{first.layer}-{last.layer}"
+    first, last, alone = group[0], group[-1], len(group) == 1
+    layers = str(first.layer) if alone else f"{first.layer}-{last.layer}"
     cells = [layers, _extent([float(s.hidden.abs().max()) for s in group]), str(int(first.hidden.abs().argmax()))]
     cells += [_extent([median(s.hidden) for s in group]), _extent([float(s.intermediate.abs().max()) for s in group])]
-    cells += [str(int(first.intermediate.abs().argmax())) if first is last else ""]
-    cells += [_extent([median(s.intermediate) for s in group])]
-    events = [f"{n}" for n, event in enumerate(scan.events) if first.layer <= event.layer <= last.layer]
-    return [*cells, ", ".join(events)]
+    cells += [str(int(first.intermediate.abs().argmax())), number(median(first.intermediate))] if alone else ["", ""]
+    return [*cells, next((str(n) for n, event in enumerate(scan.events) if event.layer == first.layer), "")]
 
 
 def _extent(values: Sequence[float]) -> str:
-    low, high = number(min(values)), number(max(values))
-    return low if low == high else f"{low} - {high}"
+    """One value as it is, several as a range of three digits."""
+    if len(values) == 1:
+        return number(values[0])
+    low, high = (f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in (min(values), max(values)))  # noqa: PLR2004 - as in `number`
+    return low if low == high else f"{low}-{high}"
 
 
 def super_weights_table(scan: Scan) -> RenderableType:
@@ -91,23 +94,24 @@ def super_weights_table(scan: Scan) -> RenderableType:
 
 def protect_table(scan: Scan) -> RenderableType:
     """Where the rows of every event are stored: what to keep in high precision when quantizing."""
-    parts: list[RenderableType] = [Text("\nKeep in high precision when quantizing", "bold")]
-    own = {event.layer for event in scan.events}
-    if scan.massive is not None and (scan.settings.by_hand or scan.massive.layer not in own):
-        parts += [Text(f"rows chosen by hand, layer {scan.massive.layer}"), _places(scan.protect)]
-    for n, (event, places) in enumerate(zip(scan.events, scan.event_protect, strict=True)):
-        parts += [Text(f"event {n}, layer {event.layer}, dimension {event.dimension}, {event.kind}"), _places(places)]
-    return Group(*parts) if len(parts) > 1 else Text("\nNothing to protect: the scan found no events.")
-
-
-def _places(places: Sequence[Protected]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 2))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("event", justify="right", no_wrap=True)
     table.add_column("parameter", no_wrap=True)  # a name to copy: the indices give way
-    table.add_column("dim", justify="right")
+    table.add_column("dim", justify="right", no_wrap=True)
     table.add_column("indices")
-    for place in places:
-        table.add_row("\n".join(_names(place)), str(place.dim), ", ".join(map(str, place.indices)))
-    return table
+    if scan.settings.by_hand:
+        _add_places(table, "chosen", scan.protect)
+    for n, places in enumerate(scan.event_protect):
+        _add_places(table, str(n), places)
+    if not table.row_count:
+        return Text("\nNothing to protect: the scan found no events.")
+    return Group(Text("\nKeep in high precision when quantizing: the rows of each event", "bold"), table)
+
+
+def _add_places(table: Table, event: str, places: Sequence[Protected]) -> None:
+    for at, place in enumerate(places):
+        name = "\n".join(_names(place))
+        table.add_row("" if at else event, name, str(place.dim), ", ".join(map(str, place.indices)))
 
 
 def _names(place: Protected) -> Iterator[str]:
