@@ -125,6 +125,11 @@ def times(value: float, middle: float) -> str:
     return f"{value / middle:,.0f}" if middle > 0 else "∞"
 
 
+def percent(value: float) -> str:
+    """A share in hundredths of a percent."""
+    return f"{round(value, 4) + 0.0:.2%}"  # the sum makes a rounded -0.0 positive
+
+
 def number(value: float) -> str:
     """Four significant digits, thousands grouped."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"  # noqa: PLR2004 - four digits
