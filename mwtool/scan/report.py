@@ -155,7 +155,7 @@ def _span(first: int, last: int) -> str:
 def _legend(scan: Scan, check: Checked | None) -> Text:
     expert = " (eN:row in expert N)" if any(event.rows.expert is not None for event in scan.events) else ""
     lives = "" if check is not None else " lives: layers until |h| is below half of after."
-    return Text(f"row: largest |z| of the FFN{expert}. share: its part of what the FFN adds to dim.{lives}\n", "dim")
+    return Text(f"row: largest |z| of the FFN{expert}. share: its part of what the FFN adds to dim.{lives}", "dim")
 
 
 def _nothing(scan: Scan) -> Iterator[Text]:
@@ -273,5 +273,5 @@ def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
         yield Text("Next: measure what the model loses without these rows", "bold")
         yield Text(f"  mwtool ablate {model}")
     flags = ["--states", *(["--super-weights"] if scan.super_weights else [])]
-    flags += ["--protect (what to keep in high precision)"] if scan.protect else []
-    yield Text(f"More: mwtool scan with {', '.join(flags)}")
+    flags += ["--protect"] if scan.protect else []
+    yield Text(f"More tables: mwtool scan with {', '.join(flags)}")
