@@ -14,7 +14,7 @@ import torch
 from training import digest, with_adapter
 from transformers import AutoModelForCausalLM
 
-from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
+from mwtool import MacDrop, scan_checkpoint, scan_model
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows
 from mwtool.models.load import load

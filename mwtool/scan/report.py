@@ -27,8 +27,8 @@ LEVELS = "▁▂▃▄▅▆▇█"
 FOLDED_FROM = 12
 """With more events than this, neighbours that do the same to the same dimension share a line."""
 
-WIDE = 96
-"""Columns from which on the events' table has room for all its columns beside those of a check."""
+NARROW, WIDE = 76, 96
+"""Columns from which on the events' table has room for all its columns: alone, and with those of a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,11 @@ def scan_report(scan: Scan, width: int, *, every: bool = False, check: Checked |
     """The report of a scan. width: columns of the terminal; every: one line for each event, however many there are."""
     parts: list[RenderableType] = [_heading(scan)]
     if scan.events:
-        parts += [_levels(scan, width), _events(scan, width, every=every, check=check), _legend(scan, check)]
+        parts += [
+            _levels(scan, width),
+            _events(scan, width, every=every, check=check),
+            _legend(scan, full=_full(width, check)),
+        ]
         parts += [Text(story(scan, dimension)) for dimension in told(scan)]
         parts += [Text(line, "yellow") for d in told(scan) if (line := build_up(scan, d)) is not None]
     if scan.massive is None:
@@ -117,7 +121,7 @@ def _lines(scan: Scan, *, every: bool) -> list[_Line]:
 
 def _events(scan: Scan, width: int, *, every: bool, check: Checked | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    full = check is None or width >= WIDE
+    full = _full(width, check)
     for name in ("#", "layer"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
@@ -128,6 +132,11 @@ def _events(scan: Scan, width: int, *, every: bool, check: Checked | None) -> Ta
     for line in _lines(scan, every=every):
         table.add_row(*_cells(scan, line, full=full, check=check), style=_style(scan, line))
     return table
+
+
+def _full(width: int, check: Checked | None) -> bool:
+    """Whether there is room for how long an event lives and the ratio to the median."""
+    return width >= (NARROW if check is None else WIDE)
 
 
 def _style(scan: Scan, line: _Line) -> str | None:
@@ -152,9 +161,9 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _legend(scan: Scan, check: Checked | None) -> Text:
+def _legend(scan: Scan, *, full: bool) -> Text:
     expert = " (eN:row in expert N)" if any(event.rows.expert is not None for event in scan.events) else ""
-    lives = "" if check is not None else " lives: layers until |h| is below half of after."
+    lives = "" if not full else " lives: layers until |h| is below half of after."
     return Text(f"row: largest |z| of the FFN{expert}. share: its part of what the FFN adds to dim.{lives}", "dim")
 
 
