@@ -168,7 +168,7 @@ def _show(found: Scan, *, states: bool, super_weights: bool, protect: bool, ever
     if not (states or super_weights or protect):
         console.print(scan_report(found, console.width, every=every))
     if states:
-        console.print(states_table(found, every=every))
+        console.print(states_table(found, console.width, every=every))
     if super_weights:
         console.print(super_weights_table(found))
     if protect:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mwtool import Scan, Settings, scan_checkpoint, scan_model
+from mwtool import Scan, scan_checkpoint, scan_model
 from mwtool.models.load import load
 from mwtool.scan.loaded import massive_for
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from words import with_tokenizer
 
-from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
+from mwtool import MacDrop, scan_checkpoint, scan_model
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.models.checkpoint import Checkpoint

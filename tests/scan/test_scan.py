@@ -15,6 +15,7 @@ from mwtool.errors import BadCheckpoint
 from mwtool.scan.capture import LayerState
 from mwtool.testing.kit import random_model
 
+
 def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
     """`from_pretrained` as anyone would call it, and its own hidden states after each layer but the last, (H,)."""
     model = tiny.opened(folder)
