@@ -51,13 +51,17 @@ def test_the_share_given_back_is_the_part_of_the_loss_that_protection_saves() ->
     full, plain = perplexity([10, 20, 30, 40]), perplexity([14, 26, 38, 50])
     assert share_given_back(full, plain, full) == pytest.approx(share_given_back(full, plain, full))
     whole, none = share_given_back(full, plain, full), share_given_back(plain, plain, full)
-    assert whole is not None and none is not None
+    assert whole is not None
+    assert none is not None
     assert (whole.value, whole.low, whole.high) == (1, 1, 1)
     assert (none.value, none.low, none.high) == (0, 0, 0)
     half = share_given_back(perplexity([12, 23, 34, 45]), plain, full)
-    assert half is not None and half.value == pytest.approx(0.5)
+    assert half is not None
+    assert half.value == pytest.approx(0.5)
     uneven = share_given_back(perplexity([10, 26, 30, 50]), plain, full)
-    assert uneven is not None and uneven.low is not None and uneven.high is not None
+    assert uneven is not None
+    assert uneven.low is not None
+    assert uneven.high is not None
     assert uneven.value == pytest.approx(12 / 28)
     assert uneven.low < uneven.value < uneven.high
 
@@ -84,7 +88,8 @@ def test_each_set_of_protected_weights_is_measured_beside_its_control(demo: Load
 def test_the_first_column_gives_back_more_than_random_ones(found: QuantizeCheck) -> None:
     shares = {one.protection.kind: one.back[0] for one in found.variants if one.protection}
     column, random = shares["columns at every event"], shares["random columns at every event"]
-    assert column is not None and random is not None
+    assert column is not None
+    assert random is not None
     assert column.value > random.value
 
 
