@@ -78,9 +78,8 @@ def exported(tool: str, chosen: Selection) -> str:
     if tool not in TOOLS:
         raise BadValue(f"--to {tool} is not known; {nearest(tool, list(TOOLS))}")
     if chosen.bits is not None and tool not in WITH_BITS:
-        raise BadValue(
-            f"{tool} can only leave modules unquantized; leave out --bits, or export to {_listed(WITH_BITS)}"
-        )
+        others = f"{', '.join(WITH_BITS[:-1])} or {WITH_BITS[-1]}"
+        raise BadValue(f"{tool} can only leave modules unquantized; leave out --bits, or export to {others}")
     return TOOLS[tool](chosen)
 
 
