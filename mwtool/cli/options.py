@@ -118,10 +118,18 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
+        help="Hub id, local folder, PEFT adapter folder, GGUF file, or demo, the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo, the bundled model.")
+]
+GGUFFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="Which GGUF file of a folder or repository.", rich_help_panel=MODEL
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
 Precision = Annotated[
     DType,
