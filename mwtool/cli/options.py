@@ -40,7 +40,14 @@ class DeviceMap(StrEnum):
 
 
 def opening(
-    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
+    *,
+    on: On,
+    revision: str | None,
+    dtype: DType,
+    device: str,
+    device_map: DeviceMap | None,
+    trust_remote_code: bool,
+    gguf_file: str | None,
 ) -> dict[str, Any]:
     """What `mwtool.load.load` is told of the options with which a whole model is opened."""
     return {
@@ -50,6 +57,7 @@ def opening(
         "device": device,
         "device_map": None if device_map is None else device_map.value,
         "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file,
     }
 
 
