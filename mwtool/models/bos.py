@@ -50,7 +50,9 @@ def find_bos(
     return bos
 
 
-def _choose(choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None, config: PretrainedConfig, prompt: str) -> Bos:
+def _choose(
+    choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None, config: PretrainedConfig, prompt: str
+) -> Bos:
     if choice == "never":
         return _first_of(prompt, tokenizer)
     if choice not in ("auto", "always"):

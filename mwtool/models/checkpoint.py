@@ -17,13 +17,13 @@ from zipfile import is_zipfile
 from mwtool.errors import BadCheckpoint
 from mwtool.files.text import read_json
 from mwtool.models.gguf_checkpoint import lazy_tensors
+from mwtool.models.gguf_header import LFS_POINTER
 from mwtool.models.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-LFS_POINTER = b"version https://git-lfs"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 

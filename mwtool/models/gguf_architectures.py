@@ -51,7 +51,9 @@ _MIXTRAL = {
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }
-_QWEN_MOE = _LLAMA | {
+_QWEN_MOE = {
+    **{part: path for part, path in _LLAMA.items() if not part.startswith("ffn")},
+    "ffn_norm": "post_attention_layernorm",
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
     "ffn_up_exps": "mlp.experts.{}.up_proj",
@@ -106,25 +108,30 @@ def _mistral(_: Metadata) -> dict[str, Any]:
     return {"sliding_window": None}  # llama.cpp's file states none, and its graph has none
 
 
-def _experts(data: Metadata) -> dict[str, Any]:
+def _experts(data: Metadata) -> tuple[int, int]:
+    """How many experts a layer has, as stated and as stored, and their width."""
+    name = "blk.0.ffn_up_exps.weight"
+    count, width, _ = data.shape(name, 3)
+    data.agree("expert_count", data.count("expert_count"), count, name)
+    return count, width
+
+
+def _routed(data: Metadata) -> dict[str, Any]:
     return {"num_experts_per_tok": data.count("expert_used_count")}
 
 
 def _mixtral(data: Metadata) -> dict[str, Any]:
-    return _experts(data) | {"num_local_experts": data.count("expert_count"), "sliding_window": None}
+    count, width = _experts(data)
+    data.agree("feed_forward_length", data.count("feed_forward_length", width), width, "blk.0.ffn_up_exps.weight")
+    return _routed(data) | {"num_local_experts": count, "sliding_window": None}
 
 
 def _qwen_moe(data: Metadata) -> dict[str, Any]:
-    sparse = [layer for layer in range(data.layers()) if f"blk.{layer}.ffn_up_exps.weight" in data.tensors]
-    if not sparse:
-        raise UnsupportedModel(f"{data.header.path} has no experts in any layer; expected some in a {data.architecture}")
-    first = f"blk.{sparse[0]}"
-    count, width, _ = data.shape(f"{first}.ffn_up_exps.weight", 3)
-    data.agree("expert_count", data.count("expert_count"), count, f"{first}.ffn_up_exps.weight")
-    return _experts(data) | {
+    count, width = _experts(data)
+    return _routed(data) | {
         "num_experts": count,
         "moe_intermediate_size": width,
-        "mlp_only_layers": [layer for layer in range(data.layers()) if layer not in sparse],
+        "mlp_only_layers": [],  # llama.cpp has no dense layers in these architectures
         "decoder_sparse_step": 1,
     }
 
@@ -152,7 +159,9 @@ def _gemma3(data: Metadata) -> dict[str, Any]:
     window, layers = data.window(), data.layers()
     every = data.count("attention.sliding_window_pattern", 6) if window else 1
     return {
-        "final_logit_softcapping": data.number("final_logit_softcapping") if data.has("final_logit_softcapping") else None,
+        "final_logit_softcapping": data.number("final_logit_softcapping")
+        if data.has("final_logit_softcapping")
+        else None,
         "sliding_window": window or data.count("context_length"),
         "layer_types": [
             "full_attention" if layer % every == every - 1 else "sliding_attention" for layer in range(layers)

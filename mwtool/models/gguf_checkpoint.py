@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ class LazyTensor:
         return weight
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`, dequantized, (stop - start, W). A vector is one row; of experts only this one's count."""
+        """Rows `start` to `stop`, dequantized, (stop - start, W). A vector is one row; rows of an expert are its own."""
         nbytes = self.entry.nbytes // math.prod(self.entry.shape[:-1])
         first = start + (self.stored.expert or 0) * math.prod(self.entry.shape[1:-1])
         blocks = np.frombuffer(self.data, np.uint8, nbytes * (stop - start), self.entry.offset + nbytes * first)
@@ -110,16 +110,14 @@ def check_dequantizable(path: Path, entries: Iterable[TensorEntry]) -> None:
 
 
 @contextmanager
-def lazy_tensors(entries: dict[str, TensorEntry], stored: dict[str, Stored]) -> Iterator[dict[str, Any]]:
+def lazy_tensors(entries: Mapping[str, TensorEntry], stored: Mapping[str, Stored]) -> Iterator[dict[str, Any]]:
     """Tensors by checkpoint name, mapped anew for every read, so that a layer's pages leave memory with it.
 
     entries: by GGUF's name; stored: by checkpoint name.
     """
     files = {entries[one.tensor].file for one in stored.values()}
     opened = {file: _mapped(file) for file in files}
-    yield {
-        name: LazyTensor(opened[entries[one.tensor].file], entries[one.tensor], one) for name, one in stored.items()
-    }
+    yield {name: LazyTensor(opened[entries[one.tensor].file], entries[one.tensor], one) for name, one in stored.items()}
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+LFS_POINTER = b"version https://git-lfs"
 ALIGNMENT = 32
 """Of the tensors' data, where the metadata states none."""
 MAX_DIMENSIONS = 4
@@ -135,7 +136,7 @@ class _Parser:
         """The file's numbers of tensors and of metadata entries."""
         found = self.data[: len(MAGIC)]
         if found != MAGIC:
-            if self.size >= 22 and found == b"vers":  # "version https://git-lfs..."
+            if found == LFS_POINTER[: len(MAGIC)]:
                 raise BadCheckpoint(f"{self.path} is a Git LFS pointer, not the weights; run `git lfs pull`")
             raise BadCheckpoint(f"{self.path} begins with {found!r}; expected {MAGIC!r}, as every GGUF file does")
         self.at = len(MAGIC)
@@ -147,7 +148,10 @@ class _Parser:
                 f"{self.path} has GGUF version {version}; expected 2 or 3: convert it with a current llama.cpp"
             )
         tensor_count, pair_count = self._number("<Q", "the tensor count"), self._number("<Q", "the metadata count")
-        for count, least, what in ((pair_count, _LEAST_PAIR, "metadata entries"), (tensor_count, _LEAST_TENSOR, "tensors")):
+        for count, least, what in (
+            (pair_count, _LEAST_PAIR, "metadata entries"),
+            (tensor_count, _LEAST_TENSOR, "tensors"),
+        ):
             self._check_room(count, least, what)
         return tensor_count, pair_count
 
@@ -168,7 +172,9 @@ class _Parser:
 
     def _scalar(self, kind: int, key: str) -> Scalar:
         value: Scalar = self._number(_SCALARS[kind], key)
-        if kind == _FLOAT32:  # the shortest decimal with this float32: 1e-05, as config.json says, not 9.99999974737e-06
+        if (
+            kind == _FLOAT32
+        ):  # the shortest decimal with this float32: 1e-05, as config.json says, not 9.99999974737e-06
             value = float(str(np.float32(value)))
         return value
 
@@ -200,7 +206,9 @@ class _Parser:
                 self.skip_string()
             return StringArray(begin, count)
         if of not in _SCALARS:
-            raise UnsupportedModel(f"{self.path}: {key} is an array of values of type {of}; expected numbers or strings")
+            raise UnsupportedModel(
+                f"{self.path}: {key} is an array of values of type {of}; expected numbers or strings"
+            )
         code = _SCALARS[of]
         self._check_room(count, struct.calcsize(code), f"numbers in {key}")
         values = list(struct.unpack_from(f"<{count}{code[1:]}", self.data, self.at))
@@ -220,7 +228,12 @@ class _Parser:
 
     def _placed(self, rows: list[tuple[str, tuple[int, ...], int, int]], alignment: object) -> dict[str, TensorEntry]:
         """The table with every tensor's place in the file; they follow one another, aligned, as ggml requires."""
-        if not isinstance(alignment, int) or isinstance(alignment, bool) or alignment < 1 or alignment & (alignment - 1):
+        if (
+            not isinstance(alignment, int)
+            or isinstance(alignment, bool)
+            or alignment < 1
+            or alignment & (alignment - 1)
+        ):
             raise BadCheckpoint(f"{self.path} states general.alignment {alignment!r}; expected a power of two")
         start, expected = _aligned(self.at, alignment), 0
         placed: dict[str, TensorEntry] = {}

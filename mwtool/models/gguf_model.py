@@ -88,7 +88,7 @@ class GGUFModel:
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
                 self.path.parent, gguf_file=self.path.name, local_files_only=True
             )
-        except Exception as fault:  # noqa: BLE001 - tokenizers raises Exception itself
+        except Exception as fault:
             raise BadCheckpoint(f"the tokenizer in {self.path} cannot be built: {line_of(fault)}") from fault
         return tokenizer
 
@@ -127,6 +127,7 @@ class Vocabulary:
         return self._whole().get_vocab()
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        """A text's tokens, by the whole tokenizer, read for this."""
         return self._whole()(text, add_special_tokens=add_special_tokens)
 
     def _whole(self) -> PreTrainedTokenizerBase:
@@ -178,12 +179,13 @@ def _beside(path: Path) -> Callable[[str], Path | None]:
 
 
 def _joined(headers: list[Header]) -> Header:
-    """One header for all parts, the metadata being the first one's. Raises BadCheckpoint where they do not belong together."""
+    """One header for all parts, with the first one's metadata. Raises BadCheckpoint where they do not fit together."""
     first, *others = headers
     stated = first.metadata.get("split.count", 1)
     if stated not in (len(headers), 0):
         raise BadCheckpoint(
-            f"{first.path} states that it is one of {stated} parts; expected names that end in -00001-of-{stated:0>5}.gguf"
+            f"{first.path} states that it is one of {stated} parts; expected it and the others under names that end in "
+            f"-00001-of-{stated:0>5}.gguf and so on"
         )
     tensors: dict[str, TensorEntry] = dict(first.tensors)
     for number, header in enumerate(others, start=1):
@@ -197,5 +199,7 @@ def _joined(headers: list[Header]) -> Header:
         tensors |= header.tensors
     total = first.metadata.get("split.tensors.count", len(tensors))
     if others and total != len(tensors):
-        raise BadCheckpoint(f"{first.path} states {total} tensors in all parts; they hold {len(tensors)}: get them again")
+        raise BadCheckpoint(
+            f"{first.path} states {total} tensors in all parts; they hold {len(tensors)}: get them again"
+        )
     return replace(first, tensors=tensors)

@@ -22,13 +22,14 @@ _PLAIN = ("none", "linear", "yarn")
 
 
 def rotary(data: Metadata, width: int) -> tuple[dict[str, Any], str | None]:
-    """`rope_parameters` for heads of this width, and what in the file they do not express; None where they express all."""
+    """`rope_parameters` for heads of this width, and what in the file they do not express; None if nothing."""
     theta = data.number("rope.freq_base", 10000.0)
     turned = data.count("rope.dimension_count", width)
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if turned > width:
         raise BadCheckpoint(
-            f"{data.header.path} states {data.architecture}.rope.dimension_count {turned:,}; a head has {width:,} entries"
+            f"{data.header.path} states {data.architecture}.rope.dimension_count {turned:,}; "
+            f"a head has {width:,} entries"
         )
     if data.architecture == "phi3":
         plain["partial_rotary_factor"] = turned / width

@@ -129,7 +129,9 @@ def _from_gguf(checkpoint: Checkpoint, dtype: torch.dtype, new: Mapping[str, New
 
     with checkpoint.tensors(checkpoint.files) as tensors:
         whole = {name: tensor[...].to(dtype) for name, tensor in tensors.items()}
-    save_file(whole | {name: value(whole[name]) for name, value in new.items()}, temporary / SAFETENSORS, {"format": "pt"})
+    save_file(
+        whole | {name: value(whole[name]) for name, value in new.items()}, temporary / SAFETENSORS, {"format": "pt"}
+    )
 
 
 def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary: Path) -> None:

@@ -217,9 +217,7 @@ def _chosen(model: str, names: list[str], wanted: str | None) -> str | None:
             raise ModelNotFound(f"{model} has no {wanted}; {there}")
         return wanted
     if len(models) > 1:
-        raise ModelNotFound(
-            f"{model} has {len(models)} GGUF models; say which with --gguf-file: {', '.join(models)}"
-        )
+        raise ModelNotFound(f"{model} has {len(models)} GGUF models; say which with --gguf-file: {', '.join(models)}")
     return models[0] if models else None
 
 
@@ -250,7 +248,8 @@ def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
         sibling = None
     if sibling is None or not (sibling.folder / "config.json").exists():
         raise ModelNotFound(
-            f"{model} has no config.json and no GGUF file, and there is no {model}-hf; expected Hugging Face format or GGUF"
+            f"{model} has no config.json and no GGUF file, and there is no {model}-hf; "
+            f"expected Hugging Face format or GGUF"
         )
     return _noted(sibling, f"{model} is in the original format; using {model}-hf")
 
