@@ -68,7 +68,7 @@ class LazyTensor:
         return weight
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`, dequantized, (stop - start, W). A vector is one row; rows of an expert are its own."""
+        """Rows `start` to `stop`, dequantized, (stop - start, W). A vector is one row; an expert's are its own."""
         nbytes = self.entry.nbytes // math.prod(self.entry.shape[:-1])
         first = start + (self.stored.expert or 0) * math.prod(self.entry.shape[1:-1])
         blocks = np.frombuffer(self.data, np.uint8, nbytes * (stop - start), self.entry.offset + nbytes * first)

@@ -230,7 +230,7 @@ def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
     from huggingface_hub.utils import validate_repo_id
 
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
-        raise ModelNotFound(f"no such file or folder: {model}")
+        raise ModelNotFound(f"no such {'file' if model.endswith('.gguf') else 'folder'}: {model}")
     try:
         validate_repo_id(model)
     except HFValidationError as fault:

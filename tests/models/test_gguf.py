@@ -12,7 +12,7 @@ from gguf_files import ARCHITECTURES, Kind
 from mwtool.models.load import load
 from mwtool.scan.scanner import Scan, Settings, scan_checkpoint
 
-WALK = Settings(all_layers=True, k=3)
+WALK = Settings(k=3)
 KINDS = "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q6_K".split()
 
 
