@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """How llama.cpp names the parts of a split file, counted from 1."""
 TOKENS = "tokenizer.ggml.tokens"
+UNBUILDABLE = (ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, OSError)
+"""What transformers raises over a vocabulary that it can read but not use."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +90,7 @@ class GGUFModel:
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
                 self.path.parent, gguf_file=self.path.name, local_files_only=True
             )
-        except Exception as fault:
+        except UNBUILDABLE as fault:
             raise BadCheckpoint(f"the tokenizer in {self.path} cannot be built: {line_of(fault)}") from fault
         return tokenizer
 
