@@ -248,8 +248,7 @@ def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
         sibling = None
     if sibling is None or not (sibling.folder / "config.json").exists():
         raise ModelNotFound(
-            f"{model} has no config.json and no GGUF file, and there is no {model}-hf; "
-            f"expected Hugging Face format or GGUF"
+            f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format or a GGUF file"
         )
     return _noted(sibling, f"{model} is in the original format; using {model}-hf")
 
