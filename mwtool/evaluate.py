@@ -14,7 +14,8 @@ from mwtool.harness import check_name, check_rows, prepare_named, prepare_rows
 from mwtool.load import Loaded
 from mwtool.massive import MassiveWeights
 from mwtool.measured import Measured, OnProgress, Options, bos_for, perplexity_of, tokenizer_for
-from mwtool.perplexity import perplexity
+from mwtool.perplexity import Perplexity, perplexity
+from mwtool.prefix_reuse import Variant, perplexities
 from mwtool.protocol import Windows, window_for, windows
 from mwtool.surgery import Attack, edited, rows_of
 from mwtool.tasks import Task, read_prompts
@@ -128,26 +129,43 @@ def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Perplexity:
+class PerplexityTask:
+    """A text cut into windows."""
+
     task: Task
     windows: Windows
     notes: tuple[str, ...]
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        found = perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress)
-        cut = self.windows
+        """The perplexity of the model as it stands."""
         return [
-            Measured(
-                task=str(self.task),
-                seconds=found.seconds,
-                digest=cut.digest,
-                setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
-                **perplexity_of(cut.metric, found),
+            self._measured(
+                perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress)
             )
         ]
 
+    def under(
+        self, loaded: Loaded, variants: Sequence[Variant], options: Options, on_progress: OnProgress | None = None
+    ) -> list[Measured]:
+        """The perplexity of the model as it stands, then under each variant, running only the layers it can change."""
+        layers = [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
+        found = perplexities(
+            loaded.model, layers, self.windows, variants, batch_size=options.batch_size, on_batch=on_progress
+        )
+        return [self._measured(one) for one in found]
 
-def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
+    def _measured(self, found: Perplexity) -> Measured:
+        cut = self.windows
+        return Measured(
+            task=str(self.task),
+            seconds=found.seconds,
+            digest=cut.digest,
+            setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
+            **perplexity_of(cut.metric, found),
+        )
+
+
+def _texts(loaded: Loaded, task: Task, options: Options) -> PerplexityTask:
     tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
     length, notes = window_for(loaded.base.config, options.window)
@@ -156,7 +174,7 @@ def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
         notes += (bos.note,)
     first = None if bos is None else bos.id
     cut = windows(tokenizer, text_for(task.target), protocol, length, first).first(options.limit)
-    return _Perplexity(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
+    return PerplexityTask(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
 
 
 def _attacking(loaded: Loaded, massive: MassiveWeights | None, attack: Attack) -> AbstractContextManager[None]:
