@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mwtool.massive import MassiveWeights
 from mwtool.states import LayerState
 
 if TYPE_CHECKING:
@@ -30,6 +31,33 @@ class Thresholds:
     ratio: float = 50.0
     sun_ratio: float = 1000.0
     spike: float = 50.0
+
+
+Kind = Literal["up", "down"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One layer's FFN writing a large part of a massive dimension into the residual stream, or taking it out.
+
+    layer, dimension: l and d, from 0.
+    kind: `up` if |h_l[d]| > |h_l[d] - w_l[d]|, else `down`; flip: whether h_l[d] and h_l[d] - w_l[d] differ in sign.
+    written: w_l[d], what the FFN adds to the stream; before: h_l[d] - w_l[d]; after: h_l[d].
+    lives: of an `up` event, layers until |h_j[d]| < |h_l[d]| / 2; None if that never happens in the layers walked.
+    headline: whether d is the dimension this layer writes most to, of those that are events; one a layer is.
+    rows: the top rows by |z| of the network that contributes most to w_l[d], with their shares of its output at d.
+    """
+
+    layer: int
+    dimension: int
+    kind: Kind
+    flip: bool
+    written: float
+    before: float
+    after: float
+    lives: int | None
+    headline: bool
+    rows: MassiveWeights
 
 
 CHANGE, WINDOW = 0.1, 4
