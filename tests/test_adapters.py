@@ -182,7 +182,7 @@ def test_no_more_experts_than_routed_are_in_memory_at_a_time(tmp_path: Path) -> 
 
     with stream.flowing():
         hooks = [stream.model.get_submodule(path).register_forward_pre_hook(look) for path in experts]
-        walk(stream.model, layers, tiny.BOS, spike=50, enough=lambda _: False, on_layer=after)
+        walk(stream.model, layers, tiny.BOS, spike=50, on_layer=after)
     for hook in hooks:
         hook.remove()
     assert set(sizes) == {config.num_experts_per_tok}

@@ -200,7 +200,7 @@ def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -
         present.append({name for name, p in stream.model.named_parameters() if not p.is_meta})
 
     with stream.flowing() as model:
-        walk(model, layers, tiny.BOS, spike=50, enough=lambda _: False, on_layer=look)
+        walk(model, layers, tiny.BOS, spike=50, on_layer=look)
     for index, names in enumerate(present):
         assert names
         assert all(name.startswith(f"model.layers.{index}.") for name in names)

@@ -17,7 +17,7 @@ from typing import Any
 from mwtool.ablate import Sweep, ablate
 from mwtool.analysis import median
 from mwtool.load import load
-from mwtool.scan import Scan, Settings
+from mwtool.scan import Scan
 from mwtool.scan_loaded import scan_loaded
 from mwtool.targets import Choice, find_targets
 from mwtool.tasks import parse_tasks
@@ -52,7 +52,7 @@ def figures(folder: Path, device: str) -> dict[str, Any]:
     """What a run was trained with, and what grew in it."""
     record = json.loads((folder / "train.json").read_text())
     loaded = load(str(folder), device=device)
-    scan = scan_loaded(loaded, Settings(all_layers=True))
+    scan = scan_loaded(loaded)
     known = {"run": folder.name, **{key: value for key, value in record.items() if key != "losses"}}
     if scan.massive is None:
         return {**known, "layer": None}
