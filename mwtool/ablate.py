@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mwtool.controls import norm_rows, random_rows
 from mwtool.errors import BadValue
 from mwtool.evaluate import PerplexityTask, Prepared, prepare
 from mwtool.fitting import decoder_layers, ffn_at, unwrapped
@@ -22,7 +23,7 @@ from mwtool.perplexity import check_vocabulary
 from mwtool.prefix_reuse import Variant
 from mwtool.registry import adapter_for
 from mwtool.surgery import Attack, Edit, edited_together, parse_mode, rows_of
-from mwtool.targets import Group, Target, norm_rows, random_rows
+from mwtool.targets import Group
 from mwtool.tasks import Task
 from mwtool.verdict import Verdict, judge
 
@@ -333,9 +334,8 @@ class _Measuring:
                 for one in others:
                     name = f"{'baseline' if plan is None else plan.name}, {one.task}"
                     found.setdefault(id(one), []).append(one.run(self.loaded, self.options, self._next(name)))
-        return [
-            tuple(measured for one in self.tasks for measured in found[id(one)][at]) for at in range(1 + len(self.plans))
-        ]
+        runs = range(1 + len(self.plans))
+        return [tuple(measured for one in self.tasks for measured in found[id(one)][at]) for at in runs]
 
     def applied(self, plan: _Plan | None) -> AbstractContextManager[None]:
         """The model under this plan."""

@@ -139,9 +139,7 @@ class PerplexityTask:
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
         """The perplexity of the model as it stands."""
         return [
-            self._measured(
-                perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress)
-            )
+            self._measured(perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress))
         ]
 
     def under(

@@ -146,7 +146,9 @@ def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> 
     UnsupportedModel where rows cannot be attacked; nothing is changed then.
     """
     chosen = [
-        (edit, rows) for edit in _merged(edits) if (rows := attacked_rows(edit.rows, edit.ffn.width(model), attack))
+        (edit, rows)
+        for edit in merged_edits(edits)
+        if (rows := attacked_rows(edit.rows, edit.ffn.width(model), attack))
     ]
     if attack.mode == "none" or not chosen:
         yield
@@ -167,7 +169,7 @@ def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> 
         yield
 
 
-def _merged(edits: Sequence[Edit]) -> list[Edit]:
+def merged_edits(edits: Sequence[Edit]) -> list[Edit]:
     """One edit for each FFN."""
     found: dict[tuple[str, int | None], Edit] = {}
     for edit in edits:

@@ -1,22 +1,20 @@
-"""Which rows an ablation takes, and which it takes beside them as controls."""
+"""Which rows are attacked, or dropped from: the massive ones, those of events or layers, or those the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from mwtool.errors import BadValue
 from mwtool.fitting import ffn_at
 from mwtool.layout import FFN
 from mwtool.load import Loaded
-from mwtool.massive import MassiveWeights
-from mwtool.packed import packed_dtype
+from mwtool.massive import MassiveWeights, load_massive
 from mwtool.ranking import massive_count
-from mwtool.scan import Settings
-from mwtool.scan_loaded import massive_for, scan_loaded
+from mwtool.scan import Scan, Settings
+from mwtool.scan_loaded import scan_loaded
 from mwtool.states import LayerState, Part
 
 RANKED = 16
@@ -39,85 +37,152 @@ class Target:
     count: int | None = None
     avoided: tuple[int, ...] = ()
 
+    @property
+    def module(self) -> str:
+        """The FFN's path."""
+        return self.ffn.module
 
-@dataclass(frozen=True, slots=True)
+    @property
+    def expert(self) -> int | None:
+        """The routed expert; None if dense."""
+        return self.ffn.expert
+
+
+Group = tuple[Target, ...]
+"""Places that are attacked together, or dropped from together."""
+
+Events = tuple[int, ...] | Literal["all", "up", "down"]
+"""Events of a scan by their numbers, from 0; or all, or those that write up or down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """What the user chose; nothing: the massive rows.
 
-    file: a saved scan. layer, expert, indices: rows of another place. each_layer: the top rows of every layer.
+    file: a saved scan. events, layers: their rows together. expert, indices: with one place, another expert or rows.
+    each_layer: the top rows of every layer, one layer after the other.
     """
 
     file: Path | None = None
-    layer: int | None = None
+    events: Events = ()
+    layers: tuple[int, ...] = ()
     expert: int | None = None
     indices: tuple[int, ...] = ()
     each_layer: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises BadValue for choices that exclude each other."""
+        places = [name for name in ("events", "layers", "each_layer") if getattr(self, name)]
+        if len(places) > 1:
+            raise BadValue(f"{' and '.join(map(_flag, places))} are given; expected one of them")
+        if self.file is not None and (self.layers or self.each_layer):
+            raise BadValue(f"--massive FILE names its layers; leave out {_flag(places[0])}")
+        if self.each_layer and (self.indices or self.expert is not None):
+            raise BadValue("--each-layer finds its own rows; leave out --indices and --expert")
+        several = len(self.layers) > 1 or isinstance(self.events, str) or len(self.events) > 1
+        if several and (self.indices or self.expert is not None):
+            raise BadValue("--indices and --expert name rows of one layer; give one --layer or --event")
+        if self.expert is not None and not (self.layers or self.events or self.indices):
+            raise BadValue("--expert goes with --layer, --event or --indices")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('s').replace('_', '-')}"
+
 
 def find_targets(
-    loaded: Loaded, choice: Choice, k: int, settings: Settings | None = None
-) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """The rows to attack, at least k of each FFN, and what the user should know about how they were found.
+    loaded: Loaded,
+    choice: Choice,
+    k: int,
+    settings: Settings | None = None,
+    *,
+    scanned: Callable[[Settings], Scan] | None = None,
+) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+    """The rows chosen, at least k of each FFN, as groups of places that belong together, and what the user should know.
 
-    Raises BadValue where there are no massive rows, or fewer than k, or no such layer, expert or row.
+    scanned: how to scan the model; by default as `scan_loaded` does.
+    Raises BadValue where there are no massive rows, or fewer than k, or no such event, layer, expert or row.
     """
     narrowest = min(ffn.width(loaded.base) for layer in loaded.layers for ffn in layer.ffns)
     settings = replace(settings or Settings(), k=max(k, min(RANKED, narrowest)))
-    if choice.each_layer:
-        scan = scan_loaded(loaded, settings)
-        return tuple(_top(loaded, state, None, k) for state in scan.states), scan.notes
-    if choice.layer is not None and not choice.indices:
-        expert = _first_expert(loaded, choice.layer) if choice.expert is None else choice.expert
-        ffn_at(loaded.layers, choice.layer, expert)  # refused before the scan
-        scan = scan_loaded(loaded, settings)
-        return (_top(loaded, scan.states[choice.layer], choice.expert, k),), scan.notes
-    if choice.layer is not None:
-        return (_given(loaded, choice, choice.layer, choice.expert, k),), ()
-    massive, notes = massive_for(loaded, choice.file, settings)
+
+    def scan() -> Scan:
+        return scan_loaded(loaded, settings) if scanned is None else scanned(settings)
+
+    if choice.layers and choice.indices:
+        return ((_given(loaded, choice, choice.layers[0], choice.expert, k),),), ()
+    if choice.each_layer or choice.layers:
+        for layer in choice.layers:  # refused before the scan
+            ffn_at(loaded.layers, layer, _first_expert(loaded, layer) if choice.expert is None else choice.expert)
+        found = scan()
+        group = tuple(_at_layer(loaded, found, layer, choice.expert, k) for layer in choice.layers)
+        each = tuple((_top(loaded, state, None, k),) for state in found.states) if choice.each_layer else (group,)
+        return each, found.notes
+    if choice.events:
+        return _of_events(loaded, choice, k, scan)
+    if choice.file is not None:
+        massive, warnings = load_massive(choice.file, loaded.identity)
+        notes = tuple(warnings)
+    else:
+        found = scan()
+        massive, notes = found.massive, found.notes
     if massive is None:
         raise BadValue(
-            f"{_subject(loaded, choice)} has no massive weights to attack; name rows yourself with "
-            f"--layer N --indices I,J, or compare all layers with --each-layer"
+            f"{_subject(loaded, choice)} has no massive weights; name rows yourself with --layer N --indices I,J, or "
+            f"compare all layers with mwtool ablate --each-layer"
         )
+    target, more = _from_ranked(loaded, massive, choice, k)
+    return ((target,),), (*notes, *more)
+
+
+def _of_events(
+    loaded: Loaded, choice: Choice, k: int, scan: Callable[[], Scan]
+) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+    if choice.file is not None:
+        raise BadValue("--event is not read from a saved scan; leave out --massive, and the model is scanned")
+    found = scan()
+    events = dict(enumerate(found.events))
+    if isinstance(choice.events, str):
+        chosen = [event for event in events.values() if choice.events in ("all", event.kind)]
+    else:
+        absent = next((number for number in choice.events if number not in events), None)
+        if absent is not None:
+            has = f"events 0 to {len(events) - 1}" if events else "no events"
+            raise BadValue(f"there is no event {absent}; the scan of {_subject(loaded, choice)} found {has}")
+        chosen = [events[number] for number in choice.events]
+    if not chosen:
+        raise BadValue(
+            f"--event {choice.events}: the scan of {_subject(loaded, choice)} found no such event; name a --layer"
+        )
+    made = [_from_ranked(loaded, event.rows, choice, k) for event in chosen]
+    notes = dict.fromkeys(note for _, notes in made for note in notes)
+    return (tuple(target for target, _ in made),), (*found.notes, *notes)
+
+
+def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int) -> tuple[Target, tuple[str, ...]]:
+    """The rows of an event, or those the user named in its layer."""
     expert = massive.expert if choice.expert is None else choice.expert
     if choice.indices:
         target = _given(loaded, choice, massive.layer, expert, k)
         same = expert == massive.expert
-        return (replace(target, avoided=massive.indices[: massive.count] if same else ()),), notes
+        return replace(target, avoided=massive.indices[: massive.count] if same else ()), ()
     if expert != massive.expert:
         raise BadValue(
             f"the massive rows are those of expert {massive.expert}; name rows of expert {expert} with --indices"
         )
     if k > len(massive.indices):
-        raise BadValue(f"k is {k}; {choice.file} ranks {len(massive.indices)} rows: scan with -k {k}")
-    if massive.count > len(massive.indices):
-        notes = (*notes, _unranked(massive))
-    return (Target(massive.layer, loaded.ffn(massive), massive.indices[: max(k, massive.count)], massive.count),), notes
+        raise BadValue(f"k is {k}; {choice.file or massive.module} ranks {len(massive.indices)} rows: scan with -k {k}")
+    notes = (_unranked(massive),) if massive.count > len(massive.indices) else ()
+    indices = massive.indices[: max(k, massive.count)]
+    return Target(massive.layer, loaded.ffn(massive), indices, massive.count), notes
 
 
-def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...] | None:
-    """k rows that are not among the ranked ones, drawn with `seed`; None where there are not that many.
-
-    The draws of one seed are nested: k = 3 takes the first three of what k = 5 takes.
-    """
-    ranked = {*target.indices, *target.avoided}
-    others = [row for row in range(width) if row not in ranked]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tuple(others[at] for at in order[:k]) if k <= len(others) else None
-
-
-def norm_rows(loaded: Loaded, target: Target, k: int) -> tuple[int, ...] | None:
-    """The k rows of largest Euclidean norm, up and gate taken together, massive ones included.
-
-    None where the weights are packed or offloaded.
-    """
-    total = torch.zeros(())
-    for place in target.ffn.inputs:
-        matrix = place.read(loaded.base)  # (I, H)
-        if matrix.is_meta or packed_dtype(loaded.base, place):
-            return None
-        total = total.to(matrix.device) + matrix.float().square().sum(1)
-    return tuple(int(row) for row in total.argsort(descending=True, stable=True)[:k])
+def _at_layer(loaded: Loaded, scan: Scan, layer: int, expert: int | None, k: int) -> Target:
+    """The rows of the event in a layer, where it has one of this expert; else those of largest |z|."""
+    for event in scan.events:
+        if event.layer == layer and expert in (None, event.rows.expert) and k <= len(event.rows.indices):
+            return _from_ranked(loaded, event.rows, Choice(), k)[0]
+    return _top(loaded, scan.states[layer], expert, k)
 
 
 def _subject(loaded: Loaded, choice: Choice) -> str:

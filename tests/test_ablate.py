@@ -39,7 +39,7 @@ def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_ty
     loaded = opened(with_tokenizer(tmp_path, tiny.model(model_type, num_hidden_layers=2)))
     before = tiny.digest(loaded.model)
     modes = (Attack("zero"), Attack("retain"), Attack("scale", 0, 0.5), Attack("mean"))
-    found = swept(loaded, Sweep(modes, (0, 1, 3), draws=1), Choice(layer=1))
+    found = swept(loaded, Sweep(modes, (0, 1, 3), draws=1), Choice(layers=(1,)))
     assert tiny.digest(loaded.model) == before
     assert len(found.runs) == 4 * (1 + 3 + 3)
     values = [run.measured[0].value for run in found.runs]
@@ -56,7 +56,7 @@ def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_ty
 def test_a_figure_is_the_perplexity_of_the_model_attacked_by_hand(loaded: Loaded, attack: Attack) -> None:
     found = swept(loaded, Sweep((attack.at(0),), (attack.k,), draws=0))
     rows = list(found.runs[0].indices)
-    weights = [matrix.read(loaded.base) for matrix in found.runs[0].target.ffn.inputs]
+    weights = [matrix.read(loaded.base) for matrix in found.runs[0].targets[0].ffn.inputs]
     kept = [weight.clone() for weight in weights]
     for weight, old in zip(weights, kept, strict=True):
         if attack.mode == "retain":
@@ -76,12 +76,12 @@ def test_mean_fixes_rows_at_their_mean_over_the_evaluated_windows(loaded: Loaded
     found = swept(loaded, Sweep((Attack("mean"),), (2,), draws=0))
     run, seen, tokenizer = found.runs[0], [], loaded.tokenizer
     assert tokenizer is not None
-    assert run.target.ffn.hook is not None
-    down = loaded.base.get_submodule(run.target.ffn.hook)
+    assert run.targets[0].ffn.hook is not None
+    down = loaded.base.get_submodule(run.targets[0].ffn.hook)
     hook = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
     perplexity_of(loaded)
     hook.remove()
-    rows, mean = list(run.indices), torch.cat(seen).mean(0)
+    rows, mean = list(run.rows[0]), torch.cat(seen).mean(0)
 
     def fix(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         state = args[0].clone()
@@ -140,7 +140,7 @@ def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
 
 def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
     """From outside, at random moments of a sweep that attacks by writing and by hooks."""
-    before, (target,) = tiny.digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
+    before, ((target,),) = tiny.digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
     sweep = Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0, 1, 3), draws=1)
     moments = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
     former = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -158,7 +158,7 @@ def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
 
 
 def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded) -> None:
-    (target,), _ = find_targets(loaded, Choice(), 2)
+    ((target,),), _ = find_targets(loaded, Choice(), 2)
     said = continuations(loaded, target, Sweep(ks=(1, 2)), prepare(loaded, [], QUICK), "w3 w5", new_tokens=6)
     assert [name for name, _ in said] == ["original", "zero:2", "retain:2"]
     tokenizer: Any = loaded.tokenizer
@@ -174,7 +174,7 @@ def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded
 
 def test_a_prompt_ends_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
     loaded = opened(with_tokenizer(tmp_path, tiny.model("gpt2", num_hidden_layers=2)))
-    (target,), _ = find_targets(loaded, Choice(layer=1), 1)
+    ((target,),), _ = find_targets(loaded, Choice(layers=(1,)), 1)
     with pytest.raises(BadValue, match="the prompt has 64 tokens with bos and the model 64 positions"):
         prompt_ids(loaded, "w1 " * 63)
     assert prompt_ids(loaded, "w1 " * 62).shape == (1, 63)
@@ -214,7 +214,7 @@ def test_rows_of_an_adapter_are_taken_out_of_the_part_that_is_named(tmp_path: Pa
             nn.init.normal_(parameter, std=0.5)
     wrapped.save_pretrained(tmp_path / "adapter")
     loaded = load(str(tmp_path / "adapter"), on=on)
-    (target,), _ = find_targets(loaded, Choice(layer=1, indices=(17, 4)), 2)
+    ((target,),), _ = find_targets(loaded, Choice(layers=(1,), indices=(17, 4)), 2)
     seen: list[Tensor] = []
     hook = loaded.base.get_submodule(target.ffn.hook or "").register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
     before = tiny.digest(loaded.model)

@@ -79,7 +79,7 @@ def test_the_table_shows_the_mean_and_the_spread_of_the_controls(loaded: Loaded)
 @pytest.mark.parametrize("model_type", ["phi3", "gpt2", "mixtral"])
 def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, model_type: str) -> None:
     loaded = opened(with_tokenizer(tmp_path, tiny.model(model_type, num_hidden_layers=2)))
-    for choice in (Choice(layer=1), Choice(each_layer=True)):
+    for choice in (Choice(layers=(1,)), Choice(each_layer=True)):
         plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
         assert (tmp_path / "curve.svg").read_text().count("random rows") == 2
         (tmp_path / "curve.svg").unlink()
