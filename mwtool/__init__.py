@@ -8,34 +8,34 @@ from typing import TYPE_CHECKING, Any
 from mwtool._version import __version__
 
 if TYPE_CHECKING:
-    from mwtool.ablate import ablated
-    from mwtool.analysis import Thresholds
-    from mwtool.callback import MacDropCallback, guard
-    from mwtool.curriculum import Curriculum
-    from mwtool.curriculum_file import read_curriculum
+    from mwtool.ablation.sweep import ablated
     from mwtool.errors import MwtoolError
-    from mwtool.macdrop import MacDrop
+    from mwtool.evaluation.perplexity import Perplexity, measure_perplexity
+    from mwtool.macdrop.callback import MacDropCallback, guard
+    from mwtool.macdrop.curriculum import Curriculum
+    from mwtool.macdrop.curriculum_yaml import read_curriculum
+    from mwtool.macdrop.engine import MacDrop
     from mwtool.massive import MassiveWeights
-    from mwtool.perplexity import Perplexity, measure_perplexity
-    from mwtool.scan import Scan, Settings, scan_checkpoint, scan_model
+    from mwtool.scan.definitions import Thresholds
+    from mwtool.scan.scanner import Scan, Settings, scan_checkpoint, scan_model
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
-    "Curriculum": "mwtool.curriculum",
-    "MacDrop": "mwtool.macdrop",
-    "MacDropCallback": "mwtool.callback",
+    "Curriculum": "mwtool.macdrop.curriculum",
+    "MacDrop": "mwtool.macdrop.engine",
+    "MacDropCallback": "mwtool.macdrop.callback",
     "MassiveWeights": "mwtool.massive",
     "MwtoolError": "mwtool.errors",
-    "Perplexity": "mwtool.perplexity",
-    "Scan": "mwtool.scan",
-    "Settings": "mwtool.scan",
-    "Thresholds": "mwtool.analysis",
-    "ablated": "mwtool.ablate",
-    "guard": "mwtool.callback",
-    "measure_perplexity": "mwtool.perplexity",
-    "read_curriculum": "mwtool.curriculum_file",
-    "scan_checkpoint": "mwtool.scan",
-    "scan_model": "mwtool.scan",
+    "Perplexity": "mwtool.evaluation.perplexity",
+    "Scan": "mwtool.scan.scanner",
+    "Settings": "mwtool.scan.scanner",
+    "Thresholds": "mwtool.scan.definitions",
+    "ablated": "mwtool.ablation.sweep",
+    "guard": "mwtool.macdrop.callback",
+    "measure_perplexity": "mwtool.evaluation.perplexity",
+    "read_curriculum": "mwtool.macdrop.curriculum_yaml",
+    "scan_checkpoint": "mwtool.scan.scanner",
+    "scan_model": "mwtool.scan.scanner",
 }
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,24 @@ import mwtool
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mwtool"
 ADAPTERS = sorted((ROOT / "adapters" / "mwtool_adapters").glob("*.py"))
-TREE = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].partition("```\n\n")[0]
-ORDER = [name.rstrip("/").removesuffix(".py") for name in re.findall(r"^  (\w+\.py|\w+/) ", TREE, flags=re.MULTILINE)]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {"errors", "interrupts", "_version", "layout", "massive"}
+"""Modules beside the folders; `layout` is what plugins import, a re-export."""
+MAY_IMPORT = {
+    "files": {"errors", "interrupts", "_version"},
+    "massive": {"files"},
+    "architecture": {"massive"},
+    "models": {"architecture"},
+    "scan": {"models"},
+    "surgery": {"models"},
+    "macdrop": {"architecture"},
+    "evaluation": {"scan", "surgery"},
+    "ablation": {"evaluation"},
+    "finetune": {"macdrop", "scan"},
+    "testing": {"scan", "surgery"},
+    "cli": {"ablation", "finetune", "testing"},
+}
+"""What a folder may import, beside what that may import: one way, no circles."""
 
 
 def imported(path: Path) -> set[str]:
@@ -41,19 +57,49 @@ def libraries(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported(path)}
 
 
-@pytest.mark.parametrize("name", [name for name in ORDER if (PACKAGE / f"{name}.py").exists()])
-def test_a_file_imports_only_from_files_above_it_in_the_readme(name: str) -> None:
-    above = ORDER[: ORDER.index(name)]
-    below = {one for one in ours(PACKAGE / f"{name}.py") if one in ORDER} - {*above, name}
-    assert below == set()
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def allowed(place: str) -> set[str]:
+    """Everything that modules of a folder may import, the folder itself included."""
+    return {place, *(one for direct in MAY_IMPORT.get(place, set()) for one in allowed(direct))}
+
+
+@pytest.mark.parametrize("place", MAY_IMPORT)
+def test_folders_import_one_way(place: str) -> None:
+    files = sorted((PACKAGE / place).rglob("*.py")) or [PACKAGE / f"{place}.py"]
+    assert {one for path in files for one in ours(path)} - allowed(place) == set()
+
+
+def test_every_folder_has_its_line_in_the_list_and_its_reason_in_a_docstring() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders - {"demo"} == {place for place in MAY_IMPORT if place != "massive"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == MODULES
+    assert len(folders) + len(list(PACKAGE.glob("*.*"))) <= 20
+    for folder in folders - {"cli", "testing"}:
+        (docstring,) = ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr), f"{folder} does more than say what it is"
+
+
+def test_modules_of_a_folder_import_each_other_without_circles() -> None:
+    """At import time: what is imported inside a function or for type checkers alone may point back."""
+    modules = {one for one in map(module_of, SOURCES) if one.count(".") > 1 or one.split(".")[-1] in MODULES}
+    graph = {}
+    for path in SOURCES:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        named = [node for node in body if isinstance(node, ast.ImportFrom)]
+        found = {f"{node.module}.{one.name}" for node in named for one in node.names} & modules
+        graph[module_of(path)] = found | {str(node.module) for node in named if node.module in modules}
+    assert tuple(TopologicalSorter(graph).static_order())
 
 
 def test_only_the_command_line_knows_all_others() -> None:
     """And only reports, plots and the command line draw on a terminal or a canvas."""
     outside = [path for path in SOURCES if path.parent.name != "cli" and path.name != "__main__.py"]
     assert [path.name for path in outside if "cli" in ours(path)] == []
-    drawing = [path.name for path in outside if libraries(path) & {"rich", "typer", "matplotlib"}]
-    assert [name for name in drawing if not re.fullmatch(r"(.*_)?(report|plots)\.py", name)] == []
+    drawing = {path.name for path in outside if libraries(path) & {"rich", "typer", "matplotlib"}}
+    assert drawing <= {"report.py", "plot.py", "figure.py"}
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)
@@ -94,6 +140,8 @@ def test_every_public_name_exists_and_has_words_to_it() -> None:
 
 
 def test_no_public_function_is_named_after_a_module() -> None:
-    """`mwtool.scan` is the module, whether or not it was imported before."""
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    """`mwtool.scan.scanner` is the module, whether or not it was imported before."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert modules & set(mwtool.__all__) == set()

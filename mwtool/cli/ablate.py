@@ -13,9 +13,9 @@ from mwtool.cli import options
 from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
-    from mwtool.ablate import Ablation, Sweep
-    from mwtool.load import Loaded
-    from mwtool.targets import Group
+    from mwtool.ablation.sweep import Ablation, Sweep
+    from mwtool.models.load import Loaded
+    from mwtool.scan.targets import Group
 
 
 def ablate(
@@ -75,16 +75,16 @@ def ablate(
     modes = list(dict.fromkeys(mode or ["zero", "retain"]))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
-    from mwtool.ablate import Sweep
+    from mwtool.ablation.continuation import prompt_ids
+    from mwtool.ablation.sweep import Sweep
     from mwtool.cli.terminal import note_all, say_once
-    from mwtool.continuation import prompt_ids
-    from mwtool.load import load
-    from mwtool.measured import Options
-    from mwtool.save import check_savable
-    from mwtool.scan import Settings
-    from mwtool.surgery import parse_mode
-    from mwtool.targets import find_targets
-    from mwtool.tasks import parse_tasks
+    from mwtool.evaluation.measurement import Options
+    from mwtool.evaluation.tasks import parse_tasks
+    from mwtool.models.load import load
+    from mwtool.scan.scanner import Settings
+    from mwtool.scan.targets import find_targets
+    from mwtool.surgery.attack import parse_mode
+    from mwtool.surgery.save import check_savable
 
     say_once()
     beside = (controls if controls is not None else not each_layer) * draws
@@ -116,23 +116,23 @@ def ablate(
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
     """Everything that is to be written can be, as far as one can know before."""
-    from mwtool.whole import check_writable
+    from mwtool.files.atomic_write import check_writable
 
     for file in (output, plot):
         if file is not None:
             check_writable(file)
     if plot is not None:
-        from mwtool.plots import check_plottable
+        from mwtool.files.figure import check_plottable
 
         check_plottable(plot)
     if save is not None:
-        from mwtool.whole import check_free
+        from mwtool.files.atomic_write import check_free
 
         check_free(save)
 
 
 def _measured(loaded: Loaded, groups: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
-    from mwtool.ablate import ablate
+    from mwtool.ablation.sweep import ablate
     from mwtool.cli.terminal import run_progress
 
     with run_progress() as on_run:
@@ -144,8 +144,8 @@ def _said(
 ) -> list[tuple[str, str]]:
     if prompt is None:
         return []
-    from mwtool.continuation import continuations
-    from mwtool.evaluate import prepare
+    from mwtool.ablation.continuation import continuations
+    from mwtool.evaluation.evaluate import prepare
 
     return continuations(loaded, groups[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
 
@@ -163,12 +163,12 @@ def _give(
     json: bool,
 ) -> None:
     """The results before the figure: what was measured is not lost where that cannot be written."""
-    from mwtool.ablate_document import ablate_document
+    from mwtool.ablation.document import ablate_document
     from mwtool.cli.terminal import command_line, note
-    from mwtool.document import text_of
-    from mwtool.save import save_attacked
-    from mwtool.surgery import Edit
-    from mwtool.whole import write
+    from mwtool.files.atomic_write import write
+    from mwtool.files.document import text_of
+    from mwtool.surgery.attack import Edit
+    from mwtool.surgery.save import save_attacked
 
     if save is not None:
         attack = found.runs[0].attack
@@ -184,13 +184,13 @@ def _give(
     else:
         _show(found, said)
     if plot is not None:
-        from mwtool.ablate_plot import plot_ablation
+        from mwtool.ablation.plot import plot_ablation
 
         plot_ablation(found, plot)
 
 
 def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
-    from mwtool.ablate_report import ablate_report
+    from mwtool.ablation.report import ablate_report
     from mwtool.cli.terminal import report_console
 
     console = report_console()

@@ -14,7 +14,7 @@ from mwtool.cli import options
 from mwtool.errors import BadPlugin
 
 if TYPE_CHECKING:
-    from mwtool.testing import Conformance
+    from mwtool.testing.kit import Conformance
 
 adapters = typer.Typer()
 
@@ -24,14 +24,14 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
     """List the model types that can be scanned; check an adapter, or start a new one."""
     if context.invoked_subcommand is not None:
         return
-    from mwtool.registry import installed
+    from mwtool.architecture.registry import installed
 
     plugins = installed()
     if json:
         _print("mwtool.adapters/1", adapters=[asdict(plugin) for plugin in plugins])
         return
-    from mwtool.adapters_report import adapters_table
     from mwtool.cli.terminal import report_console
+    from mwtool.testing.report import adapters_table
 
     report_console().print(adapters_table(plugins))
 
@@ -54,8 +54,8 @@ def check(
     if json:
         _print("mwtool.adapters.check/1", results=[asdict(result) for result in results])
     else:
-        from mwtool.adapters_report import conformance_table
         from mwtool.cli.terminal import report_console
+        from mwtool.testing.report import conformance_table
 
         report_console().print(conformance_table(results))
     failed = [result for result in results if result.fault is not None]
@@ -71,8 +71,8 @@ def new(
     debug: options.Debug = False,
 ) -> None:
     """Write a package with an adapter for a model type: entry point, adapter, conformance test, README."""
-    from mwtool.registry import installed
-    from mwtool.scaffold import write_package
+    from mwtool.architecture.registry import installed
+    from mwtool.testing.scaffold import write_package
 
     for path in write_package(name, folder):
         typer.echo(str(path))
@@ -82,8 +82,8 @@ def new(
 
 
 def _check(target: str | None, model_type: str | None) -> list[Conformance]:
-    from mwtool.registry import adapter_for, installed, load_object
-    from mwtool.testing import Check, Conformance, check_type
+    from mwtool.architecture.registry import adapter_for, installed, load_object
+    from mwtool.testing.kit import Check, Conformance, check_type
 
     if target is not None and ":" in target:
         adapter = load_object(target)

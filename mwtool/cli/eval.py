@@ -16,12 +16,12 @@ from mwtool.cli.options import DType, On
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mwtool.evaluate import Result
-    from mwtool.load import Loaded
+    from mwtool.evaluation.evaluate import Result
+    from mwtool.evaluation.measurement import Options
+    from mwtool.evaluation.tasks import Task
     from mwtool.massive import MassiveWeights
-    from mwtool.measured import Options
-    from mwtool.surgery import Attack
-    from mwtool.tasks import Task
+    from mwtool.models.load import Loaded
+    from mwtool.surgery.attack import Attack
 
 
 class Protocol(StrEnum):
@@ -90,11 +90,11 @@ def evaluate(
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
     from mwtool.cli.terminal import say_once
-    from mwtool.evaluate import check
-    from mwtool.measured import Options
-    from mwtool.surgery import parse_attack
-    from mwtool.tasks import parse_tasks
-    from mwtool.whole import check_writable
+    from mwtool.evaluation.evaluate import check
+    from mwtool.evaluation.measurement import Options
+    from mwtool.evaluation.tasks import parse_tasks
+    from mwtool.files.atomic_write import check_writable
+    from mwtool.surgery.attack import parse_attack
 
     say_once()
     measuring = Options(
@@ -126,8 +126,8 @@ def evaluate(
         sys.stdout.write(run.text())
         return
     from mwtool.cli.terminal import report_console
-    from mwtool.eval_document import rows_of
-    from mwtool.eval_report import eval_report
+    from mwtool.evaluation.document import rows_of
+    from mwtool.evaluation.report import eval_report
 
     report_console().print(eval_report(rows_of(run.documents, run.names)))
 
@@ -166,7 +166,7 @@ class _Run:
     earlier: list[dict[str, Any]] = field(default_factory=list)
 
     def measure(self, models: Sequence[str]) -> None:
-        from mwtool.eval_document import read_documents
+        from mwtool.evaluation.document import read_documents
 
         if self.resume and self.output is not None and self.output.exists():
             self.earlier = read_documents(self.output)
@@ -184,7 +184,7 @@ class _Run:
 
     def text(self) -> str:
         from mwtool.cli.terminal import command_line
-        from mwtool.eval_document import comparison_document, text_of_results
+        from mwtool.evaluation.document import comparison_document, text_of_results
 
         document = (
             comparison_document(self.documents, self.names, command_line()) if self.compare else self.documents[0]
@@ -192,16 +192,16 @@ class _Run:
         return text_of_results(document)
 
     def _write(self) -> None:
-        from mwtool.whole import write
+        from mwtool.files.atomic_write import write
 
         if self.output is not None:
             write(self.output, self.text())
 
     def _evaluate(self, model: str) -> None:
         from mwtool.cli.terminal import note, note_all, run_progress
-        from mwtool.eval_document import earlier_results
-        from mwtool.evaluate import evaluate
-        from mwtool.load import load
+        from mwtool.evaluation.document import earlier_results
+        from mwtool.evaluation.evaluate import evaluate
+        from mwtool.models.load import load
 
         loaded = load(model, **self.opening)
         massive, notes = self._massive(loaded)
@@ -244,8 +244,8 @@ class _Run:
         """Massive weights where an attack needs them."""
         if all(attack.idle for attack in self.attacks):
             return None, []
-        from mwtool.scan import Settings
-        from mwtool.scan_loaded import massive_for
+        from mwtool.scan.loaded import massive_for
+        from mwtool.scan.scanner import Settings
 
         most = max(attack.k for attack in self.attacks)
         massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))
@@ -253,7 +253,7 @@ class _Run:
 
     def _document(self, loaded: Loaded, massive: MassiveWeights | None) -> Callable[..., dict[str, Any]]:
         from mwtool.cli.terminal import command_line
-        from mwtool.eval_document import eval_document
+        from mwtool.evaluation.document import eval_document
 
         def made(results: Sequence[Result], notes: Sequence[str], *, complete: bool) -> dict[str, Any]:
             return eval_document(

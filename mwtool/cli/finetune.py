@@ -16,10 +16,10 @@ from mwtool.cli import options, process
 from mwtool.cli.options import DType
 
 if TYPE_CHECKING:
-    from mwtool.curriculum import Curriculum
-    from mwtool.finetune import Telling
-    from mwtool.plan import Asked, Plan
-    from mwtool.recipe import Recipe
+    from mwtool.finetune.config import Recipe
+    from mwtool.finetune.plan import Asked, Plan
+    from mwtool.finetune.trainer import Telling
+    from mwtool.macdrop.curriculum import Curriculum
 
 
 class Peft(StrEnum):
@@ -152,8 +152,8 @@ def finetune(
     if output is None and not dry_run:
         raise typer.BadParameter("-o DIR is missing: where does the adapter go?")
     from mwtool.cli.terminal import quiet_libraries
-    from mwtool.plan import Asked
-    from mwtool.recipe import Recipe
+    from mwtool.finetune.config import Recipe
+    from mwtool.finetune.plan import Asked
 
     quiet_libraries()
     place = process.training_device(device)
@@ -187,7 +187,7 @@ def finetune(
     if dry_run or output is None:
         _show_plan(plan, json=json)
         return
-    from mwtool.finetune import Telling
+    from mwtool.finetune.trainer import Telling
 
     telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
     _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
@@ -195,7 +195,7 @@ def finetune(
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
     """The curriculum of `--macdrop`, with what other flags say about it."""
-    from mwtool.curriculum_file import read_curriculum
+    from mwtool.macdrop.curriculum_yaml import read_curriculum
 
     read = read_curriculum(text)
     changes: dict[str, Any] = {"k": k, "scope": scope and scope.value, "resample": resample and resample.value}
@@ -207,8 +207,8 @@ def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resa
 def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
     """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
     from mwtool.cli.terminal import note, report_console
-    from mwtool.finetune_report import curriculum_chart
-    from mwtool.recipe import PAPER_STEPS
+    from mwtool.finetune.config import PAPER_STEPS
+    from mwtool.finetune.report import curriculum_chart
 
     steps = max_steps or PAPER_STEPS
     if max_steps is None:
@@ -221,8 +221,8 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
-    from mwtool.finetune_document import RECORD
-    from mwtool.whole import check_free
+    from mwtool.files.atomic_write import check_free
+    from mwtool.finetune.document import RECORD
 
     if resume and (folder / RECORD).exists():
         note(f"{folder} holds a run that has ended; there is nothing to go on with")
@@ -239,8 +239,8 @@ def _ended(folder: Path, *, resume: bool) -> bool:
 
 def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
-    from mwtool.plan import make_plan
-    from mwtool.source import locate
+    from mwtool.finetune.plan import make_plan
+    from mwtool.models.source import locate
 
     source = locate(model, revision, trust_remote_code=trust)
     note_all(source.notes)
@@ -252,10 +252,10 @@ def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, aske
 
 def _show_plan(plan: Plan, *, json: bool) -> None:
     from mwtool.cli.terminal import report_console
-    from mwtool.document import text_of
-    from mwtool.finetune_document import plan_document
-    from mwtool.finetune_report import plan_report
-    from mwtool.footprint import footprint
+    from mwtool.files.document import text_of
+    from mwtool.finetune.document import plan_document
+    from mwtool.finetune.memory import footprint
+    from mwtool.finetune.report import plan_report
 
     needed = footprint(plan)
     if json:
@@ -267,10 +267,10 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
 
 def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: bool, merge: bool, json: bool) -> None:
     from mwtool.cli.terminal import command_line, note, note_all, step_progress
-    from mwtool.finetune import train, with_adapter
-    from mwtool.finetune_document import finetune_document
-    from mwtool.outcome import leave
-    from mwtool.resume import newest
+    from mwtool.finetune.artifacts import leave
+    from mwtool.finetune.checkpointing import newest
+    from mwtool.finetune.document import finetune_document
+    from mwtool.finetune.trainer import train, with_adapter
 
     settings = plan.settings()
     found, notes = newest(folder, settings) if resume else (None, ())
@@ -301,8 +301,8 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
 
 def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
     from mwtool.cli.terminal import report_console
-    from mwtool.document import text_of
-    from mwtool.finetune_report import outcome_report
+    from mwtool.files.document import text_of
+    from mwtool.finetune.report import outcome_report
 
     if json:
         sys.stdout.write(text_of(document))

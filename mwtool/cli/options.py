@@ -14,7 +14,7 @@ import typer
 from mwtool.errors import BadValue
 
 if TYPE_CHECKING:
-    from mwtool.targets import Choice
+    from mwtool.scan.targets import Choice
 
 
 class DType(StrEnum):
@@ -137,7 +137,7 @@ def chosen(
     each_layer: bool = False,
 ) -> Choice:
     """Which rows the user chose. Raises BadParameter, which is wrong usage."""
-    from mwtool.targets import Choice
+    from mwtool.scan.targets import Choice
 
     events: Any = () if event is None else event if event in ("all", "up", "down") else numbers(event, "--event")
     try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.options import DType
+from mwtool.cli.options import DType, numbers
 
 if TYPE_CHECKING:
-    from mwtool.scan import Scan, Settings
+    from mwtool.scan.scanner import Scan, Settings
+
+BY_HAND, TABLES = "Choosing another event or other rows", "More tables"
+"""Panels of `--help`."""
 
 
 def scan(
@@ -34,17 +38,41 @@ def scan(
         float, typer.Option(min=0, callback=options.finite, help="... and above this many times the median.")
     ] = 50,
     sun_ratio: Annotated[
-        float, typer.Option(min=0, callback=options.finite, help="The same for the strict published test.")
+        float, typer.Option(min=0, callback=options.finite, help="The same for the stricter published test.")
     ] = 1000,
     spike: Annotated[
         float,
         typer.Option(min=0, callback=options.finite, help="Super weights: down_proj input and output above this."),
     ] = 50,
-    all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="0-N", help="Walk to layer N only.", show_default="to the last layer"),
+    ] = None,
+    event: Annotated[
+        int | None, typer.Option(min=0, help="Rows of this event, by its number.", rich_help_panel=BY_HAND)
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer.", rich_help_panel=BY_HAND)] = None,
+    indices: Annotated[
+        str | None, typer.Option(metavar="I,J,...", help="These rows, in this order.", rich_help_panel=BY_HAND)
+    ] = None,
+    expert: Annotated[
+        int | None, typer.Option(min=0, help="Rows of this routed expert.", rich_help_panel=BY_HAND)
+    ] = None,
+    states: Annotated[
+        bool, typer.Option("--states", help="Both states layer by layer.", rich_help_panel=TABLES)
     ] = False,
+    super_weights: Annotated[
+        bool, typer.Option("--super-weights", help="Super weights and their events.", rich_help_panel=TABLES)
+    ] = False,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect", help="Parameters and indices to keep when quantizing, by event.", rich_help_panel=TABLES
+        ),
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Fold no layers and no events.", rich_help_panel=TABLES)] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer: .png, .svg, .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer: .png, .svg, .pdf.")
     ] = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
@@ -56,38 +84,54 @@ def scan(
     debug: options.Debug = False,
 ) -> None:
     """Find the massive weights of a model, one decoder layer in memory at a time."""
-    from mwtool.analysis import Thresholds
-    from mwtool.bos import PROMPT
     from mwtool.cli.terminal import command_line, note_all
-    from mwtool.document import text_of
-    from mwtool.scan import Settings
-    from mwtool.scan_document import scan_document
-    from mwtool.whole import check_writable, write
+    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.document import text_of
+    from mwtool.models.bos import PROMPT
+    from mwtool.scan.by_hand import ByHand
+    from mwtool.scan.definitions import Thresholds
+    from mwtool.scan.document import scan_document
+    from mwtool.scan.scanner import Settings
 
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
+    if event is not None and layer is not None:
+        raise typer.BadParameter("--event and --layer name a place each; give one of them")
+    last = None if layers is None else _last(layers)
+    rows = () if indices is None else numbers(indices, "--indices")
     for file in (output, plot):
         if file is not None:
             check_writable(file)
     if plot is not None:
-        from mwtool.plots import check_plottable
+        from mwtool.files.figure import check_plottable
 
         check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
-    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
+    by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
+    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
     found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
     note_all(found.notes)
     text = text_of(scan_document(found, command_line()))
     if output is not None:
         write(output, text)
     if plot is not None:
-        from mwtool.scan_plot import plot_scan
+        from mwtool.scan.plot import plot_scan
 
         plot_scan(found, plot)
     if json:
         typer.echo(text, nl=False)
     else:
-        _show(found)
+        _show(found, states=states, super_weights=super_weights, protect=protect, every=every)
+
+
+def _last(layers: str) -> int:
+    """The end of a range such as 0-15; raises BadParameter, which is wrong usage."""
+    found = re.fullmatch(r"\s*0\s*-\s*(\d{1,9})\s*", layers, flags=re.ASCII)
+    if found is None:
+        raise typer.BadParameter(
+            f"--layers {layers!r} is no range from layer 0, where every walk begins; expected one such as 0-15"
+        )
+    return int(found[1])
 
 
 def _scan(
@@ -99,7 +143,7 @@ def _scan(
     trust: bool,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
-    from mwtool.scan import scan_checkpoint
+    from mwtool.scan.scanner import scan_checkpoint
 
     with layer_progress() as on_layer:
         return scan_checkpoint(
@@ -113,9 +157,18 @@ def _scan(
         )
 
 
-def _show(found: Scan) -> None:
+def _show(found: Scan, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
+    """The report, or in its place the tables asked for."""
     from mwtool.cli.terminal import report_console
-    from mwtool.scan_report import scan_report
+    from mwtool.scan.report import scan_report
+    from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
     console = report_console()
-    console.print(scan_report(found, console.width))
+    if not (states or super_weights or protect):
+        console.print(scan_report(found, console.width, every=every))
+    if states:
+        console.print(states_table(found, every=every))
+    if super_weights:
+        console.print(super_weights_table(found))
+    if protect:
+        console.print(protect_table(found))

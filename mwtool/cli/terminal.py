@@ -18,7 +18,7 @@ from rich.text import Text
 from mwtool.cli import process
 
 if TYPE_CHECKING:
-    from mwtool.watch import Step
+    from mwtool.finetune.monitor import Step
 
 _stderr = Console(stderr=True, soft_wrap=True, quiet=not process.first())
 """Of several processes that train together, the first one shows progress and notes."""

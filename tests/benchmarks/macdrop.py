@@ -28,7 +28,7 @@ import transformers
 
 import mwtool.demo
 from mwtool import MacDrop, MassiveWeights, scan_model
-from mwtool.scan import decoder_layers
+from mwtool.scan.scanner import decoder_layers
 from mwtool_adapters.llama import LLAMA  # by name: the benchmark runs from the sources alone, uninstalled
 
 SHAPES: dict[str, dict[str, int]] = {

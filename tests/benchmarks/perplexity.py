@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of `mwtool.perplexity` beside the loop that published code uses.
+"""Tokens per second and peak memory of `mwtool.evaluation.perplexity` beside the loop that published code uses.
 
     python tests/benchmarks/perplexity.py [--shape demo|1b|8b] [--device cuda] [--dtype bfloat16]
                                           [--window 4096] [--windows 8] [--pairs 5]
@@ -27,9 +27,9 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mwtool.perplexity import perplexity
-from mwtool.protocol import Windows, windows
-from mwtool.source import DEMO
+from mwtool.evaluation.perplexity import perplexity
+from mwtool.evaluation.windows import Windows, windows
+from mwtool.models.source import DEMO
 
 SHAPES = {
     "1b": {

@@ -29,24 +29,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mwtool.ablate import Sweep, ablate
+from mwtool.ablation.sweep import Sweep, ablate
 from mwtool.cli.terminal import quiet_libraries
-from mwtool.compare import ratio_of, student_t
-from mwtool.curriculum import curriculum_of
-from mwtool.document import text_of
-from mwtool.finetune import train, with_adapter
-from mwtool.finetune_document import measured
-from mwtool.load import load
-from mwtool.measured import Options
-from mwtool.plan import Asked, Plan, make_plan
-from mwtool.recipe import Recipe
-from mwtool.scan import Settings, scan_checkpoint
-from mwtool.scan_document import scan_document
-from mwtool.source import locate
-from mwtool.surgery import Attack
-from mwtool.targets import Choice, find_targets
-from mwtool.tasks import parse_tasks
-from mwtool.whole import write
+from mwtool.evaluation.comparison import ratio_of, student_t
+from mwtool.evaluation.measurement import Options
+from mwtool.evaluation.tasks import parse_tasks
+from mwtool.files.atomic_write import write
+from mwtool.files.document import text_of
+from mwtool.finetune.config import Recipe
+from mwtool.finetune.document import measured
+from mwtool.finetune.plan import Asked, Plan, make_plan
+from mwtool.finetune.trainer import train, with_adapter
+from mwtool.macdrop.curriculum import curriculum_of
+from mwtool.models.load import load
+from mwtool.models.source import locate
+from mwtool.scan.document import scan_document
+from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
+from mwtool.surgery.attack import Attack
 
 PEFTS = ("lora", "dora")
 SCHEDULES = ("none", "step:0.8", "exp:0.8,alpha=0.01")

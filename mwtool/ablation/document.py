@@ -1,0 +1,115 @@
+"""An ablation as a document of schema mwtool.ablate/1; docs/json.md describes every key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mwtool.ablation.sweep import Ablation, Run
+from mwtool.ablation.verdict import Verdict
+from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
+from mwtool.evaluation.document import envelope_of
+from mwtool.evaluation.measurement import Measured
+from mwtool.files.document import finite
+from mwtool.models.load import Loaded
+
+SCHEMA = "mwtool.ablate/1"
+
+
+def ablate_document(
+    loaded: Loaded,
+    found: Ablation,
+    *,
+    seed: int = 0,
+    command: str | None = None,
+    generated: Sequence[tuple[str, str]] = (),
+    saved: str | None = None,
+) -> dict[str, Any]:
+    """The document. A number that is not finite is null, and `nonfinite` says why."""
+    baseline = named(found.baseline)
+    return {
+        **envelope_of(SCHEMA, loaded, seed=seed, command=command),
+        "tasks": [_task(name, one) for name, one in baseline.items()],
+        "baseline": {name: finite(one.value) for name, one in baseline.items()},
+        "nonfinite": _nonfinite(baseline),
+        "runs": [_run(run, baseline) for run in found.runs],
+        "verdicts": [_verdict(one) for one in found.verdicts],
+        "generated": [{"attack": attack, "text": text} for attack, text in generated],
+        "saved": saved,
+        "notes": list(dict.fromkeys((*loaded.notes, *found.notes))),
+    }
+
+
+def _task(name: str, one: Measured) -> dict[str, Any]:
+    return {
+        "name": name,
+        "task": one.task,
+        "metric": one.metric,
+        "higher_is_better": one.higher_is_better,
+        "n": one.n,
+        "digest": one.digest,
+        "setting": one.setting,
+    }
+
+
+def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
+    results = named(run.measured)
+    ratios = {name: ratio_of(one, baseline[name]) for name, one in results.items()}
+    changes = {name: points_of(one, baseline[name]) for name, one in results.items()}
+    return {
+        "mode": run.attack.name,
+        "k": run.attack.k,
+        "control": run.control,
+        **_first_place(run),
+        "places": [
+            {"layer": target.layer, "module": target.module, "expert": target.expert, "indices": list(rows)}
+            for target, rows in zip(run.targets, run.rows, strict=True)
+        ],
+        "results": {name: finite(one.value) for name, one in results.items()},
+        "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
+        "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
+        "delta": {name: None if points is None else finite(points) for name, points in changes.items()},
+        "nonfinite": _nonfinite(results),
+    }
+
+
+def _first_place(run: Run) -> dict[str, Any]:
+    """The place of an attack on one layer; null for each of several, which `places` lists."""
+    if len(run.targets) > 1:
+        return {"layer": None, "module": None, "expert": None, "indices": None}
+    target = run.targets[0]
+    return {
+        "layer": target.layer,
+        "module": target.module,
+        "expert": target.expert,
+        "indices": list(run.rows[0]),
+    }
+
+
+def _verdict(one: Verdict) -> dict[str, Any]:
+    return {
+        "mode": one.attack.name,
+        "k": one.attack.k,
+        "layer": one.layers[0] if len(one.layers) == 1 else None,
+        "expert": one.experts[0] if len(one.experts) == 1 else None,
+        "layers": list(one.layers),
+        "task": one.task,
+        "ratio": finite(one.ratio.value),
+        "interval": _interval(one.ratio),
+        "random": [finite(value) for value in one.random],
+        "norm": None if one.norm is None else finite(one.norm),
+        "norm_shared": one.norm_shared,
+        "beyond": None if one.beyond is None else finite(one.beyond.value),
+        "beyond_interval": _interval(one.beyond),
+        "text": one.text,
+    }
+
+
+def _interval(ratio: Ratio | None) -> list[float | None] | None:
+    if ratio is None or ratio.low is None or ratio.high is None:
+        return None
+    return [finite(ratio.low), finite(ratio.high)]
+
+
+def _nonfinite(results: dict[str, Measured]) -> dict[str, str]:
+    return {name: one.nonfinite for name, one in results.items() if one.nonfinite}

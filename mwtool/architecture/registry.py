@@ -1,0 +1,164 @@
+"""Model type -> adapter, through entry points, importing only the one that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
+from mwtool.architecture.unsupported import REASONS
+from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+GROUP = "mwtool.adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """One entry point: a model type, the object that serves it, and the distribution it came with."""
+
+    model_type: str
+    value: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"adapter {self.value!r} ({f'{self.distribution} {self.version}'.strip()})"
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """An adapter and where it came from; whatever it raises is reported with that."""
+
+    adapter: Adapter
+    plugin: Plugin
+
+    def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
+        """As the adapter says; raises BadPlugin, naming it, where it fails, now or in a network's `combine`."""
+        with _blaming(f"{self.plugin} failed for layer {index}"):
+            layer = self.adapter.layer(config, index)
+            if not isinstance(layer, DecoderLayer):
+                return layer  # told of where descriptions are looked at
+            return replace(layer, ffns=tuple(self._blamed(ffn) for ffn in layer.ffns))
+
+    def _blamed(self, ffn: FFN) -> FFN:
+        if not isinstance(ffn, FFN) or ffn.combine is None:
+            return ffn
+        return replace(ffn, combine=Combine(ffn.combine, f"{self.plugin}: combine of {ffn.module}"))
+
+    @property
+    def tiny(self) -> Mapping[str, Mapping[str, Any]]:
+        """Options of tiny configurations by model type, where the adapter gives any; raises BadPlugin for others."""
+        with _blaming(f"{self.plugin} failed to give its `tiny`"):
+            given = getattr(self.adapter, "tiny", {})
+        if not isinstance(given, Mapping) or not all(isinstance(one, Mapping) for one in given.values()):
+            raise BadPlugin(f"{self.plugin} has {given!r} for its `tiny`; expected options by model type")
+        return given
+
+    def __str__(self) -> str:
+        return str(self.plugin)
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """An adapter's `combine` and what it is called in messages; its faults are the adapter's, whenever it is run."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    named: str
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """As the adapter says; raises BadPlugin where it fails, or gives no tensor like the two it was given."""
+        with _blaming(f"{self.named} failed"):
+            state = self.function(gate, up)
+            found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (state, up))
+        if found != expected:
+            raise BadPlugin(f"{self.named} gave {found}; expected {expected}, as up is")
+        return state
+
+
+def installed() -> list[Plugin]:
+    """Every adapter entry point there is, by model type; imports none of them."""
+    found = {_plugin(entry) for entry in entry_points(group=GROUP)}  # a distribution may be on the path twice
+    return sorted(found, key=lambda p: (p.model_type, p.distribution, p.value))
+
+
+def adapter_for(model_type: str) -> Installed:
+    """The adapter registered under this ``config.model_type``.
+
+    Raises UnsupportedModel if there is none, BadPlugin if it cannot be loaded or two lay claim to the type.
+    """
+    entries = entry_points(group=GROUP, name=model_type)
+    claims = {(entry.value, _plugin(entry).distribution): entry for entry in entries}
+    if not claims and model_type in REASONS:
+        raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
+    if not claims:
+        raise UnsupportedModel(
+            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` starts one, a few lines "
+            f"in a package of its own; installed are {_names(p.model_type for p in installed())}"
+        )
+    if len(claims) > 1:
+        named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))
+        raise BadPlugin(f"model type {model_type!r} is claimed by {named}; uninstall all but one")
+    return _load(next(iter(claims.values())))
+
+
+def register(model_type: str, *, own_code: bool = False) -> None:
+    """Load the adapter of a type that transformers does not know, so that its module can register the type there.
+
+    own_code: the checkpoint brings the type's code along, so that there need not be an adapter.
+    Raises as `adapter_for` does.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING and not (own_code and not entry_points(group=GROUP, name=model_type)):
+        adapter_for(model_type)
+
+
+def load_object(value: str) -> Installed:
+    """An adapter that is not installed, as ``MODULE:OBJECT``; a class is called without arguments.
+
+    Raises BadPlugin if it cannot be imported or is no adapter.
+    """
+    entry = EntryPoint(name=value, value=value, group=GROUP)
+    with _blaming(f"adapter {value!r} cannot be imported"):
+        adapter = entry.load()
+        adapter = adapter() if isinstance(adapter, type) else adapter
+        return _checked(adapter, Plugin("", value, "not installed", ""))
+
+
+def _load(entry: EntryPoint) -> Installed:
+    plugin = _plugin(entry)
+    with _blaming(f"{plugin} cannot be imported"):
+        return _checked(entry.load(), plugin)
+
+
+def _checked(adapter: object, plugin: Plugin) -> Installed:
+    if isinstance(adapter, type) or not isinstance(adapter, Adapter):
+        raise BadPlugin(f"{plugin} is {adapter!r}; expected an object with a method layer(config, index)")
+    return Installed(adapter, plugin)
+
+
+@contextmanager
+def _blaming(named: str) -> Iterator[None]:
+    """Turn whatever a plugin raises into BadPlugin, but for what it means to say: that a model is unsupported."""
+    try:
+        yield
+    except MwtoolError:
+        raise
+    except Exception as fault:  # a plugin may raise anything at all; it must not pass for a fault of ours
+        raise BadPlugin(f"{named}: {type(fault).__name__}: {fault}") from fault
+
+
+def _plugin(entry: EntryPoint) -> Plugin:
+    dist = entry.dist
+    return Plugin(entry.name, entry.value, dist.name if dist else "unknown", dist.version if dist else "?")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names))) or "none"

@@ -1,0 +1,159 @@
+"""Two figures of the same examples: their ratio or difference, with a paired interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mwtool.evaluation.measurement import Measured
+from mwtool.evaluation.numbers import fine
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """What one figure is beside another.
+
+    kind: `ratio` of perplexities, `points` between accuracies (hundredths), or `difference` of other means.
+    low, high: a 95 % interval over the examples both have; None where there are too few.
+    """
+
+    kind: Literal["ratio", "points", "difference"]
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def paired(one: Measured, other: Measured) -> Paired | None:
+    """`one` beside `other`; None unless both are finite and have the same examples, asked in the same way."""
+    if one.digest is None or one.digest != other.digest or one.metric != other.metric or one.part != other.part:
+        return None
+    if one.nonfinite or other.nonfinite or not one.samples or len(one.samples) != len(other.samples):
+        return None
+    if one.weights is not None:
+        if not comparable(one, other):
+            return None
+        ratio = paired_ratio(one, [other])
+        return Paired("ratio", ratio.value, ratio.low, ratio.high, one.n)
+    return _difference(one, other)
+
+
+def _difference(one: Measured, other: Measured) -> Paired:
+    """The mean of the samples' differences d_i, -+ t SE, with SE^2 = var(d) / n."""
+    counted = all(value in (0, 1) for value in (*one.samples, *other.samples))
+    scale = 100 if counted else 1
+    differences = [scale * (a - b) for a, b in zip(one.samples, other.samples, strict=True)]
+    mean, n = math.fsum(differences) / len(differences), len(differences)
+    kind: Literal["points", "difference"] = "points" if counted else "difference"
+    if n < LEAST:
+        return Paired(kind, mean, None, None, n)
+    half = student_t(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    return Paired(kind, mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of one model under one attack."""
+
+    model: str
+    attack: str
+    measured: Measured
+
+    @property
+    def key(self) -> tuple[str, str | None, str]:
+        """Equal for the same metric of the same task."""
+        return self.measured.task, self.measured.part, self.measured.metric
+
+
+def beside_first(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Paired | None]]:
+    """Every figure but the first of its kind, with that first one and what it is beside it."""
+    first: dict[tuple[str, str | None, str], Row] = {}
+    for row in rows:
+        reference = first.setdefault(row.key, row)
+        if reference is not row:
+            yield row, reference, paired(row.measured, reference.measured)
+
+
+LEVEL = 0.95
+
+
+LEAST = 4
+"""Windows below which no interval is given: the quantile's expansion is not good enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Attacked over baseline perplexity, and its 95 % interval over windows; None where there are too few."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{fine(self.low)}, {fine(self.high)}]"
+        return f"{fine(self.value)}{interval}"
+
+
+def comparable(one: Measured, other: Measured) -> bool:
+    """Whether both are finite perplexities of the same windows."""
+    return (
+        one.weights is not None
+        and not one.nonfinite
+        and not other.nonfinite
+        and (one.digest, one.weights) == (other.digest, other.weights)
+    )
+
+
+def paired_ratio(attacked: Measured, baseline: Sequence[Measured]) -> Ratio:
+    """Perplexity over that of `baseline` (of several: their geometric mean), with a paired interval.
+
+    With d_i the difference of a window's -ln p, n_i its tokens: D = sum d / sum n, its variance that of a ratio of
+    sums, the interval exp(D -+ t SE) with t of n - 1 degrees of freedom.
+    """
+    assert attacked.weights is not None, "a perplexity"
+    counts = attacked.weights
+    others = [math.fsum(values) / len(baseline) for values in zip(*(one.samples for one in baseline), strict=True)]
+    differences = [a - b for a, b in zip(attacked.samples, others, strict=True)]
+    total, n = math.fsum(counts), len(counts)
+    mean = math.fsum(differences) / total
+    if n < LEAST:
+        return Ratio(_exp(mean), None, None)
+    squares = math.fsum((d - mean * count) ** 2 for d, count in zip(differences, counts, strict=True))
+    half = student_t(n - 1) * math.sqrt(squares * n / (n - 1)) / total
+    return Ratio(_exp(mean), _exp(mean - half), _exp(mean + half))
+
+
+def student_t(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, by Cornish-Fisher; from 3 degrees of freedom on within 0.5 %."""
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + first / freedom + second / freedom**2 + third / freedom**3 + fourth / freedom**4
+
+
+def named(measured: Sequence[Measured]) -> dict[str, Measured]:
+    """By task, and by task, part and metric where a task has several figures."""
+    tasks = [one.task for one in measured]
+    return {
+        one.task if tasks.count(one.task) == 1 else " ".join(filter(None, (one.task, one.part, one.metric))): one
+        for one in measured
+    }
+
+
+def ratio_of(attacked: Measured, baseline: Measured) -> Ratio | None:
+    """For a perplexity that is finite, on both sides."""
+    return paired_ratio(attacked, [baseline]) if comparable(attacked, baseline) else None
+
+
+def points_of(attacked: Measured, baseline: Measured) -> float | None:
+    """Points of an accuracy won or lost; None for a perplexity."""
+    return 100 * (attacked.value - baseline.value) if baseline.weights is None else None
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf  # noqa: PLR2004 - e^709 is the last that is finite

@@ -1,0 +1,243 @@
+"""An evaluation as a document of schema mwtool.eval/1, and back; docs/json.md describes every key."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mwtool.errors import BadValue
+from mwtool.evaluation.comparison import Paired, Row, beside_first
+from mwtool.evaluation.evaluate import Result
+from mwtool.evaluation.measurement import Measured, Options, bos_for
+from mwtool.files.document import envelope, finite, text_of
+from mwtool.massive import MassiveWeights
+from mwtool.models.load import Loaded
+from mwtool.surgery.attack import Attack, parse_attack
+
+SCHEMA = "mwtool.eval/1"
+COMPARISON = "mwtool.comparison/1"
+SAME = ("revision", "dtype", "attention", "bos", "seed", "options")
+"""What results of one document share; a run is resumed only where all of it, and the attacked rows, are equal."""
+LIBRARIES = ("accelerate", "datasets", "lm_eval", "peft")
+
+
+def eval_document(
+    loaded: Loaded,
+    options: Options,
+    *,
+    attacks: Sequence[Attack],
+    tasks: Sequence[str],
+    results: Sequence[Result] = (),
+    massive: MassiveWeights | None = None,
+    notes: Sequence[str] = (),
+    command: str | None = None,
+    complete: bool = True,
+) -> dict[str, Any]:
+    """The document. A number that is not finite is null, and `nonfinite` says why."""
+    head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
+    bos = bos_for(loaded, options)
+    return {
+        **head,
+        "versions": {**head["versions"], **_versions()},
+        "attention": getattr(loaded.base.config, "_attn_implementation", None),
+        "bos": None if bos is None else {"id": bos.id, "token": bos.token, "how": bos.how},
+        "options": {
+            "limit": options.limit,
+            "protocol": options.protocol,
+            "window": options.window,
+            "delimiter": options.delimiter,
+            "new_tokens": options.new_tokens,
+        },
+        "batch_size": options.batch_size,
+        "massive": None
+        if massive is None
+        else {"layer": massive.layer, "expert": massive.expert, "indices": list(massive.indices)},
+        "attacks": [str(attack) for attack in attacks],
+        "tasks": list(tasks),
+        "complete": complete,
+        "results": [result_of(one) for one in results],
+        "notes": list(dict.fromkeys((*loaded.notes, *notes))),
+    }
+
+
+def result_of(one: Result) -> dict[str, Any]:
+    """An entry of `results`."""
+    measured = one.measured
+    return {
+        "attack": str(one.attack),
+        "task": measured.task,
+        "part": measured.part,
+        "metric": measured.metric,
+        "value": finite(measured.value),
+        "stderr": None if measured.stderr is None else finite(measured.stderr),
+        "n": measured.n,
+        "seconds": round(measured.seconds, 3),
+        "nonfinite": measured.nonfinite,
+        "higher_is_better": measured.higher_is_better,
+        "digest": measured.digest,
+        "setting": measured.setting,
+        "samples": [finite(value) for value in measured.samples],
+        "weights": None if measured.weights is None else list(measured.weights),
+        "answers": list(measured.answers),
+    }
+
+
+def comparison_document(
+    documents: Sequence[dict[str, Any]], names: Sequence[str], command: str | None
+) -> dict[str, Any]:
+    """Documents of several models, and every figure beside the first of its kind."""
+    keys = ("mwtool_version", "model", "revision", "model_type", "dtype", "device", "seed", "versions")
+    return {
+        "schema": COMPARISON,
+        **{key: documents[0][key] for key in keys},
+        "command": command,
+        "names": list(names),
+        "complete": all(one["complete"] for one in documents),
+        "pairs": [_pair(*one) for one in beside_first(rows_of(documents, names))],
+        "models": list(documents),
+    }
+
+
+def rows_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Row]:
+    """Every figure of these documents, under these names of their models."""
+    return [
+        Row(name, entry["attack"], measured_of(entry))
+        for document, name in zip(documents, names, strict=True)
+        for entry in document["results"]
+    ]
+
+
+def measured_of(entry: dict[str, Any]) -> Measured:
+    """A figure from an entry of `results`."""
+    nan = math.nan
+    return Measured(
+        task=entry["task"],
+        part=entry["part"],
+        metric=entry["metric"],
+        value=nan if entry["value"] is None else entry["value"],
+        stderr=entry["stderr"],
+        n=entry["n"],
+        seconds=entry["seconds"],
+        samples=tuple(nan if value is None else value for value in entry["samples"]),
+        weights=None if entry["weights"] is None else tuple(entry["weights"]),
+        higher_is_better=entry["higher_is_better"],
+        nonfinite=entry["nonfinite"],
+        digest=entry["digest"],
+        setting=entry["setting"],
+        answers=tuple(entry["answers"]),
+    )
+
+
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The evaluations in a result file, one or several. Raises BadValue."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise BadValue(f"{path} cannot be read as a result file: {fault}") from fault
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema not in (SCHEMA, COMPARISON):
+        raise BadValue(
+            f"{path} has schema {schema!r}; expected {SCHEMA!r} or {COMPARISON!r}, as `mwtool eval -o` writes"
+        )
+    found = document["models"] if schema == COMPARISON else [document]
+    missing = next(
+        (key for one in found for key in (*SAME, "model", "adapter", "on", "massive", "results") if key not in one),
+        None,
+    )
+    if missing is not None:
+        raise BadValue(f"{path} has no {missing!r}; expected a result file of this version of mwtool")
+    return list(found)
+
+
+def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[str, Any]]) -> list[Result]:
+    """Results of the same model among earlier ones, to go on from. Raises BadValue where they were made otherwise."""
+    for one in documents:
+        if (one["model"], one["adapter"], one["on"]) != (now["model"], now["adapter"], now["on"]):
+            continue
+        other = next((key for key in SAME if one[key] != now[key]), None)
+        if other is None and not _same_rows(one["massive"], now["massive"]):
+            other = "massive"
+        if other is not None:
+            was, new = _differing(one[other], now[other])
+            raise BadValue(
+                f"{path} was made with {other} {was}, now it is {new}; give the same to go on, or write elsewhere"
+            )
+        return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
+    return []
+
+
+def _differing(one: Any, other: Any) -> tuple[str, str]:
+    """Of two objects what differs, on each side; anything else as it is."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return str(one), str(other)
+    keys = [key for key in one if one[key] != other.get(key)]
+    was, new = (", ".join(f"{key} {side.get(key)}" for key in keys) for side in (one, other))
+    return was, new
+
+
+def _same_rows(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether the rows that both ranked are the same."""
+    if one is None or other is None:
+        return True  # one of the two attacks nothing
+    ranked = min(len(one["indices"]), len(other["indices"]))
+    places = [(rows["layer"], rows["expert"], rows["indices"][:ranked]) for rows in (one, other)]
+    return places[0] == places[1]
+
+
+def text_of_results(document: dict[str, Any]) -> str:
+    """As `text_of`, with lists of numbers on one line: there is one for every sample."""
+    return re.sub(r"\[\n\s+((?:[-+\d.eE,\s]|null)+?)\s+\]", _on_one_line, text_of(document))
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return f"[{' '.join(found[1].split())}]"
+
+
+def _pair(row: Row, reference: Row, found: Paired | None) -> dict[str, Any]:
+    task, part, metric = row.key
+    interval = None if found is None or found.low is None or found.high is None else [found.low, found.high]
+    return {
+        "task": task,
+        "part": part,
+        "metric": metric,
+        "model": row.model,
+        "attack": row.attack,
+        "beside": {"model": reference.model, "attack": reference.attack},
+        "kind": None if found is None else found.kind,
+        "value": None if found is None else finite(found.value),
+        "interval": None if interval is None else [finite(value) for value in interval],
+        "n": None if found is None else found.n,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def envelope_of(schema: str, loaded: Loaded, *, seed: int, command: str | None) -> dict[str, Any]:
+    """The same of what was done to a model in memory, and where its adapter stood."""
+    identity = loaded.identity
+    return {
+        **envelope(
+            schema,
+            model=identity.model,
+            revision=identity.revision,
+            model_type=identity.model_type,
+            dtype=str(loaded.base.dtype).removeprefix("torch."),
+            device=str(loaded.base.device),
+            seed=seed,
+            command=command,
+        ),
+        "adapter": loaded.source.adapter,
+        "on": loaded.on,
+    }

@@ -1,0 +1,87 @@
+"""What lm-evaluation-harness answers -> figures, with the samples behind each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mwtool.evaluation.measurement import Measured, digest_of, mean_of, perplexity_of
+from mwtool.evaluation.perplexity import nonfinite, summarize
+
+Answer = tuple[float, bool]
+"""ln p of a continuation, and whether greedy decoding would give it."""
+
+
+def choice_figures(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
+    """acc: the likeliest choice is the right one; acc_norm: likeliest for each of its characters."""
+    for metric in ("acc", "acc_norm"):
+        values = []
+        for row, answers in scored:
+            scale = [len(ending) if metric == "acc_norm" else 1 for ending in row.endings]
+            each = [answer[0] / length for answer, length in zip(answers, scale, strict=True)]
+            values.append(float(each.index(max(each)) == row.gold) if all(map(math.isfinite, each)) else math.nan)
+        yield mean_of(metric, values)
+
+
+def cloze_figures(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
+    """acc: greedy decoding gives the true continuation; perplexity: that of the true one, a file's rows together."""
+    yield mean_of("acc", [float(answers[0][1]) if math.isfinite(answers[0][0]) else math.nan for _, answers in scored])
+    found = summarize([-answers[0][0] for _, answers in scored], [1] * len(scored), 0.0)
+    yield perplexity_of("perplexity", found)
+
+
+def harness_figures(found: Any, task: str, seconds: float, setting: dict[str, Any]) -> Iterator[Measured]:
+    """The harness's results as ours, of each task and of groups; standard errors from its log of samples."""
+    for name, results in {**found["results"], **found.get("groups", {})}.items():
+        rows = found.get("samples", {}).get(name, [])
+        better = found.get("higher_is_better", {}).get(name, {})
+        more = {"version": found.get("versions", {}).get(name), "shots": found.get("n-shot", {}).get(name)}
+        for key, value in results.items():
+            metric, _, selected = key.partition(",")
+            if not selected or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            chosen = [row for row in rows if row.get("filter", "none") == selected]
+            figure = _figure(metric if selected == "none" else f"{metric}/{selected}", float(value), chosen, metric)
+            figure |= {"higher_is_better": better.get(metric) is not False}  # as the task has it
+            yield Measured(
+                task=task,
+                part=None if name == setting["name"] else name,
+                seconds=seconds,
+                setting={**setting, **more},
+                digest=_digest(chosen),
+                **figure,
+            )
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str | None:
+    """The same for the same questions, asked in the same words."""
+    return digest_of("".join(row["doc_hash"] + row["prompt_hash"] for row in rows)) if rows else None
+
+
+def _figure(name: str, value: float, rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """With samples where the value is their mean, or a perplexity of ln p or (ln p, count) pairs; else without."""
+    each = [row[metric] for row in rows if metric in row]
+    broken = [at for at, row in enumerate(rows) if not _finite(row.get("filtered_resps"))]
+    if broken:  # an argmax over NaN is some choice, and its accuracy some number
+        why = nonfinite(broken, len(rows))
+        return {"metric": name, "value": math.nan, "stderr": None, "n": len(rows), "nonfinite": why}
+    single = bool(each) and all(isinstance(one, (int, float)) for one in each)
+    if single:
+        figure = mean_of(name, list(map(float, each)))
+        if math.isclose(figure["value"], value, rel_tol=1e-6, abs_tol=1e-9):
+            return figure
+    if each and metric.endswith("perplexity") and (single or all(isinstance(one, (tuple, list)) for one in each)):
+        pairs = [(one, 1) if single else one for one in each]
+        found = summarize([-float(one[0]) for one in pairs], [int(one[1]) for one in pairs], 0.0)
+        if math.isclose(found.value, value, rel_tol=1e-6):
+            return perplexity_of(name, found)
+    bad = None if math.isfinite(value) else f"the harness gave {value}"
+    return {"metric": name, "value": value, "stderr": None, "n": len(rows), "nonfinite": bad}
+
+
+def _finite(answers: Any) -> bool:
+    """Whether no number among these, at any depth, is NaN or infinite."""
+    if isinstance(answers, float):
+        return math.isfinite(answers)
+    return not isinstance(answers, (list, tuple)) or all(map(_finite, answers))

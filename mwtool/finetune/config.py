@@ -1,0 +1,82 @@
+"""Every setting of a fine-tuning run, the paper's by default, and the steps that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mwtool.errors import BadValue
+from mwtool.macdrop.curriculum import Curriculum, curriculum_of
+
+Peft = Literal["lora", "dora"]
+PAPER_STEPS = 579
+"""Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decides the trained adapter, besides the model, the data and the massive rows.
+
+    batch_size: sequences a device takes at once; effective_batch: those of one optimizer step over all devices, reached
+    by accumulation. max_length: tokens of a sequence; None: 1024, or what the model has. max_steps: instead of epochs.
+    warmup: share of the steps. target_modules: names of layers; empty: all linear layers but embeddings and head.
+    eval_share: part of the sequences that is held out. dtype: what is computed in, a torch dtype's name.
+    """
+
+    curriculum: Curriculum = field(default_factory=lambda: curriculum_of("step:0.8"))
+    peft: Peft = "lora"
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    lr: float = 1e-4
+    warmup: float = 0.05
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    effective_batch: int = 256
+    max_length: int | None = None
+    packing: bool = False
+    on_prompt: bool = False
+    gradient_checkpointing: bool = False
+    quantize: Literal["4bit"] | None = None
+    eval_share: float = 0.05
+    seed: int = 0
+    dtype: str = "float32"
+
+    def document(self) -> dict[str, Any]:
+        """All settings as JSON; the curriculum as its keys in a YAML file."""
+        return {**asdict(self), "curriculum": curriculum_document(self.curriculum)}
+
+    def accumulation(self, processes: int = 1) -> int:
+        """Micro-batches of one optimizer step on each device. Raises BadValue where they do not come out even."""
+        at_once = self.batch_size * processes
+        if self.effective_batch % at_once:
+            raise BadValue(
+                f"an effective batch of {self.effective_batch} is no multiple of {self.batch_size} sequences on "
+                f"{processes} device{'s' if processes > 1 else ''}: change --effective-batch or --batch-size"
+            )
+        return self.effective_batch // at_once
+
+    def steps(self, sequences: int, processes: int = 1) -> tuple[int, int]:
+        """Optimizer steps of the run and of one epoch, as Trainer counts them."""
+        batches = math.ceil(sequences / (self.batch_size * processes))
+        per_epoch = math.ceil(batches / self.accumulation(processes))
+        return self.max_steps or math.ceil(self.epochs * per_epoch), per_epoch
+
+
+def curriculum_document(curriculum: Curriculum) -> dict[str, Any]:
+    """The curriculum as the keys of its YAML file."""
+    phases = [
+        {"schedule": str(phase.schedule), "steps": phase.steps, "share": phase.share} for phase in curriculum.phases
+    ]
+    return {
+        "schedule": str(curriculum),
+        "phases": phases,
+        "k": curriculum.k,
+        "scope": curriculum.scope,
+        "resample": curriculum.resample,
+        "masks": curriculum.masks,
+        "seed": curriculum.seed,
+    }

@@ -1,0 +1,196 @@
+"""A fine-tuning run as a document of schema mwtool.finetune/1 (docs/json.md), and as the adapter's model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mwtool.files.document import envelope, finite
+from mwtool.finetune.memory import Footprint
+from mwtool.finetune.plan import Plan
+from mwtool.finetune.trainer import Trained
+
+SCHEMA, PLAN = "mwtool.finetune/1", "mwtool.finetune.plan/1"
+RECORD = "macdrop.json"
+"""The document's name beside the adapter; where it is, the run has ended."""
+_LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "macdrop_p")
+
+
+def finetune_document(
+    plan: Plan, trained: Trained, *, device: str, command: str | None = None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The document, saved as `macdrop.json` beside the adapter."""
+    log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trained.log]
+    log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    return {
+        **_beginning(SCHEMA, plan, device=device, command=command),
+        "how": trained.how,
+        "rows": list(trained.rows),
+        "processes": plan.processes,
+        "steps": trained.steps,
+        "steps_per_epoch": plan.per_epoch,
+        "p": [trained.history[t] for t in sorted(trained.history)],
+        "log": log,
+        "measured": measured(log, trained),
+        "notes": [*plan.notes, *notes],
+    }
+
+
+def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
+    """What `--dry-run --json` prints."""
+    values = () if plan.massive is None else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
+    return {
+        **_beginning(PLAN, plan, device="meta"),
+        "processes": plan.processes,
+        "steps": plan.steps,
+        "steps_per_epoch": plan.per_epoch,
+        "p": list(values),
+        "parameters": needed.parameters,
+        "trainable": needed.trainable,
+        "memory": {
+            "weights": needed.weights,
+            "adapter": needed.adapter,
+            "activations": needed.activations,
+            "rows": needed.kept,
+            "total": needed.total,
+        },
+        "notes": list(plan.notes),
+    }
+
+
+def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = None) -> dict[str, Any]:
+    """What a plan and what came of it begin with."""
+    return {
+        **envelope(
+            schema,
+            model=plan.source.name,
+            revision=plan.source.revision,
+            model_type=plan.skeleton.config.model_type,
+            dtype=plan.recipe.dtype,
+            device=device,
+            seed=plan.recipe.seed,
+            command=command,
+        ),
+        "data": data_document(plan),
+        "settings": plan.recipe.document(),
+        "massive": None if plan.massive is None else plan.massive.document(),
+    }
+
+
+def data_document(plan: Plan) -> dict[str, Any]:
+    """What was trained on."""
+    return {
+        "name": plan.data.name,
+        "form": plan.data.form,
+        "digest": plan.digest,
+        "rows": len(plan.data.examples),
+        "unreadable": plan.unreadable,
+        "too_long": plan.too_long,
+        "sequences": len(plan.train),
+        "held_out": 0 if plan.held is None else len(plan.held),
+        "trained_tokens": plan.train.trained_tokens,
+    }
+
+
+def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
+    """The figures of the run: losses at its beginning and end, and the time of a step."""
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    held = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return {
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "first_eval_loss": finite(held[0]) if held else None,
+        "last_eval_loss": finite(held[-1]) if held else None,
+        "step_seconds": trained.step_seconds,
+    }
+
+
+def model_card(document: dict[str, Any], base: str) -> str:
+    """README.md of the adapter's folder: how to load it, every setting, and what was measured.
+
+    base: as PEFT finds the base model.
+    """
+    peft = document["settings"]["peft"]
+    name = {"lora": "LoRA", "dora": "DoRA"}[peft]
+    dropped = document["massive"] is not None
+    tags = f"tags: [{peft}{', macdrop' if dropped else ''}]"
+    lines = [
+        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", tags),
+        "---",
+        "",
+        f"# {name} adapter of {document['model']}, trained {'with' if dropped else 'without'} MacDrop",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+        "```",
+        "",
+        *_macdrop(document),
+        "## Measured",
+        "",
+        *_table(("", "first", "last"), _figures(document["measured"])),
+        "",
+        "![loss and p over the steps](training.png)",
+        "",
+        "## Data",
+        "",
+        *_table(("", ""), document["data"].items()),
+        "",
+        *(f"- {note}" for note in document["notes"]),
+        *([""] if document["notes"] else []),
+        "## Settings",
+        "",
+        *_table(("setting", "value"), _settings(document)),
+        "",
+        f"Written by mwtool {document['mwtool_version']}; `macdrop.json` has p of every step and the whole log.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _macdrop(document: dict[str, Any]) -> list[str]:
+    one, curriculum = document["massive"], document["settings"]["curriculum"]
+    if one is None:
+        return []
+    rows = ", ".join(map(str, document["rows"][:8])) + (" ..." if len(document["rows"]) > 8 else "")  # noqa: PLR2004 # enough for a line
+    said = (
+        f"While it was trained, entries of {len(document['rows'])} rows of `{one['module']}` ({rows}) were zero with "
+        f"the probability of `{curriculum['schedule']}`; the pre-trained weights themselves are unchanged. Method: "
+        f"[House of Cards: Massive Weights in LLMs](https://arxiv.org/abs/2410.01866)."
+    )
+    return [said, ""]
+
+
+def _figures(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    rows: list[tuple[Any, ...]] = [("training loss", shown(found["first_loss"]), shown(found["last_loss"]))]
+    if found["last_eval_loss"] is not None:
+        rows.append(("held-out loss", shown(found["first_eval_loss"]), shown(found["last_eval_loss"])))
+    return [*rows, ("seconds a step (median)", "", shown(found["step_seconds"]))]
+
+
+def _settings(document: dict[str, Any]) -> list[tuple[str, Any]]:
+    settings = dict(document["settings"])
+    curriculum = settings.pop("curriculum")
+    modules = settings.pop("target_modules")
+    return [
+        ("base model", f"{document['model']}" + (f" at {document['revision']}" if document["revision"] else "")),
+        *((f"macdrop {key}", value) for key, value in curriculum.items() if key != "phases"),
+        *((key, "none" if value is None else value) for key, value in settings.items()),
+        ("target_modules", ", ".join(modules) or "all linear layers but embeddings and head"),
+        ("steps", document["steps"]),
+        ("processes", document["processes"]),
+        *((f"version of {key}", value) for key, value in document["versions"].items()),
+    ]
+
+
+def _table(head: Sequence[str], rows: Any) -> list[str]:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]

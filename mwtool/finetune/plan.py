@@ -1,0 +1,190 @@
+"""A fine-tuning run before it begins: data read and encoded, rows found, steps counted; no weights in memory yet."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mwtool.architecture.registry import adapter_for
+from mwtool.architecture.validate import decoder_layers
+from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.finetune.config import Recipe
+from mwtool.finetune.data import Data, Form, read_data
+from mwtool.finetune.tokenize import Encoded, encode, split
+from mwtool.massive import MassiveWeights, load_massive
+from mwtool.models.identity import identity_of
+from mwtool.models.meta_model import empty_model
+from mwtool.models.source import Source
+from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LENGTH = 1024
+"""Tokens of a sequence where neither the user nor the model says less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to train on, and where the rows come from.
+
+    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
+    """
+
+    data: str
+    form: Form | None = None
+    split: str = "train"
+    skip_bad: bool = False
+    massive: Path | None = None
+    allow_none: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is known before training.
+
+    skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
+    too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
+    massive: None where MacDrop is not wanted, or there is nothing to drop from and that was allowed.
+    """
+
+    source: Source
+    skeleton: PreTrainedModel
+    recipe: Recipe
+    data: Data
+    train: Encoded
+    held: Encoded | None
+    digest: str
+    too_long: int
+    unreadable: int
+    massive: MassiveWeights | None
+    processes: int
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.recipe.steps(len(self.train), self.processes)[0]
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return self.recipe.steps(len(self.train), self.processes)[1]
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to be gone on from."""
+        rows = None if self.massive is None else [self.massive.module, self.massive.expert, list(self.massive.indices)]
+        return {
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "data": self.digest,
+            "rows": rows,
+            "processes": self.processes,
+            **self.recipe.document(),
+        }
+
+
+def make_plan(
+    source: Source, recipe: Recipe, asked: Asked, *, processes: int = 1, on_layer: OnLayer | None = None
+) -> Plan:
+    """Read everything and refuse what cannot be trained, before the weights are loaded.
+
+    Raises BadValue, ModelNotFound, or what the model's files give reason to.
+    """
+    _check_possible(source, recipe, processes)
+    tokenizer = source.tokenizer()
+    if tokenizer is None:
+        raise BadValue(f"{source.name} has no tokenizer; training needs one to read text")
+    skeleton = empty_model(source)
+    recipe, notes = _fitting_length(recipe, skeleton)
+    data = read_data(asked.data, asked.form, split=asked.split, skip_bad=asked.skip_bad)
+    assert recipe.max_length is not None
+    encoded = encode(
+        data,
+        tokenizer,
+        recipe.max_length,
+        on_prompt=recipe.on_prompt,
+        packing=recipe.packing,
+        skip_bad=asked.skip_bad,
+    )
+    trained, held = split(encoded, recipe.eval_share, recipe.seed)
+    notes += encoded.notes
+    unreadable = (*data.unreadable, *encoded.refused)
+    if unreadable:
+        more = f", and {len(unreadable) - 1:,} more" if len(unreadable) > 1 else ""
+        notes += (f"rows that cannot be read are left out: {unreadable[0].why}{more}",)
+    massive, found = _rows(source, skeleton, recipe, asked, on_layer)
+    plan = Plan(
+        source,
+        skeleton,
+        recipe,
+        data,
+        trained,
+        held,
+        _digest(encoded),
+        encoded.too_long,
+        len(unreadable),
+        massive,
+        processes,
+        notes + found,
+    )
+    recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
+    return plan
+
+
+def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
+    """What can be said against a run before anything is read."""
+    if source.adapter is not None:
+        raise BadValue(
+            f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
+        )
+    recipe.accumulation(processes)
+    if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
+        raise UnsupportedModel(
+            "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "
+            "use --peft lora, or leave out --quantize"
+        )
+
+
+def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tuple[str, ...]]:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = most if isinstance(most, int) else None
+    asked = recipe.max_length or LENGTH
+    if most is None or asked <= most:
+        return replace(recipe, max_length=asked), ()
+    said = (f"--max-length {asked} is shortened to the {most} positions the model has",) if recipe.max_length else ()
+    return replace(recipe, max_length=most), said
+
+
+def _rows(
+    source: Source, skeleton: PreTrainedModel, recipe: Recipe, asked: Asked, on_layer: OnLayer | None
+) -> tuple[MassiveWeights | None, tuple[str, ...]]:
+    if recipe.curriculum.idle:
+        return None, ()
+    layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
+    if asked.massive is not None:
+        massive, warnings = load_massive(
+            asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
+        )
+        notes = tuple(warnings)
+    else:
+        scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)
+        massive, notes = scan.massive, scan.notes
+    if massive is not None:
+        return massive, notes
+    if not asked.allow_none:
+        raise BadValue(
+            f"{source.name} has no massive weights, so there is nothing for MacDrop to drop: give --massive FILE, or "
+            f"train without MacDrop with --allow-none"
+        )
+    return None, (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
+
+
+def _digest(encoded: Encoded) -> str:
+    state = hashlib.sha256(repr(encoded.lengths).encode())
+    for ids, labels in zip(encoded.ids, encoded.labels, strict=True):
+        state.update(ids.numpy().tobytes())
+        state.update(labels.numpy().tobytes())
+    return state.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""A fine-tuning run as text for people, with Rich: the plan, p over the steps, the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mwtool.macdrop.curriculum import Curriculum
+
+if TYPE_CHECKING:
+    from mwtool.finetune.memory import Footprint
+    from mwtool.finetune.plan import Plan
+
+HEIGHT = 10
+"""Lines of the drawing of p."""
+_EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def curriculum_chart(curriculum: Curriculum, steps: int, per_epoch: int, width: int = 80) -> RenderableType:
+    """p over the steps as bars from 0 to 1, and its value at the start, the middle and the end."""
+    values = curriculum.values(steps, per_epoch)
+    columns = max(10, width - 6)
+    bars = [values[at * steps // columns] for at in range(columns)]
+    lines = []
+    for line in range(HEIGHT, 0, -1):
+        label = f"{line / HEIGHT:.1f}" if line % 2 == 0 else "   "
+        lines.append(f"{label} │{''.join(_cell(p * HEIGHT - (line - 1)) for p in bars)}")
+    last = str(steps)
+    axis = ["0.0 └" + "─" * columns, "     1" + last.rjust(columns - 1)]
+    epochs = -(-steps // per_epoch)
+    over = f"{steps:,} steps, {epochs} epoch{'s' if epochs > 1 else ''}"
+    return Group(Text(f"p of {curriculum} over {over}"), Text("\n".join([*lines, *axis])), _points(values))
+
+
+def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> RenderableType:
+    """What `--dry-run` shows."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in _plan_rows(plan, footprint):
+        table.add_row(name, value)
+    parts: list[RenderableType] = [table]
+    if plan.massive is not None:
+        parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
+    return Group(*parts)
+
+
+def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
+    """What a finished run shows."""
+    found, steps = document["measured"], document["steps"]
+    lines = [f"{steps:,} step{'s' if steps > 1 else ''}; the adapter is in {folder}"]
+    if found["first_loss"] is not None:
+        lines.append(f"loss           {found['first_loss']:.4f} -> {found['last_loss']:.4f}")
+    if found["last_eval_loss"] is not None:
+        lines.append(f"held-out loss  {found['first_eval_loss']:.4f} -> {found['last_eval_loss']:.4f}")
+    if found["step_seconds"] is not None:
+        lines.append(f"a step         {found['step_seconds']:.3g} s")
+    return Text("\n".join(lines))
+
+
+def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
+    recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
+    lengths = [len(ids) for ids in plan.train.ids]
+    left_out = plan.too_long + plan.unreadable
+    examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
+    examples = "one text" if plan.data.stream else examples
+    rows = "none: trained without MacDrop"
+    if plan.massive is not None:
+        shown = ", ".join(map(str, plan.massive.indices[: recipe.curriculum.k]))
+        rows = f"{recipe.curriculum.scope}: {shown} of {plan.massive.module} (layer {plan.massive.layer})"
+    return [
+        ("model", f"{plan.source.name}, {footprint.parameters:,} parameters"),
+        ("data", f"{plan.data.name}: {examples}"),
+        ("sequences", f"{len(lengths):,} of {sum(lengths) / len(lengths):,.0f} tokens on average, {held:,} held out"),
+        ("steps", f"{plan.steps:,}, {plan.per_epoch:,} an epoch; a batch is {_batch(plan)}"),
+        ("adapter", f"{recipe.peft}, rank {recipe.rank}: {footprint.trainable:,} parameters, {footprint.share:.3%}"),
+        ("rows", rows),
+        ("memory", f"about {_bytes(footprint.total)} a device: {footprint.parts}"),
+    ]
+
+
+def _batch(plan: Plan) -> str:
+    recipe, accumulated = plan.recipe, plan.recipe.accumulation(plan.processes)
+    processes = f" x {plan.processes} processes" if plan.processes > 1 else ""
+    return f"{recipe.effective_batch} ({recipe.batch_size} at once x {accumulated} accumulated{processes})"
+
+
+def _points(values: Sequence[float]) -> Text:
+    middle = (len(values) - 1) // 2
+    at = {1: values[0], middle + 1: values[middle], len(values): values[-1]}
+    return Text("p " + ", ".join(f"{p:.4g} at step {t:,}" for t, p in at.items()))
+
+
+def _cell(height: float) -> str:
+    return _EIGHTHS[max(0, min(8, round(8 * height)))]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB"  # noqa: PLR2004 # two digits at least

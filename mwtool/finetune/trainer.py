@@ -1,0 +1,264 @@
+"""A LoRA or DoRA run with MacDrop: transformers' Trainer trains, PEFT holds the adapter, nothing is done twice."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.finetune.checkpointing import Checkpoint, clear
+from mwtool.finetune.config import Recipe
+from mwtool.finetune.monitor import Step, Watch
+from mwtool.finetune.resource_errors import explained
+from mwtool.finetune.signals import StopAtStepEnd
+from mwtool.finetune.tokenize import Encoded, collate
+from mwtool.macdrop.callback import MacDropCallback, guard
+from mwtool.massive import MassiveWeights
+from mwtool.models.load import load
+from mwtool.models.source import Source
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run gave.
+
+    step: the last one done; less than `steps` where a signal (`stopped_by`, its number) ended it.
+    history: p of every step, by step. log: Trainer's, an entry each of loss or eval_loss.
+    step_seconds: median of this process's steps. how: as MacDrop reached the rows, `weights` or `outputs`, and rows:
+    which; None and empty without it.
+    """
+
+    model: PeftModel
+    step: int
+    steps: int
+    history: dict[int, float]
+    log: tuple[dict[str, Any], ...]
+    step_seconds: float | None
+    how: str | None
+    rows: tuple[int, ...]
+    stopped_by: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """What is told while it trains, and where. loggers: names of Trainer's `report_to`."""
+
+    logging_steps: int | None = None
+    save_steps: int | None = None
+    loggers: tuple[str, ...] = ()
+    on_step: Callable[[Step], None] | None = None
+
+
+def train(
+    model: PeftModel,
+    data: tuple[Encoded, Encoded | None],
+    massive: MassiveWeights | None,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    settings: dict[str, Any] | None = None,
+    resume: Checkpoint | None = None,
+    telling: Telling | None = None,
+    processes: int = 1,
+) -> Trained:
+    """Train the adapter, which goes to `folder` with its checkpoints. Without massive weights: without MacDrop.
+
+    data: what to train on, and what to hold out. settings: what the checkpoints must be gone on with.
+    Raises OutputError where they cannot be written, MwtoolError where memory ends or the loss is not finite.
+    """
+    telling = telling or Telling()
+    macdrop = None if massive is None or recipe.curriculum.idle else MacDropCallback(massive, recipe.curriculum)
+    before = {} if resume is None else resume.history
+    watch, stop = Watch(macdrop, settings or {}, before, telling.on_step), StopAtStepEnd()
+    counts = recipe.steps(len(data[0]), processes)
+    device = next(model.parameters()).device.type
+    arguments = _arguments(recipe, folder, telling, counts=counts, processes=processes, device=device)
+    arguments.eval_on_start = resume is None and bool(recipe.eval_share)
+    trainer = _trainer(model, arguments, data, [*([macdrop] if macdrop else []), stop, watch])
+    if resume is not None and arguments.should_save:
+        clear(folder, resume.step)
+    with guard(trainer), stop.listening(), explained(recipe, folder, watch):
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        done = trainer.state.global_step
+        if done >= counts[0]:
+            _save_adapter(trainer, folder)
+    engine = None if macdrop is None else macdrop.engine
+    return Trained(
+        model,
+        done,
+        counts[0],
+        watch.history,
+        tuple(trainer.state.log_history),
+        watch.step_seconds,
+        None if engine is None else engine.how,
+        () if engine is None else tuple(engine.rows),
+        stop.received if done < counts[0] else None,
+    )
+
+
+def _trainer(
+    model: PeftModel, arguments: TrainingArguments, data: tuple[Any, Any], callbacks: list[TrainerCallback]
+) -> Trainer:
+    try:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+    except (ValueError, RuntimeError, ImportError) as fault:  # a logger that is unknown, or not installed
+        if not arguments.report_to:
+            raise
+        raise BadValue(f"--report-to {', '.join(arguments.report_to)}: {' '.join(str(fault).split())}") from fault
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def with_adapter(source: Source, recipe: Recipe, device: str) -> PeftModel:
+    """The model with a fresh adapter, which is drawn with the recipe's seed.
+
+    Raises BadValue where the target modules do not exist.
+    """
+    from transformers import set_seed
+
+    options: dict[str, Any] = {}
+    if recipe.quantize is not None:
+        options["quantization_config"] = _four_bit(recipe)
+    loaded = _whole(source, recipe.dtype, device, options)
+    if recipe.packing:
+        refuse_mixing(loaded)
+    loaded.config.use_cache = False
+    set_seed(recipe.seed)
+    if recipe.quantize is not None:
+        from peft import prepare_model_for_kbit_training
+
+        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)  # Trainer sees to that
+        for module in loaded.modules():  # evaluating would repack weights in a layout with no way back for gradients
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return adapted(loaded, source, recipe)
+
+
+def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
+    """The model wrapped by PEFT. Raises BadValue where the target modules do not exist."""
+    from peft import LoraConfig, get_peft_model
+
+    chosen = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.target_modules) or "all-linear",
+        use_dora=recipe.peft == "dora",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source.repo or str(source.folder.resolve()),
+        revision=source.revision,
+    )
+    try:
+        wrapped: PeftModel = get_peft_model(model, chosen)
+    except ValueError as fault:
+        raise BadValue(f"no adapter can be put on {source.name}: {' '.join(str(fault).split())}") from fault
+    return wrapped
+
+
+def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> Any:
+    """The pre-trained model in the precision of training."""
+    return load(
+        source.name,
+        revision=source.revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=source.trust_remote_code,
+        model_options=options,
+    ).base
+
+
+def refuse_mixing(model: Any) -> None:
+    """Raise UnsupportedModel if packed examples see each other: if what the second gives depends on the first."""
+    device, size = model.get_input_embeddings().weight.device, min(model.config.get_text_config().vocab_size, 16)
+    places = torch.arange(8, device=device).repeat(2)[None]
+    given = []
+    for first in (torch.arange(8), torch.arange(8).flip(0)):
+        ids = (torch.cat([first, torch.arange(8)]) % size).to(device)[None]
+        with torch.inference_mode():
+            given.append(model(input_ids=ids, position_ids=places, use_cache=False).logits[0, 8:].float())
+    if float((given[0] - given[1]).abs().max()) > 1e-3 * float(given[0].abs().max()):
+        raise UnsupportedModel(f"{model.config.model_type} lets packed examples see each other; leave out --packing")
+
+
+def _four_bit(recipe: Recipe) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+    )
+
+
+def _save_adapter(trainer: Trainer, folder: Path) -> None:
+    """The adapter as PEFT writes it, gathered where it is sharded; every file whole or not there at all."""
+    temporary = folder / ".adapter.incomplete"
+    trainer.save_model(str(temporary))  # in all processes
+    if trainer.args.should_save:
+        for file in temporary.iterdir():
+            if file.name != "training_args.bin":  # a pickle nobody needs to load the adapter
+                file.replace(folder / file.name)
+        shutil.rmtree(temporary)
+
+
+def _arguments(
+    recipe: Recipe, folder: Path, telling: Telling, *, counts: tuple[int, int], processes: int, device: str
+) -> TrainingArguments:
+    steps, per_epoch = counts
+    made = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation(processes),
+        learning_rate=recipe.lr,
+        warmup_steps=recipe.warmup if recipe.warmup < 1 else steps,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        seed=recipe.seed,
+        bf16=recipe.dtype == "bfloat16",
+        fp16=recipe.dtype == "float16",
+        logging_steps=telling.logging_steps or min(10, max(1, steps // 100)),
+        logging_nan_inf_filter=False,  # what is not finite is to be seen
+        save_strategy="steps",
+        save_steps=telling.save_steps or math.ceil(steps / 20),
+        save_total_limit=2,  # the last whole one stays until the next is whole
+        # by steps and not by epochs: it then comes before a checkpoint is saved, and a resumed run misses none
+        eval_strategy="steps" if recipe.eval_share else "no",
+        eval_steps=per_epoch,
+        report_to=list(telling.loggers) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        ddp_find_unused_parameters=False,
+        **_checkpointing(recipe),
+    )
+    made._n_gpu = min(made.n_gpu, 1)  # noqa: SLF001 - several cards are several processes; never DataParallel
+    return made
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
+    if not recipe.gradient_checkpointing:
+        return {}
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -1,0 +1,214 @@
+"""MacDrop: dropout on pre-trained massive weights while an adapter is trained.
+
+Source: Oh, Shin, Oh, "House of Cards" (arXiv 2410.01866v2), Algorithm 1. For one optimizer
+step t of T each entry of the k rows of ``W_up`` and ``W_gate``, (k, H) both, is zero with
+probability p(t), by one mask ``rand(k, H) > p`` for both and without rescaling; then the
+rows are put back bit for bit. Only frozen weights are touched, never the adapter.
+
+`mwtool.MacDropCallback` does this in `transformers.Trainer` and TRL's trainers; any other
+loop uses the engine:
+
+    macdrop = MacDrop(model, massive, "step:0.8", steps=1000)
+    for t, batch in enumerate(batches, start=1):
+        with macdrop.step(t):
+            model(**batch).loss.backward()
+        optimizer.step()
+
+Inside a step everything that reads the weights sees the dropped rows, whatever the mode: an
+evaluation, and also a reference computed with the adapter disabled, as preference training
+does. Only a state dict has the pre-trained ones. DoRA's norm sees them too: it divides by
+the norm of what is left, which gives the row back by about 1/sqrt(1-p).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mwtool.architecture.layout import FFN, DecoderLayer
+from mwtool.architecture.registry import adapter_for
+from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
+from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.interrupts import uninterrupted
+from mwtool.macdrop.curriculum import Curriculum
+from mwtool.macdrop.curriculum_yaml import read_curriculum
+from mwtool.macdrop.masked_rows import Place, rows_of_matrix
+
+if TYPE_CHECKING:
+    from mwtool.massive import MassiveWeights
+
+log = logging.getLogger(__name__)
+
+
+class MacDrop:
+    """The engine: drops entries for a step and puts them back (Algorithm 1 of the paper).
+
+    model: transformers model, wrapped by PEFT, DDP, FSDP2 or torch.compile or not; its massive rows must be frozen.
+    massive: which rows, as a scan finds them. curriculum: a line, a file's name, or a Curriculum.
+    steps: optimizer steps of the run, T; per_epoch: of one epoch, all of them by default.
+    layers: where the FFNs are; by default as the adapter installed for the model's type says.
+
+    p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices.
+    Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
+    do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
+    quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        massive: MassiveWeights | None,
+        curriculum: Curriculum | str,
+        *,
+        steps: int,
+        per_epoch: int | None = None,
+        layers: Sequence[DecoderLayer] | None = None,
+    ) -> None:
+        if massive is None:
+            raise BadValue("the model has no massive weights; there is nothing for MacDrop to drop: train without it")
+        self.curriculum = read_curriculum(curriculum) if isinstance(curriculum, str) else curriculum
+        self.steps, self.per_epoch = steps, per_epoch
+        self.curriculum.values(steps, per_epoch)  # phases that do not fit are found now, not in the middle
+        _refuse_wrapper(model)
+        self.model, base = model, unwrapped(model)
+        self.ffn = _network(base, massive, layers)
+        for place in self.ffn.inputs:
+            Place(base, place)  # refuses what has no rows to count
+        self.rows = chosen_rows(massive, self.curriculum, self.ffn.width(base))
+        self.matrices = [rows_of_matrix(base, place, self.rows) for place in self.ffn.inputs]
+        if any(_compiled(module) for module in model.modules()):
+            self.refuse_compiled()
+        self.p, self.history = 0.0, dict[int, float]()
+        self._t, self._microbatch, self._dropped = 0, 0, False
+        log.info("%s", self)
+
+    @property
+    def how(self) -> str:
+        """`weights` where rows are written, `outputs` where what they give is computed again (quantized)."""
+        return self.matrices[0].how
+
+    @property
+    def kept_bytes(self) -> int:
+        """Extra memory: the copy of the rows."""
+        return sum(matrix.kept_bytes for matrix in self.matrices)
+
+    def refuse_compiled(self) -> None:
+        """Raises UnsupportedModel if the model, which is compiled or will be, would not see what is dropped."""
+        if self.how == "outputs":
+            raise UnsupportedModel(
+                f"{self.ffn.module} is quantized, and torch.compile ignores hooks set after it; train uncompiled"
+            )
+
+    @contextmanager
+    def step(self, t: int) -> Iterator[MacDrop]:
+        """Optimizer step `t`, from 1: entries are dropped inside the block, however it ends."""
+        try:
+            try:
+                self.begin(t)
+                yield self
+            finally:
+                self.restore()
+        finally:
+            self.restore()  # nothing, unless Ctrl-C came before the first had begun
+
+    def begin(self, t: int) -> None:
+        """Drop the entries of step `t`, from 1; to be followed by `restore`.
+
+        Raises BadValue if t is outside 1 to `steps`, an adapter is merged into the rows, or another engine drops
+        from them.
+        """
+        self.p = self.curriculum.p(t, self.steps, self.per_epoch)
+        self._t, self._microbatch = t, 0
+        self.history[t] = self.p
+        self._drop()
+
+    def next_microbatch(self) -> None:
+        """Another mask where the curriculum resamples by micro-batch; nothing otherwise."""
+        self._microbatch += 1
+        if self.curriculum.resample == "microbatch":
+            self._drop()
+
+    def restore(self) -> None:
+        """Put every row back, bit for bit, and whole even if Ctrl-C comes in the middle."""
+        if self._dropped:
+            uninterrupted(self._restore)
+
+    def mask(self, t: int, microbatch: int = 0) -> Tensor:
+        """Which entries stay, (matrices, R, H) or (1, R, H) if shared: a function of seed, t and micro-batch alone."""
+        key = f"{self.curriculum.seed}:{t}:{microbatch}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest()))
+        count = len(self.matrices) if self.curriculum.masks == "separate" else 1
+        drawn = torch.rand((count, len(self.rows), self.matrices[0].width), generator=generator)
+        return drawn > self.curriculum.p(t, self.steps, self.per_epoch)
+
+    def __str__(self) -> str:
+        shown = ", ".join(str(row) for row in self.rows[:5]) + (" ..." if len(self.rows) > 5 else "")  # noqa: PLR2004 - enough for a line
+        return f"MacDrop {self.curriculum} on {self.ffn.module}, {len(self.rows)} rows ({shown}), by {self.how}"
+
+    def _drop(self) -> None:
+        if self.p <= 0:
+            self.restore()
+            return
+        masks = self.mask(self._t, self._microbatch)
+        self._dropped = True
+        for matrix, keep in zip(self.matrices, masks.expand(len(self.matrices), -1, -1), strict=True):
+            matrix.drop(keep)
+        self._gather_again()
+
+    def _restore(self) -> None:
+        for matrix in self.matrices:
+            matrix.restore()
+        self._gather_again()
+        self._dropped = False
+
+    def _gather_again(self) -> None:
+        """Where FSDP2 keeps weights gathered between forwards, let go of them: the next one gathers what is written."""
+        if not any(matrix.gathered for matrix in self.matrices):
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> list[int]:
+    """The rows of the curriculum's scope, of `width`; raises BadValue where k were not ranked or do not exist."""
+    if curriculum.k > len(massive.indices):
+        raise BadValue(
+            f"the curriculum asks for k = {curriculum.k} rows; the scan ranked {len(massive.indices)}: "
+            f"scan with -k {curriculum.k}"
+        )
+    top = list(massive.indices[: curriculum.k])
+    if not all(0 <= row < width for row in top):
+        raise BadValue(f"rows {top} do not all exist; {massive.module} has rows 0 to {width - 1}: scan this model")
+    if curriculum.scope == "massive":
+        return top
+    return [row for row in range(width) if curriculum.scope == "all" or row not in set(top)]
+
+
+def _network(base: nn.Module, massive: MassiveWeights, layers: Sequence[DecoderLayer] | None) -> FFN:
+    config: Any = base.config
+    if layers is None:
+        layers = decoder_layers(adapter_for(config.model_type), config)
+    return ffn_at(tuple(layers), massive.layer, massive.expert)
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedModel(
+            "the model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens weights; use FSDP2 "
+            "(fsdp_version: 2) or DDP to train with MacDrop"
+        )

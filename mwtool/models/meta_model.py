@@ -1,0 +1,123 @@
+"""A model without weights: built from its configuration alone, with how its checkpoint's tensors become them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mwtool.errors import BadCheckpoint
+from mwtool.models.checkpoint import Checkpoint
+from mwtool.models.quantization import dequantizer
+from mwtool.models.source import Source, model_class, unusable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model without weights that can run as soon as it has some.
+
+    parameters: how many there are, tied ones once; load_config: what transformers is to be told when it loads them.
+    """
+
+    model: PreTrainedModel
+    parameters: int
+    load_config: Any
+
+
+def empty_model(source: Source) -> PreTrainedModel:
+    """Modules and shapes alone: buffers, too, are on the meta device."""
+    config = source.config()
+    with torch.device("meta"):
+        made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+    return made
+
+
+def build(
+    source: Source,
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    *,
+    check: Callable[[PreTrainedModel], None] | None = None,
+) -> Skeleton:
+    """Fit for a forward as soon as it has weights: buffers (rotary frequencies) are computed and on the device.
+
+    check: called with the model before a quantizer replaces modules.
+    Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint where no model can be built.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    torch_dtype = _resolved(dtype, config, checkpoint)
+    quantizer = dequantizer(source, config)
+    model = _built(source, config, torch_dtype)
+    parameters = model.num_parameters()
+    if check is not None:
+        check(model)
+    if quantizer is not None:
+        with _without_weights():
+            quantizer.preprocess_model(model=model, dtype=torch_dtype, device_map={"": device}, checkpoint_files=None)
+    model.eval().requires_grad_(requires_grad=False)
+    for name, buffer in model.named_buffers():
+        _set_buffer(model, name, buffer.to(device))
+    mapping: Any = get_model_conversion_mapping(model, None, quantizer)
+    load_config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=torch_dtype,
+        dtype_plan=model._get_dtype_plan(torch_dtype),  # noqa: SLF001 - the only way to the fp32 exceptions of a model class
+        hf_quantizer=quantizer,
+        weight_mapping=mapping,
+    )
+    return Skeleton(model, parameters, load_config)
+
+
+def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with _without_weights():
+            model: PreTrainedModel = model_class(config).from_config(
+                config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+    except unusable() as fault:
+        line = " ".join(f"{type(fault).__name__} {fault}".split())
+        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
+    model.tie_weights()  # not inside the block, which gives every module a parameter of its own
+    return model
+
+
+def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
+    if dtype != "auto":
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    stated = config.dtype or config.get_text_config().dtype
+    if isinstance(stated, torch.dtype):
+        return stated
+    for name in checkpoint.files:
+        with checkpoint.tensors([name]) as tensors:
+            stored: torch.dtype = tensors[name][:1].dtype
+        if stored.is_floating_point and stored.itemsize > 1:
+            return stored
+    return torch.float32
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Build modules with parameters on the meta device; buffers (rotary frequencies) are computed for real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        yield
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._buffers[leaf] = value  # noqa: SLF001 - keeps it non-persistent, as register_buffer would not

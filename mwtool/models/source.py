@@ -1,0 +1,273 @@
+"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, or `demo`.
+
+Everything is turned into a local folder with at least the small files (configuration,
+tokenizer, weight index). Weight files of a Hub repository are fetched when they are
+first read, so that a scan that stops at layer 6 does not download layer 79.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mwtool.architecture.registry import register
+from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
+from mwtool.files.text import read_json
+from mwtool.models.hub import fetch, fetch_small
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEMO = Path(str(resources.files("mwtool.demo")))
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that has been located but not loaded.
+
+    name: what the user asked for, or the base model an adapter folder points to.
+    folder: where its small files are.
+    repo: Hub id the weight files are fetched from; None for a local folder.
+    revision: commit hash on the Hub; None for a local folder.
+    adapter: folder of the PEFT adapter that was asked for, where this is its base model.
+    notes: what was decided on the user's behalf, one sentence each.
+    """
+
+    name: str
+    folder: Path
+    repo: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    adapter: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def path(self, file: str) -> Path | None:
+        """Where a file of the model is, fetched from the Hub if need be; None if the model has no such file.
+
+        Raises ModelNotFound if the Hub refuses it or cannot be reached.
+        """
+        local = self.folder / file
+        if local.exists():
+            return local
+        return None if self.repo is None else fetch(self.repo, file, self.revision)
+
+    def config(self) -> PretrainedConfig:
+        """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
+        from transformers import AutoConfig
+
+        raw = read_json(self.folder / "config.json")
+        _refuse_foreign(self.name, raw)
+        register(raw["model_type"], own_code="auto_map" in raw)
+        try:
+            with _silent():
+                config: PretrainedConfig = AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+                )
+        except unusable() as fault:
+            advice = ""
+            if "auto_map" in raw and not self.trust_remote_code:
+                advice = "; it ships code of its own, which runs only with --trust-remote-code"
+            raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {line_of(fault)}{advice}") from fault
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, or None where the folder has none.
+
+        Raises BadCheckpoint if it has one that cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
+            return None
+        try:
+            with _silent():
+                tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                    self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
+                )
+        except unusable() as fault:
+            needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
+            advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
+            raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {line_of(fault)}{advice}") from fault
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a vocabulary that cannot be read may pass for none
+            raise BadCheckpoint(
+                f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"
+            )
+        return tokenizer
+
+
+def locate(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+    """Find MODEL and fetch its small files.
+
+    Raises ModelNotFound, naming what was looked for and where.
+    """
+    return _follow_adapter(replace(_find(model, revision), trust_remote_code=trust_remote_code))
+
+
+def unusable() -> tuple[type[Exception], ...]:
+    """What transformers raises over a configuration or tokenizer that it can read but not use."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
+    return (*plain, StrictDataclassError)
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """The automatic class that builds models of this configuration with a language-modelling head.
+
+    Models of images and text that transformers does not count among the causal ones have a class of their own.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    seeing = kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def _find(model: str, revision: str | None) -> Source:
+    if model == "demo":
+        return Source("demo", DEMO)
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError:  # ~name, and nobody of that name
+        raise ModelNotFound(f"no such folder: {model}") from None
+    if path.is_file():
+        packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
+        raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
+    source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
+    if revision is not None and source.repo is None:
+        return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
+    return source
+
+
+def _local(model: str, folder: Path) -> Source:
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
+        if _original_format(folder) and (sibling / "config.json").exists():
+            return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
+        raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
+    return Source(model, folder)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a configuration is, and what to give instead of it."""
+    if _original_format(folder):
+        return "it is in the original format, convert it or use its -hf version"
+    return gguf_in(folder) or "expected a model in Hugging Face format"
+
+
+def gguf_in(folder: Path) -> str:
+    """What to do where the weights are packed for llama.cpp; empty where they are not."""
+    packed = next(folder.glob("*.gguf"), None)
+    advice = "is in GGUF, which is not read: give the model it was made from, whose rows are the same"
+    return "" if packed is None else f"{packed.name} {advice}"
+
+
+def _original_format(folder: Path) -> bool:
+    return (folder / "params.json").exists() or any(folder.glob("consolidated.*"))
+
+
+def _hub(model: str, revision: str | None) -> Source:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelNotFound(f"no such folder: {model}")
+    try:
+        validate_repo_id(model)
+    except HFValidationError as fault:
+        raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
+    source = _snapshot(model, revision)
+    if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
+        return source
+    try:
+        sibling = _snapshot(f"{model}-hf", revision)
+    except ModelNotFound:
+        sibling = None
+    if sibling is None or not (sibling.folder / "config.json").exists():
+        raise ModelNotFound(f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format")
+    return _noted(sibling, f"{model} is in the original format; using {model}-hf")
+
+
+def _snapshot(repo: str, revision: str | None) -> Source:
+    folder = fetch_small(repo, revision, SMALL_FILES)
+    return Source(repo, folder, repo=repo, revision=folder.name)
+
+
+def _follow_adapter(source: Source) -> Source:
+    """A PEFT adapter's folder stands for its base model."""
+    if (source.folder / "config.json").exists():
+        return source
+    base = read_json(source.folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise BadCheckpoint(f"{source.folder / 'adapter_config.json'} names no base_model_name_or_path")
+    try:
+        found = _find(base, None)
+    except ModelNotFound as fault:
+        raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
+    if not (found.folder / "config.json").exists():
+        raise BadCheckpoint(
+            f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
+        )
+    # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
+    return replace(found, adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
+
+
+def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
+    """Stop early where the configuration says that this is not a causal language model."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise BadCheckpoint(f"the config.json of {name} has no model_type; expected a transformers configuration")
+    if raw.get("is_encoder_decoder"):
+        raise UnsupportedModel(f"{name} is a {model_type} with an encoder and a decoder, not a causal language model")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if causal is None and model_type in MODEL_MAPPING_NAMES and not any(_causal_like(model_type)):
+        raise UnsupportedModel(f"{name} is a {model_type}, which is not a causal language model")
+    if causal is None:
+        return  # a model that sees, or a type transformers does not know: adapters and --trust-remote-code decide
+    fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
+    architectures = raw.get("architectures") or [causal]
+    if "auto_map" not in raw and not fitting.intersection(architectures):
+        raise UnsupportedModel(
+            f"{name} is a {architectures[0]}; expected {causal}, the causal language model of type {model_type!r}"
+        )
+
+
+def _causal_like(model_type: str) -> tuple[str | None, ...]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type),)
+
+
+def _noted(source: Source, note: str) -> Source:
+    return replace(source, notes=(*source.notes, note))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What transformers would log of token ids and vocabularies is said here, where it matters, in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,304 @@
+"""Find a model's massive weights: run bos, find the layers that write massive dimensions, rank their rows.
+
+Definitions follow the paper (Oh, Shin, Oh, "House of Cards", arXiv 2410.01866v2) and make the choices it leaves open;
+docs/definitions.md has them all. Layers count from 0. h_l is the residual stream after layer l, z_l the FFN's
+intermediate state, w_l what the FFN adds to the stream, all for bos at the first position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
+from mwtool.architecture.packed import packed_dtype
+from mwtool.architecture.registry import adapter_for
+from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
+from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
+from mwtool.massive import Identity, MassiveWeights
+from mwtool.models.bos import PROMPT, Bos, find_bos
+from mwtool.models.identity import identity_of
+from mwtool.models.source import Source, locate
+from mwtool.models.streaming import Stream, open_stream
+from mwtool.scan.by_hand import NOTHING, ByHand, ranked_by_hand
+from mwtool.scan.capture import LayerState, SuperWeight, walk
+from mwtool.scan.definitions import (
+    Absence,
+    Event,
+    Thresholds,
+    Trace,
+    absence,
+    massive_dimensions,
+    massive_event,
+    sun,
+    traces,
+    writes,
+)
+from mwtool.scan.protect import Protected
+from mwtool.scan.ranking import Ranker, Router, carrier, routing
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OnLayer = Callable[[int, int, int], None]
+"""Called after each layer with: layers done, layers in all, bytes of weights read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to scan.
+
+    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token takes the place of bos under `never`.
+    last_layer: where the walk ends; None for the model's last layer.
+    by_hand: the event, layer, expert or rows to report as massive in place of those the definitions choose.
+    """
+
+    k: int = 5
+    bos: str = "auto"
+    prompt: str = PROMPT
+    thresholds: Thresholds = Thresholds()
+    last_layer: int | None = None
+    by_hand: ByHand = NOTHING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """The result of a scan.
+
+    states: of each layer walked, first layer first. dimensions: each massive dimension over these layers.
+    events: one for each layer that writes a large part of a massive dimension, first layer first.
+    massive: the rows of the massive layer, or those chosen by hand; None where `absence` says why.
+    sun: (layer, dimension, value) of each entry that passes the stricter published test.
+    protect: where the rows in `massive` are stored. event_protect: the same for the rows of each event.
+    router: how bos is routed at the massive layer; None where that layer is dense.
+    """
+
+    identity: Identity
+    dtype: str
+    device: str
+    bos: Bos
+    settings: Settings
+    states: tuple[LayerState, ...]
+    dimensions: tuple[Trace, ...]
+    events: tuple[Event, ...]
+    massive: MassiveWeights | None
+    absence: Absence | None
+    sun: tuple[tuple[int, int, float], ...]
+    protect: tuple[Protected, ...]
+    event_protect: tuple[tuple[Protected, ...], ...]
+    parameters: int
+    notes: tuple[str, ...]
+    router: Router | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether the walk ended before the model's last layer."""
+        return len(self.states) < self.identity.layers
+
+    @property
+    def massive_event(self) -> int | None:
+        """The number of the event at the layer of `massive`; None where there is none."""
+        if self.massive is None:
+            return None
+        return next((n for n, event in enumerate(self.events) if event.layer == self.massive.layer), None)
+
+    @property
+    def predicted(self) -> Event | None:
+        """The event of the massive layer by the definitions, whatever was chosen by hand."""
+        return massive_event(self.events, self.identity.layers)
+
+    @property
+    def super_weights(self) -> tuple[SuperWeight, ...]:
+        """Those of all layers walked, first layer first."""
+        return tuple(weight for state in self.states for weight in state.super_weights)
+
+
+def scan_checkpoint(
+    model: str | Source = "demo",
+    settings: Settings | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    on_layer: OnLayer | None = None,
+) -> Scan:
+    """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
+
+    model: Hub id, folder, PEFT adapter folder (its base model is scanned) or ``demo``.
+    dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+    Raises MwtoolError, saying what was found and expected.
+    """
+    settings = settings or Settings()
+    source = model if isinstance(model, Source) else locate(model, revision, trust_remote_code=trust_remote_code)
+    config = source.config()
+    adapter = adapter_for(config.model_type)
+    layers = decoder_layers(adapter, config)
+    bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
+    experts = [layer.experts.module for layer in layers if layer.experts is not None]
+    paths = [layer.path for layer in layers]
+    fits = partial(check_fit, adapter, layers)
+    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
+    notes = (*source.notes, *stream.checkpoint.notes)
+    if source.adapter is not None:
+        notes = (
+            *notes,
+            f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
+        )
+    subject = _Subject(stream.model, layers, bos, source.name, str(adapter), source.revision, notes, stream)
+    return _scan(subject, settings, on_layer)
+
+
+def scan_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: Settings | None = None,
+    *,
+    adapter: Adapter | None = None,
+) -> Scan:
+    """Scan a model in memory, wrapped by PEFT or not; its weights, hooks and mode stay as they are.
+
+    adapter: where its matrices are; by default the one installed for its model type.
+    Raises UnsupportedModel where weights are packed or offloaded, so that rows cannot be read.
+    """
+    settings = settings or Settings()
+    base = unwrapped(model)
+    adapter = adapter or adapter_for(base.config.model_type)
+    layers = decoder_layers(adapter, base.config)
+    check_fit(adapter, layers, base)
+    name: str = base.config.name_or_path or type(base).__name__
+    _check_readable(name, layers, base)
+    bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
+    training: bool = base.training
+    base.eval()
+    try:
+        return _scan(_Subject(base, layers, bos, name, str(adapter)), settings)
+    finally:
+        base.train(training)
+
+
+def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
+    for index, layer in enumerate(layers):
+        for ffn in _kinds([layer]):
+            packed = packed_dtype(model, ffn.down)
+            how = "offloaded" if ffn.down.read(model).is_meta else packed and f"quantized (packed {packed})"
+            if how:
+                raise UnsupportedModel(
+                    f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was "
+                    f"made of"
+                )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
+    """One FFN of each kind a layer has: a routed expert stands for all."""
+    return [ffn for layer in layers for ffn in layer.ffns if not ffn.expert]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
+
+    model: PreTrainedModel
+    layers: list[DecoderLayer]
+    bos: Bos
+    name: str
+    adapter: str
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    stream: Stream | None = None
+
+
+def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
+    model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
+    _check(settings, subject)
+    states = _walked(subject, settings, on_layer)
+    ranker = Ranker(
+        model=model, layers=subject.layers, stream=subject.stream, parameters=_parameters(subject), k=settings.k
+    )
+    dimensions = massive_dimensions(states, total, thresholds)
+    written = writes(states, total, dimensions, thresholds)
+    events = tuple(ranker.event(states[layer], large) for layer, large in written.items())
+    massive = _massive(settings, ranker, states, events, dimensions)
+    return Scan(
+        identity=identity_of(subject.name, subject.revision, model.config, subject.layers, model),
+        dtype=_short(model.dtype),
+        device=str(model.device if subject.stream is None else subject.stream.device),
+        bos=subject.bos,
+        settings=settings,
+        states=tuple(states),
+        dimensions=traces(states, dimensions),
+        events=events,
+        massive=massive,
+        absence=absence(events, dimensions, total) if massive is None else None,
+        sun=tuple(sun(states, thresholds)),
+        protect=() if massive is None else ranker.protect(massive),
+        event_protect=tuple(ranker.protect(event.rows) for event in events),
+        router=None if massive is None else routing(states[massive.layer], massive.dimension),
+        parameters=ranker.parameters,
+        notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
+    )
+
+
+def _check(settings: Settings, subject: _Subject) -> None:
+    """Refuse what can be refused before the walk."""
+    total, last = len(subject.layers), settings.last_layer
+    largest = max(ffn.width(subject.model) for ffn in _kinds(subject.layers))
+    if not 1 <= settings.k <= largest:
+        raise BadValue(
+            f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
+        )
+    if last is not None and not 0 <= last < total:
+        raise BadValue(f"the walk is to end at layer {last}; the model has layers 0 to {total - 1}")
+    settings.by_hand.check(total)
+
+
+def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
+    """The states bos leaves in each layer, up to the last one asked for."""
+    stream = subject.stream
+    layers = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
+
+    def done(state: LayerState) -> None:
+        if on_layer is not None:
+            on_layer(state.layer + 1, len(layers), 0 if stream is None else stream.bytes_read)
+
+    place, spike = None if stream is None else stream.device, settings.thresholds.spike
+    with nullcontext(subject.model) if stream is None else stream.flowing() as running:
+        try:
+            return walk(running, layers, subject.bos.id, spike=spike, device=place, on_layer=done)
+        except BadPlugin as fault:
+            if str(fault).startswith(subject.adapter):  # already named: one of its own callables failed
+                raise
+            raise BadPlugin(f"{subject.adapter} does not describe {type(subject.model).__name__}: {fault}") from fault
+
+
+def _massive(
+    settings: Settings,
+    ranker: Ranker,
+    states: Sequence[LayerState],
+    events: Sequence[Event],
+    dimensions: Sequence[int],
+) -> MassiveWeights | None:
+    """The rows of the massive layer, or of what the user chose in its place."""
+    found = massive_event(events, len(ranker.layers))
+    if settings.by_hand:
+        return ranked_by_hand(settings.by_hand, ranker, states, events=events, massive=found, dimensions=dimensions)
+    if found is not None:
+        ranker.check(found.rows, carrier(states[found.layer], found.dimension))
+    return None if found is None else found.rows
+
+
+def _parameters(subject: _Subject) -> int:
+    """All parameters, tied ones once, without those of a PEFT adapter."""
+    if subject.stream is not None:
+        return subject.stream.parameters
+    tuners = [getattr(m, name) for m in subject.model.modules() for name in getattr(m, "adapter_layer_names", ())]
+    added: int = sum(p.numel() for tuner in tuners for p in tuner.parameters())
+    return subject.model.num_parameters() - added
