@@ -205,7 +205,7 @@ def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bo
             made = Checked(checked.k, cells_of(checked), lines_of(checked))
         console.print(scan_report(found, console.width, every=every or made is not None, check=made))
     if states:
-        console.print(states_table(found, every=every))
+        console.print(states_table(found, console.width, every=every))
     if super_weights:
         console.print(super_weights_table(found))
     if protect:

@@ -15,7 +15,7 @@ from rich.text import Text
 from mwtool.scan.definitions import median
 from mwtool.scan.published import published
 from mwtool.scan.story import build_up, label_of, overflow, peak, ranges, story, told, trace
-from mwtool.scan.tables import number, times
+from mwtool.scan.tables import number, percent, times
 
 if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
@@ -27,8 +27,8 @@ LEVELS = "▁▂▃▄▅▆▇█"
 FOLDED_FROM = 12
 """With more events than this, neighbours that do the same to the same dimension share a line."""
 
-WIDE = 96
-"""Columns from which on the events' table has room for all its columns beside those of a check."""
+NARROW, WIDE = 76, 96
+"""Columns from which on the events' table has room for all its columns: alone, and with those of a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,11 @@ def scan_report(scan: Scan, width: int, *, every: bool = False, check: Checked |
     """The report of a scan. width: columns of the terminal; every: one line for each event, however many there are."""
     parts: list[RenderableType] = [_heading(scan)]
     if scan.events:
-        parts += [_levels(scan, width), _events(scan, width, every=every, check=check), _legend(scan, check)]
+        parts += [
+            _levels(scan, width),
+            _events(scan, width, every=every, check=check),
+            _legend(scan, full=_full(width, check)),
+        ]
         parts += [Text(story(scan, dimension)) for dimension in told(scan)]
         parts += [Text(line, "yellow") for d in told(scan) if (line := build_up(scan, d)) is not None]
     if scan.massive is None:
@@ -117,7 +121,7 @@ def _lines(scan: Scan, *, every: bool) -> list[_Line]:
 
 def _events(scan: Scan, width: int, *, every: bool, check: Checked | None) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    full = check is None or width >= WIDE
+    full = _full(width, check)
     for name in ("#", "layer"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
@@ -128,6 +132,11 @@ def _events(scan: Scan, width: int, *, every: bool, check: Checked | None) -> Ta
     for line in _lines(scan, every=every):
         table.add_row(*_cells(scan, line, full=full, check=check), style=_style(scan, line))
     return table
+
+
+def _full(width: int, check: Checked | None) -> bool:
+    """Whether there is room for how long an event lives and the ratio to the median."""
+    return width >= (NARROW if check is None else WIDE)
 
 
 def _style(scan: Scan, line: _Line) -> str | None:
@@ -152,14 +161,10 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _legend(scan: Scan, check: Checked | None) -> Text:
+def _legend(scan: Scan, *, full: bool) -> Text:
     expert = " (eN:row in expert N)" if any(event.rows.expert is not None for event in scan.events) else ""
-    lives = "" if check is not None else "lives: layers until |h| is below half of after."
-    return Text(
-        f"row: the one with the largest |z| in that layer's FFN{expert}. share: that row's part of what the FFN "
-        f"writes to the dimension. {lives}\n",
-        "dim",
-    )
+    lives = "" if not full else " lives: layers until |h| is below half of after."
+    return Text(f"row: largest |z| of the FFN{expert}. share: its part of what the FFN adds to dim.{lives}", "dim")
 
 
 def _nothing(scan: Scan) -> Iterator[Text]:
@@ -191,8 +196,8 @@ def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     title = "Chosen by hand: layer" if scan.settings.by_hand else "Massive layer"
     text = Text.assemble(
         (f"{title} {massive.layer}", "bold"),
-        f" ({massive.module}; layer {massive.layer + 1} in the paper's count)",
-        "." if scan.settings.by_hand else ": of the writes up, the one with the largest |z|.",
+        f" ({massive.module}, the paper's layer {massive.layer + 1})",
+        "." if scan.settings.by_hand else ": largest |z| of the writes up.",
     )
     verb = "carries" if massive.count == 1 else "carry"
     text.append(f"\n{massive.count} of {_width(scan, massive):,} rows {verb} it", "bold")
@@ -226,12 +231,12 @@ def _routing(router: Router, carrier: int | None) -> str:
 
 def _rows(massive: MassiveWeights) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for name in ("rank", "row", "|z|", "x median", f"share of dimension {massive.dimension}"):
+    for name in ("rank", "row", "|z|", "x median", f"share of dim {massive.dimension}"):
         table.add_column(name, justify="right")
     ranked = zip(massive.indices, massive.magnitudes, massive.shares, strict=True)
     for rank, (index, magnitude, share) in enumerate(ranked, start=1):
         style = "bold yellow" if rank <= massive.count else None
-        cells = (str(rank), str(index), number(magnitude), times(magnitude, massive.median), f"{share:.2%}")
+        cells = (str(rank), str(index), number(magnitude), times(magnitude, massive.median), percent(share))
         table.add_row(*cells, style=style)
     return table
 
@@ -276,8 +281,6 @@ def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
     if scan.massive is not None and check is None:
         yield Text("Next: measure what the model loses without these rows", "bold")
         yield Text(f"  mwtool ablate {model}")
-    flags = "--states (layer by layer)"
-    flags += ", --super-weights" if scan.super_weights else ""
-    flags += ", --protect (what to keep in high precision)" if scan.protect else ""
-    yield Text(f"More: {flags}", "bold")
-    yield Text(f"  mwtool scan {model} {'--protect' if scan.protect else '--states'}")
+    flags = ["--states", *(["--super-weights"] if scan.super_weights else [])]
+    flags += ["--protect"] if scan.protect else []
+    yield Text(f"More tables: mwtool scan with {', '.join(flags)}")

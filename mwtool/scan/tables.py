@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mwtool.scan.protect import Protected
     from mwtool.scan.scanner import Scan
 
+NARROW = 76
+"""Columns from which on the table of states has room for all of its own."""
+
 NEWS = 0.1
 """A layer with an event or a super weight, or whose largest |h| is in another dimension or differs by this part from
 that of the layer before, is shown on its own line."""
@@ -24,14 +27,20 @@ LEAST = 3
 """Fewer neighbours than this are not folded."""
 
 
-def states_table(scan: Scan, *, every: bool = False) -> RenderableType:
-    """Largest entry and median of both states, a line a layer; layers without news are folded unless `every`."""
+def states_table(scan: Scan, width: int, *, every: bool = False) -> RenderableType:
+    """Largest entry and median of both states, a line a layer; layers without news are folded unless `every`.
+
+    width: columns of the terminal; a narrow one leaves out the median and the row of the intermediate state.
+    """
+    names = ["layer", "max |h|", "dim", "median", "max |z|", "row", "median"]
+    shown = len(names) if width >= NARROW else len(names) - 2
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("layer", "max |h|", "dim", "median", "max |z|", "row", "median"):
+    for name in names[:shown]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("event", no_wrap=True)
     for group in _folded(scan, every=every):
-        table.add_row(*_line(scan, group), style="bold yellow" if _massive(scan, group) else None)
+        cells = _line(scan, group)
+        table.add_row(*cells[:shown], cells[-1], style="bold yellow" if _massive(scan, group) else None)
     return Group(Text("\nThe residual stream h and the intermediate state z by layer", "bold"), table)
 
 
@@ -123,6 +132,11 @@ def _names(place: Protected) -> Iterator[str]:
 def times(value: float, middle: float) -> str:
     """A value over the median."""
     return f"{value / middle:,.0f}" if middle > 0 else "∞"
+
+
+def percent(value: float) -> str:
+    """A share in hundredths of a percent."""
+    return f"{round(value, 4) + 0.0:.2%}"  # the sum makes a rounded -0.0 positive
 
 
 def number(value: float) -> str:
