@@ -10,13 +10,13 @@ fewer tokens of each window are scored, or fewer windows are run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from mwtool.ablation.controls import random_rows
-from mwtool.errors import BadValue, NoBos
+from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import LEAST, Ratio, ratio_of
 from mwtool.evaluation.corpora import text_for
 from mwtool.evaluation.evaluate import PerplexityTask
@@ -305,7 +305,9 @@ def _conclusion(check: Check, plain: Measured) -> tuple[str, ...]:
     if check.predicted is not None and check.predicted != check.leans_on:
         layer = next(one.layer for one in check.events if one.event == check.predicted)
         found = "on none" if check.leans_on is None else f"on event {check.leans_on}"
-        said.append(f"The scan predicts event {check.predicted} (layer {layer}); the check finds that it leans {found}.")
+        said.append(
+            f"The scan predicts event {check.predicted} (layer {layer}); the check finds that it leans {found}."
+        )
     return tuple(said)
 
 
@@ -315,7 +317,9 @@ def _beside(check: Check) -> list[str]:
         parts.append(f"{check.k} random rows of layer {check.random.layer} cost x{check.random.zero}")
     if check.together is not None:
         parts.append(f"the rows of all events that write up, zeroed together, cost x{check.together}")
-    return [f"{'; '.join(parts)}.".capitalize() if not parts[0][0].isdigit() else f"{'; '.join(parts)}."] if parts else []
+    return (
+        [f"{'; '.join(parts)}.".capitalize() if not parts[0][0].isdigit() else f"{'; '.join(parts)}."] if parts else []
+    )
 
 
 def cells_of(check: Check) -> dict[int, tuple[str, str]]:

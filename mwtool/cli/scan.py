@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
+from typer.core import TyperCommand
 
 from mwtool.cli import options
 from mwtool.cli.options import DType, numbers
@@ -15,6 +15,19 @@ from mwtool.cli.options import DType, numbers
 if TYPE_CHECKING:
     from mwtool.ablation.check import Check
     from mwtool.scan.scanner import Scan, Settings
+
+
+class ScanCommand(TyperCommand):
+    """`--check` may stand alone: the bundled text is then meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a `--check` that ends the line, or comes before another option, its default value."""
+        for at, arg in enumerate(args):
+            if arg == "--check" and (at + 1 == len(args) or args[at + 1].startswith("-")):
+                args = [*args[:at], "--check=demo", *args[at + 1 :]]
+                break
+        return super().parse_args(ctx, args)
+
 
 BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
 """Panels of `--help`."""

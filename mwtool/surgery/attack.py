@@ -33,7 +33,7 @@ from mwtool.surgery.hooks import (
 )
 
 if TYPE_CHECKING:
-    from mwtool.massive import MassiveWeights
+    from mwtool.massive import RankedRows
 
 Mode = Literal["none", "zero", "retain", "scale", "mean"]
 
@@ -45,15 +45,19 @@ class Attack:
     `none`; `zero` them; `retain` only them (zero all others); `scale` them by `factor`; fix
     their intermediate values at their `mean`.
 
-    k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
+    layers: decoder layers, from 0, whose top-k rows are attacked together; empty: the massive layer, or where the
+    caller says. k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
     """
 
     mode: Mode = "none"
     k: int = 0
     factor: float | None = None
+    layers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return self.name if self.mode == "none" else f"{self.name}:{self.k}"
+        if self.mode == "none":
+            return self.name
+        return f"{self.name}:{self.k}" + (f"@{'+'.join(map(str, self.layers))}" if self.layers else "")
 
     @property
     def name(self) -> str:
@@ -71,18 +75,27 @@ class Attack:
 
 
 def parse_attack(text: str) -> Attack:
-    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k).
+    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k), with `@2` or `@2+11` for the layers.
 
     Raises BadValue, saying what was expected.
     """
-    expected = "expected none, zero:K, retain:K, mean:K or scale:X:K"
+    expected = "expected none, zero:K, retain:K, mean:K or scale:X:K, with @LAYER or @LAYER+LAYER for other layers"
     if text == "none":
         return Attack()
-    mode, _, k = text.rpartition(":")
-    parsed = _mode(mode)
-    if parsed is None or not (k.isascii() and k.isdigit()):
+    head, at, place = text.partition("@")
+    mode, _, k = head.rpartition(":")
+    parsed, layers = _mode(mode), place.split("+") if at else []
+    if parsed is None or not all(_is_number(part) for part in (k, *layers)):
         raise BadValue(f"attack {text!r} is not understood; {expected}")
-    return parsed.at(int(k))
+    numbers = tuple(map(int, layers))
+    if len(set(numbers)) < len(numbers):
+        raise BadValue(f"attack {text!r} names a layer twice; expected different layers")
+    return replace(parsed.at(int(k)), layers=numbers)
+
+
+def _is_number(text: str) -> bool:
+    """Digits, few enough for an index."""
+    return text.isascii() and text.isdigit() and len(text) <= 9  # noqa: PLR2004 - nine digits are beyond any layer or k
 
 
 def parse_mode(text: str) -> Attack:
@@ -104,7 +117,7 @@ def _mode(text: str) -> Attack | None:
     return Attack("scale", 0, value) if mode == "scale" and math.isfinite(value) else None
 
 
-def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
+def rows_of(massive: RankedRows, attack: Attack) -> tuple[int, ...]:
     """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
     if attack.k < 0:
         raise BadValue(f"k is {attack.k}; expected a number from 0 on")
