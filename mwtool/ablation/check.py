@@ -305,21 +305,17 @@ def _conclusion(check: Check, plain: Measured) -> tuple[str, ...]:
     if check.predicted is not None and check.predicted != check.leans_on:
         layer = next(one.layer for one in check.events if one.event == check.predicted)
         found = "on none" if check.leans_on is None else f"on event {check.leans_on}"
-        said.append(
-            f"The scan predicts event {check.predicted} (layer {layer}); the check finds that it leans {found}."
-        )
+        said.append(f"The scan predicts event {check.predicted} (layer {layer}); by the check the model leans {found}.")
     return tuple(said)
 
 
 def _beside(check: Check) -> list[str]:
     parts = []
     if check.random is not None and check.random.zero is not None:
-        parts.append(f"{check.k} random rows of layer {check.random.layer} cost x{check.random.zero}")
+        parts.append(f"{check.k} random rows of layer {check.random.layer} cost x{check.random.zero}.")
     if check.together is not None:
-        parts.append(f"the rows of all events that write up, zeroed together, cost x{check.together}")
-    return (
-        [f"{'; '.join(parts)}.".capitalize() if not parts[0][0].isdigit() else f"{'; '.join(parts)}."] if parts else []
-    )
+        parts.append(f"The rows of all events that write up, zeroed together, cost x{check.together}.")
+    return parts
 
 
 def cells_of(check: Check) -> dict[int, tuple[str, str]]:

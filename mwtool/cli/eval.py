@@ -263,7 +263,9 @@ class _Run:
             if not attack.idle:
                 wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
         settings = Settings(k=max(wanted.values(), default=1), bos=self.measuring.bos)
-        massive, notes, groups = None, dict[str, None](), dict[tuple[int, ...], Group]()
+        massive: MassiveWeights | None = None
+        notes: dict[str, None] = {}
+        groups: dict[tuple[int, ...], Group] = {}
         scanned = cache(partial(scan_loaded, loaded))
         for layers, k in wanted.items():
             if not layers and self.choice == Choice(file=self.choice.file):

@@ -52,7 +52,8 @@ class Plan:
 
     skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
     too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
-    places: the rows to drop from, of one layer or of several; empty where MacDrop is not wanted, or there is nothing to drop from and that was allowed.
+    places: the rows to drop from, of one layer or of several; empty where MacDrop is not wanted, or there is nothing
+        to drop from and that was allowed.
     """
 
     source: Source

@@ -56,8 +56,8 @@ class MacDrop:
     steps: optimizer steps of the run, T; per_epoch: of one epoch, all of them by default.
     layers: where the FFNs are; by default as the adapter installed for the model's type says.
 
-    p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices, one layer's
-    after the other's; places: the same by layer.
+    p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices, of
+    one layer after the other; places: the same by layer.
     Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
     do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
     quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
