@@ -26,7 +26,8 @@ class MacDropCallback(TrainerCallback):
     """Drops entries in every training step of the trainer it is given to (Algorithm 1 of the paper).
 
     massive: which rows, as a scan finds them, of one layer or of several. curriculum: a line, a file's name, or a
-    Curriculum; the paper's by default. layers: where the FFNs are; by default as the adapter installed for the model's type says.
+    Curriculum; the paper's by default. layers: where the FFNs are; by default as the adapter installed for the model's
+    type says.
 
     Masks at the beginning of an optimizer step and restores right after the optimizer's own step, so that logging,
     evaluation and saving see the pre-trained weights, whatever the order of the callbacks. Trainer tells callbacks of

@@ -40,7 +40,8 @@ def made_up(loaded: Loaded) -> Ablation:
     counts = [1.0] * 5
 
     def run(control: str | None, more: float, right: float) -> Run:
-        return Run(attack, control, target, (17,), (measured([x + more for x in plain], counts), accuracy(right)))
+        found = (measured([x + more for x in plain], counts), accuracy(right))
+        return Run(attack=attack, control=control, targets=(target,), rows=((17,),), measured=found)
 
     runs = (run(None, 0.5, 0.25), run("random:0", 0.1, 0.5), run("random:1", 0.3, 0.75), run("norm", 0.2, 0.5))
     return Ablation((measured(plain, counts), accuracy(0.5)), runs, (), ())

@@ -74,9 +74,9 @@ def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) 
 
 def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
     targets, _ = find_targets(loaded, Choice(each_layer=True), 2)
-    assert [target.layer for target in targets] == list(range(tiny.LAYERS))
+    assert [target.layer for (target,) in targets] == list(range(tiny.LAYERS))
     state = mwtool.scan_model(loaded.base).states[3]
-    assert targets[3].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
+    assert targets[3][0].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
     found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=0), Choice(each_layer=True))
     assert [run.targets[0].layer for run in found.runs] == list(range(tiny.LAYERS))
 
@@ -126,9 +126,7 @@ def test_a_model_without_massive_weights_is_told_what_to_name(tmp_path: Path) ->
     plain = opened(with_tokenizer(tmp_path, tiny.model("llama", num_hidden_layers=4)))
     for parameter in plain.base.parameters():
         parameter.data.mul_(0.1)
-    with pytest.raises(
-        BadValue, match=r"no massive weights to attack; name rows yourself with --layer N --indices I,J"
-    ):
+    with pytest.raises(BadValue, match=r"no massive weights; name rows yourself with --layer N --indices I,J"):
         find_targets(plain, Choice(), 1)
 
 
