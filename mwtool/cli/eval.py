@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mwtool.evaluation.tasks import Task
     from mwtool.massive import MassiveWeights
     from mwtool.models.load import Loaded
+    from mwtool.scan.targets import Choice, Group
     from mwtool.surgery.attack import Attack
 
 
@@ -52,9 +53,16 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
+        typer.Option(
+            help="none, zero:K, retain:K or scale:FACTOR:K, with @2+11 for rows of these layers; repeatable.",
+            show_default="none",
+        ),
     ] = None,
     massive: options.Massive = None,
+    event: options.Event = None,
+    layer: options.Layers = None,
+    indices: options.Indices = None,
+    expert: options.Expert = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
     compare: Annotated[
         bool,
@@ -122,7 +130,8 @@ def evaluate(
     )
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
-    run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    run = _Run(tasks, attacks, choice, measuring, opening, output, compare, resume)
     run.measure(models)
     if json:
         sys.stdout.write(run.text())
@@ -158,7 +167,7 @@ class _Run:
 
     tasks: Sequence[Task]
     attacks: Sequence[Attack]
-    massive: Path | None
+    choice: Choice
     measuring: Options
     opening: dict[str, Any]
     output: Path | None
@@ -207,9 +216,9 @@ class _Run:
         from mwtool.models.load import load
 
         loaded = load(model, **self.opening)
-        massive, notes = self._massive(loaded)
+        massive, groups, notes = self._rows(loaded)
         note_all((*loaded.notes, *notes))
-        document = self._document(loaded, massive)
+        document = self._document(loaded, massive, groups)
         earlier = (
             []
             if self.output is None
@@ -240,21 +249,39 @@ class _Run:
                 on_task=on_task,
                 on_note=on_note,
                 done=done,
+                groups=groups,
             )
         self.documents[-1] = document(results, notes, complete=True)
 
-    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
-        """Massive weights where an attack needs them."""
-        if all(attack.idle for attack in self.attacks):
-            return None, []
-        from mwtool.scan.loaded import massive_for
+    def _rows(self, loaded: Loaded) -> tuple[MassiveWeights | None, dict[tuple[int, ...], Group], list[str]]:
+        """The massive weights, where an attack needs them, and the rows of layers that are named; one scan for all."""
+        from functools import cache, partial
+
+        from mwtool.scan.loaded import massive_for, scan_loaded
         from mwtool.scan.scanner import Settings
+        from mwtool.scan.targets import Choice, find_targets
 
-        most = max(attack.k for attack in self.attacks)
-        massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))
-        return massive, list(notes)
+        wanted: dict[tuple[int, ...], int] = {}
+        for attack in self.attacks:
+            if not attack.idle:
+                wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
+        settings = Settings(k=max(wanted.values(), default=1), bos=self.measuring.bos)
+        massive: MassiveWeights | None = None
+        notes: dict[str, None] = {}
+        groups: dict[tuple[int, ...], Group] = {}
+        scanned = cache(partial(scan_loaded, loaded))
+        for layers, k in wanted.items():
+            if not layers and self.choice == Choice(file=self.choice.file):
+                massive, said = massive_for(loaded, self.choice.file, settings)
+            else:
+                choice = Choice(layers=layers) if layers else self.choice
+                (groups[layers],), said = find_targets(loaded, choice, k, settings, scanned=scanned)
+            notes |= dict.fromkeys(said)
+        return massive, groups, list(notes)
 
-    def _document(self, loaded: Loaded, massive: MassiveWeights | None) -> Callable[..., dict[str, Any]]:
+    def _document(
+        self, loaded: Loaded, massive: MassiveWeights | None, groups: dict[tuple[int, ...], Group]
+    ) -> Callable[..., dict[str, Any]]:
         from mwtool.cli.terminal import command_line
         from mwtool.evaluation.document import eval_document
 
@@ -266,6 +293,7 @@ class _Run:
                 tasks=[str(task) for task in self.tasks],
                 results=results,
                 massive=massive,
+                groups=groups,
                 notes=notes,
                 command=command_line(),
                 complete=complete,

@@ -118,6 +118,14 @@ def finetune(
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
     massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
+    event: Annotated[
+        str | None, _of_macdrop(metavar="N[,N...]|all|up|down", help="Rows of these events of the scan, together.")
+    ] = None,
+    layer: Annotated[str | None, _of_macdrop(metavar="N[,N...]", help="Top rows of these layers, together.")] = None,
+    expert: Annotated[int | None, _of_macdrop(min=0, help="With one layer or event: the routed expert.")] = None,
+    indices: Annotated[
+        str | None, _of_macdrop(metavar="I[,J...]", help="With one layer or event: these rows, in this order.")
+    ] = None,
     allow_none: Annotated[
         bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
@@ -183,7 +191,10 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    if curriculum.layers and replace(choice, file=None) != type(choice)():
+        raise typer.BadParameter(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
+    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none, replace(choice, file=None))
     if output is not None and not dry_run and _ended(output, resume=resume):
         return
     source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
@@ -284,7 +295,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
         trained = train(
             model,
             (plan.train, plan.held),
-            plan.massive,
+            plan.places,
             plan.recipe,
             folder,
             settings=settings,
