@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mwtool.files.document import envelope, finite
@@ -110,25 +111,22 @@ def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
 def model_card(document: dict[str, Any], base: str) -> str:
     """README.md of the adapter's folder: how to load it, every setting, and what was measured.
 
-    base: as PEFT finds the base model.
+    base: the base model as PEFT finds it. Folders of this machine appear by their last name alone, because a card is
+    published with the adapter.
     """
     peft = document["settings"]["peft"]
     name = {"lora": "LoRA", "dora": "DoRA"}[peft]
     dropped = document["massive"] is not None
-    tags = f"tags: [{peft}{', macdrop' if dropped else ''}]"
     lines = [
-        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", tags),
+        "---",
+        *([] if _is_local(base) else [f"base_model: {base}"]),  # the Hub takes ids alone
+        *("library_name: peft", "pipeline_tag: text-generation"),
+        f"tags: [{peft}{', macdrop' if dropped else ''}]",
         "---",
         "",
         f"# {name} adapter of {document['model']}, trained {'with' if dropped else 'without'} MacDrop",
         "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-        "```",
+        *_loading(base),
         "",
         *_macdrop(document),
         "## Measured",
@@ -150,7 +148,42 @@ def model_card(document: dict[str, Any], base: str) -> str:
         f"Written by mwtool {document['mwtool_version']}; `macdrop.json` has p of every step and the whole log.",
         "",
     ]
-    return "\n".join(lines)
+    return _without_folders("\n".join(lines), base, document["model"], document["data"]["name"])
+
+
+def _loading(base: str) -> list[str]:
+    """Code that loads the adapter. PEFT's shortcut needs a base model that others find under the same name."""
+    if not _is_local(base):
+        return [
+            *("```python", "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""),
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+            "```",
+        ]
+    return [
+        *(
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+        ),
+        f'base = "path/to/{Path(base).name}"  # the model it was trained on',
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/folder")',
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        "```",
+    ]
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model or data set is a file or folder of this machine."""
+    return Path(name).expanduser().exists()
+
+
+def _without_folders(text: str, *names: str) -> str:
+    """The text with the names that are paths of this machine cut down to their last part."""
+    for name in sorted(filter(_is_local, names), key=len, reverse=True):
+        text = text.replace(name, Path(name).name)
+    return text
 
 
 def _place(one: RankedRows) -> dict[str, Any]:
