@@ -123,7 +123,7 @@ def scan(
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
     if event is not None and layer is not None:
-        raise typer.BadParameter("--event and --layer name a place each; give one of them")
+        raise typer.BadParameter("--event and --layer both name a place; give one of them")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
     for file in (output, plot):
