@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,16 @@ class GGUFModel:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, as transformers builds it from the file; None where it has none.
 
-        Raises BadCheckpoint if there is one that transformers cannot build.
+        Raises BadCheckpoint if there is one that transformers cannot build, UnsupportedModel before transformers 5.18,
+        which cuts some texts in the wrong places.
         """
         if not isinstance(self.header.metadata.get(TOKENS), StringArray):
             return None
+        if find_spec("transformers.integrations.gguf") is None:
+            raise UnsupportedModel(
+                f"the tokenizer in {self.path} needs transformers 5.18 or later; pip install -U transformers (a scan "
+                f"does without)"
+            )
         from transformers import PreTrainedTokenizerFast
 
         try:
