@@ -72,6 +72,12 @@ class GGUFModel:
                 f"anything that reads text give the model it was made from"
             )
 
+    @property
+    def _bos_before_texts(self) -> bool:
+        """Whether bos is put before a text: as stated, else as llama.cpp does with SentencePiece's vocabularies."""
+        metadata = self.header.metadata
+        return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama"))
+
     def vocabulary(self) -> Vocabulary | None:
         """The special tokens, without the vocabulary; None where the file has no tokenizer."""
         tokens = self.header.metadata.get(TOKENS)
@@ -95,7 +101,10 @@ class GGUFModel:
         try:
             # not AutoTokenizer, which reads the whole file for its configuration first
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, local_files_only=True
+                self.path.parent,
+                gguf_file=self.path.name,
+                local_files_only=True,
+                add_bos_token=self._bos_before_texts,  # which transformers 5.18 does not read from the file
             )
         except UNBUILDABLE as fault:
             raise BadCheckpoint(f"the tokenizer in {self.path} cannot be built: {line_of(fault)}") from fault
