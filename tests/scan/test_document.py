@@ -150,7 +150,10 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": "mwtool.eval/1"}, "schema 'mwtool.eval/1'; expected 'mwtool.scan/2' or 'mwtool.scan/1'"),
+        (
+            {"schema": "mwtool.eval/1"},
+            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2', as `mwtool scan -o` writes, or",
+        ),
         ({"schema": None}, "schema None"),
         ({"massive": {}}, "KeyError"),
         ({"massive": [1]}, "TypeError"),
