@@ -280,8 +280,8 @@ def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
     yield Text()
     if scan.massive is not None and check is None:
         yield Text("Next: measure what the model loses without these rows", "bold")
-        yield from () if _place(scan, scan.massive) else (Text(f"  mwtool scan {model} --check"),)
-        yield Text(f"  mwtool ablate {model}{_place(scan, scan.massive)}")
+        place = _place(scan, scan.massive)
+        yield Text(f"  mwtool ablate {model}{place}" if place else f"  mwtool scan {model} --check")
     flags = ["--states", *(["--super-weights"] if scan.super_weights else [])]
     flags += ["--protect"] if scan.protect else []
     yield Text(f"More tables: mwtool scan with {', '.join(flags)}")
