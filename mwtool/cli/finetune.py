@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -80,13 +81,21 @@ def finetune(
     ] = "step:0.8",
     peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
     output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
-    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = Format.auto,
-    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = "train",
+    format_: Annotated[Format, _of_data("--format", help="How records are read; auto looks at their keys.")] = Format.auto,
+    split: Annotated[str, _of_data(help="Split of a Hub dataset or folder.")] = "train",
     skip_bad_rows: Annotated[
-        bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
+        bool, _of_data("--skip-bad-rows", help="Leave out records that cannot be read instead of stopping.")
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        _of_data(
+            metavar="NAME|FILE",
+            help="Chat template: one of the tokenizer's by name, or a Jinja file.",
+            show_default="the tokenizer's default",
+        ),
+    ] = None,
     train_on_prompt: Annotated[
-        bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
+        bool, _of_data("--train-on-prompt", help="Train on prompts, too, instead of answers alone.")
     ] = False,
     rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
     alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
@@ -104,14 +113,14 @@ def finetune(
         int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
     ] = 256,
     max_length: Annotated[
-        int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
+        int | None, _of_data(min=2, help="Longest sequence, in tokens.", show_default="1024, or the model's limit")
     ] = None,
-    packing: Annotated[bool, _of_data("--packing", help="Several examples in a sequence, apart.")] = False,
+    packing: Annotated[bool, _of_data("--packing", help="Put several examples into one sequence; they do not attend to each other.")] = False,
     gradient_checkpointing: Annotated[
         bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
     quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
+    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Share of the sequences that is held out.")] = 0.05,
     seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
     k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
@@ -129,7 +138,7 @@ def finetune(
     save_steps: Annotated[
         int | None, _of_run(min=1, help="Steps from one checkpoint to the next.", show_default="a twentieth of the run")
     ] = None,
-    resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
+    resume: Annotated[bool, _of_run("--resume", help="Continue from the newest complete checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
     show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
     revision: options.Revision = None,
@@ -180,17 +189,29 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
-    if output is not None and not dry_run and _ended(output, resume=resume):
-        return
-    plan = _planned(model, revision, trust_remote_code, recipe, asked)
+    asked = Asked(
+        data=data,
+        form=form,
+        split=split,
+        skip_bad=skip_bad_rows,
+        chat_template=chat_template,
+        massive=massive,
+        allow_none=allow_none,
+    )
+    opened = partial(_planned, model, revision, trust_remote_code, recipe)
     if dry_run or output is None:
-        _show_plan(plan, json=json)
+        _show_plan(opened(asked), json=json)
         return
-    from mwtool.finetune.trainer import Telling
+    from mwtool.finetune.checkpointing import date_of, locked
 
-    telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
-    _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+    with locked(output) if process.first() else nullcontext():
+        if _ended(output, resume=resume):
+            return
+        plan = opened(replace(asked, date=date_of(output) if resume else None))
+        from mwtool.finetune.trainer import Telling
+
+        telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
+        _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
@@ -218,21 +239,22 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
 
 
 def _ended(folder: Path, *, resume: bool) -> bool:
-    """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
+    """Whether the run is finished. A new run needs an empty folder: raises OutputError."""
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
+    from mwtool.finetune.checkpointing import LOCK
     from mwtool.finetune.document import RECORD
 
     if resume and (folder / RECORD).exists():
-        note(f"{folder} holds a run that has ended; there is nothing to go on with")
+        note(f"{folder} holds a finished run; there is nothing to resume")
         return True
     if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
-        check_free(folder)
+        check_free(folder, besides=[LOCK])
     except OutputError as fault:
-        advice = ", or go on with the run in it with --resume" if folder.is_dir() else ""
+        advice = ", or continue the run in it with --resume" if folder.is_dir() else ""
         raise OutputError(f"{fault}{advice}") from fault
     return False
 
@@ -276,7 +298,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
     found, notes = newest(folder, settings) if resume else (None, ())
     note_all(notes)
     if resume:
-        note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
+        note(f"resuming from {found.folder}" if found else f"{folder} has no complete checkpoint: starting at step 1")
     model = with_adapter(plan.source, plan.recipe, device)
     with step_progress() as on_step:
         trained = train(
@@ -291,7 +313,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
             processes=plan.processes,
         )
     if trained.stopped_by is not None:
-        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
+        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to continue")
         raise typer.Exit(128 + trained.stopped_by)
     if process.first():
         document = finetune_document(plan, trained, device=device, command=command_line())

@@ -18,7 +18,7 @@ from mwtool.finetune.config import Recipe
 from mwtool.finetune.monitor import Step, Watch
 from mwtool.finetune.resource_errors import explained
 from mwtool.finetune.signals import StopAtStepEnd
-from mwtool.finetune.tokenize import Encoded, collate
+from mwtool.finetune.sequences import Encoded, collate
 from mwtool.macdrop.callback import MacDropCallback, guard
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import load

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
         effective_batch=args.batch,
         dtype=args.dtype,
     )
-    plan: Plan = make_plan(locate(args.model), recipe, Asked(args.data, massive=scan))
+    plan: Plan = make_plan(locate(args.model), recipe, Asked(data=args.data, massive=scan))
     recipe = replace(plan.recipe, seed=seed)  # the held-out part was drawn before, with the same seed for all
     folder = args.out / name(peft, schedule, seed)
     shutil.rmtree(folder, ignore_errors=True)

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, recipe: Recipe = QUICK, **asked: Any) -> Plan:
-    return make_plan(locate(str(folder)), recipe, Asked(asked.pop("data", str(folder / "text.txt")), **asked))
+    return make_plan(locate(str(folder)), recipe, Asked(**{"data": str(folder / "text.txt"), **asked}))
 
 
 def trained(plan: Plan, into: Path, **options: Any) -> Trained:
