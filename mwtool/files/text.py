@@ -29,7 +29,7 @@ def read_text(path: Path, expected: str = "text", *, damaged: bool = False) -> s
     except UnicodeDecodeError as fault:
         line = 1 + data.count(b"\n", 0, fault.start)
         raise BadValue(
-            f"{path} is not UTF-8 text: byte {fault.start} (line {line}) is {data[fault.start]:#04x}; save it as UTF-8"
+            f"{path} is not UTF-8 text: byte {fault.start} is {data[fault.start]:#04x} (line {line}); save it as UTF-8"
         ) from fault
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     if not text.strip():

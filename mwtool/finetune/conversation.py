@@ -24,6 +24,9 @@ _MARK = 7_305_182_946
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of an answer's reasoning; templates read one of the first two."""
 
+_SHOWN = re.compile(r"""["']type["']: *["']text["']""")
+"""A list of parts that a template writes down as it is instead of reading its texts."""
+
 Span = tuple[int, int]
 
 
@@ -100,6 +103,8 @@ class Conversations:
         whole, with_marks, *others = renderer.render(calls, example.where)
         if isinstance(whole, NotRendered):
             return whole
+        if parts and _SHOWN.search(whole) and not any(_SHOWN.search(turn.content) for turn in turns):
+            return NotRendered("does not take the texts of messages as parts")
         missing = _missing(turns, marks, whole, with_marks)
         if missing is not None:
             return missing
