@@ -220,8 +220,8 @@ def test_steps_come_in_whole_accumulations(rows: int, batch: int, processes: int
         (torch.OutOfMemoryError("CUDA out of memory."), MwtoolError, r"out of memory in step 1: lower --batch-size "),
         (MemoryError(), MwtoolError, r"lower --batch-size \(now 2; the effective batch stays 4\) or --max-length"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MwtoolError, "--gradient-checkpointing or --qua"),
-        (OSError(28, "No space left on device"), OutputError, "No space left on device; make room, then go on with"),
-        (RuntimeError("PytorchStreamWriter failed writing file"), OutputError, "the disk takes no more"),
+        (OSError(28, "No space left on device"), OutputError, "No space left on device; make room, then continue with"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), OutputError, "the disk does not take all of it"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
 )
