@@ -97,17 +97,17 @@ def finetune(
     train_on_prompt: Annotated[
         bool, _of_data("--train-on-prompt", help="Train on prompts, too, instead of answers alone.")
     ] = False,
-    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
+    rank: Annotated[int, _of_adapter(min=1, max=1_000_000, help="Rank of the adapter.")] = 16,
     alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
-    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Dropout on the LoRA input.")] = 0.0,
     target_modules: Annotated[
         list[str] | None,
         _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
     ] = None,
     lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
     warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")] = 3.0,
-    max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    epochs: Annotated[float, _of_training(min=0.001, max=1_000_000, help="Passes over the data.")] = 3.0,
+    max_steps: Annotated[int | None, _of_training(min=1, max=10_000_000, help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
         int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
@@ -121,8 +121,8 @@ def finetune(
     ] = False,
     quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
     eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Share of the sequences that is held out.")] = 0.05,
-    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
-    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
+    seed: Annotated[int, _of_training(min=0, max=2**32 - 1, help="Seed of the adapter, the order of the data, the held-out part and the masks.")] = 0,
+    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, max=2**31 - 1, help="How many massive rows.", show_default="5")] = None,
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
     massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
