@@ -81,7 +81,9 @@ def finetune(
     ] = "step:0.8",
     peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
     output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
-    format_: Annotated[Format, _of_data("--format", help="How records are read; auto looks at their keys.")] = Format.auto,
+    format_: Annotated[
+        Format, _of_data("--format", help="How records are read; auto looks at their keys.")
+    ] = Format.auto,
     split: Annotated[str, _of_data(help="Split of a Hub dataset or folder.")] = "train",
     skip_bad_rows: Annotated[
         bool, _of_data("--skip-bad-rows", help="Leave out records that cannot be read instead of stopping.")
@@ -107,7 +109,9 @@ def finetune(
     lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
     warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
     epochs: Annotated[float, _of_training(min=0.001, max=1_000_000, help="Passes over the data.")] = 3.0,
-    max_steps: Annotated[int | None, _of_training(min=1, max=10_000_000, help="Optimizer steps, instead of epochs.")] = None,
+    max_steps: Annotated[
+        int | None, _of_training(min=1, max=10_000_000, help="Optimizer steps, instead of epochs.")
+    ] = None,
     batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
         int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
@@ -115,14 +119,23 @@ def finetune(
     max_length: Annotated[
         int | None, _of_data(min=2, help="Longest sequence, in tokens.", show_default="1024, or the model's limit")
     ] = None,
-    packing: Annotated[bool, _of_data("--packing", help="Put several examples into one sequence; they do not attend to each other.")] = False,
+    packing: Annotated[
+        bool, _of_data("--packing", help="Put several examples into one sequence; they do not attend to each other.")
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
     quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
     eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Share of the sequences that is held out.")] = 0.05,
-    seed: Annotated[int, _of_training(min=0, max=2**32 - 1, help="Seed of the adapter, the order of the data, the held-out part and the masks.")] = 0,
-    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, max=2**31 - 1, help="How many massive rows.", show_default="5")] = None,
+    seed: Annotated[
+        int,
+        _of_training(
+            min=0, max=2**32 - 1, help="Seed of the adapter, the order of the data, the held-out part and the masks."
+        ),
+    ] = 0,
+    k: Annotated[
+        int | None, _of_macdrop("-k", "--k", min=1, max=2**31 - 1, help="How many massive rows.", show_default="5")
+    ] = None,
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
     massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,

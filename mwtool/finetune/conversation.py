@@ -112,12 +112,16 @@ class Conversations:
         if self.on_prompt:
             return Written(text=whole, spans=((0, len(whole)),), only_last=False, ended=ended)
         places = _places(turns, marks, whole, with_marks)
-        pieces = [[one if isinstance(one, str) else None for one in others[at : at + 3]] for at in range(0, len(others), 3)]
+        pieces = [
+            [one if isinstance(one, str) else None for one in others[at : at + 3]] for at in range(0, len(others), 3)
+        ]
         found = {at: _span(whole, turns, places, at, piece) for at, piece in zip(answers, pieces, strict=True)}
         only_last = any(span is None for span in found.values())
         last = found[answers[-1]]
         if last is None:
-            return NotRendered("writes the last answer where its own prompt does not lead; --train-on-prompt needs no prompt")
+            return NotRendered(
+                "writes the last answer where its own prompt does not lead; --train-on-prompt needs no prompt"
+            )
         spans = [(answers[-1], last)] if only_last else [(at, span) for at, span in found.items() if span is not None]
         trained = tuple(span for at, span in spans if turns[at].trained)
         return Written(text=whole, spans=trained, only_last=only_last, ended=ended)

@@ -108,7 +108,11 @@ def render(template: jinja2.Template, call: dict[str, Any], variables: dict[str,
     pieces, length = [], 0
     try:
         for piece in template.generate(
-            messages=call["messages"], tools=call["tools"], documents=None, add_generation_prompt=call["prompt"], **variables
+            messages=call["messages"],
+            tools=call["tools"],
+            documents=None,
+            add_generation_prompt=call["prompt"],
+            **variables,
         ):
             pieces.append(piece)
             length += len(piece)

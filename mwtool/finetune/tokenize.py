@@ -84,7 +84,9 @@ def _nothing(data: Data, left_out: Sequence[LeftOut], max_length: int) -> str:
     reasons = {one.reason for one in left_out}
     if reasons == {"too_long"}:
         return f"all {len(left_out):,} examples of {data.name} are longer than {max_length} tokens: raise --max-length"
-    shown = [f"{sum(o.reason == one for o in left_out):,} are {REASONS[one].format(max_length)}" for one in sorted(reasons)]
+    shown = [
+        f"{sum(o.reason == one for o in left_out):,} are {REASONS[one].format(max_length)}" for one in sorted(reasons)
+    ]
     return f"{data.name} has nothing to train on in {len(data.examples):,} examples: {'; '.join(shown) or 'no token'}"
 
 
@@ -174,7 +176,9 @@ class _Writer:
         if self.conversations is None:
             unread: dict[str, int] = {}
             for example in data.examples:
-                for key in {key for turn in example.turns for key in turn.more} | ({"tools"} if example.tools else set()):
+                for key in {key for turn in example.turns for key in turn.more} | (
+                    {"tools"} if example.tools else set()
+                ):
                     unread[key] = unread.get(key, 0) + 1
         else:
             unread = dict(self.conversations.unused)
@@ -227,7 +231,11 @@ class _Writer:
                 return None
             before = ("\n\n" if number else "") + _HEADINGS[turn.role]
             answer = turn.role == "assistant"
-            pieces = [self._ids(before), self._ids(turn.content) + self.last] if answer else [self._ids(before + turn.content)]
+            pieces = (
+                [self._ids(before), self._ids(turn.content) + self.last]
+                if answer
+                else [self._ids(before + turn.content)]
+            )
             for tokens, learned in zip(pieces, (False, turn.trained), strict=False):
                 ids += tokens
                 trained += [learned or self.on_prompt] * len(tokens)
@@ -241,7 +249,8 @@ class _Writer:
             return self._aligned_by_prefix(text, spans)
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         trained = [
-            any(start < max(after, at + 1) and at < end for start, end in spans) for at, after in found["offset_mapping"]
+            any(start < max(after, at + 1) and at < end for start, end in spans)
+            for at, after in found["offset_mapping"]
         ]
         return found["input_ids"], trained
 

@@ -149,7 +149,9 @@ def _sum_and_count(outputs: Any, labels: Tensor) -> Tensor:
     rows = zip(logits[:, :-1], shifted, strict=True)
     # one example after the other: float32 copies of the logits of a batch would not fit beside them
     sums = [
-        torch.nn.functional.cross_entropy(one.float(), label.long(), ignore_index=IGNORED, reduction="none").double().sum()
+        torch.nn.functional.cross_entropy(one.float(), label.long(), ignore_index=IGNORED, reduction="none")
+        .double()
+        .sum()
         for one, label in rows
     ]
     return torch.stack([torch.stack(sums), (shifted != IGNORED).sum(1).double()], dim=1)

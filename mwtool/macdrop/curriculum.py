@@ -232,7 +232,9 @@ class _Reader:
     def _probability(self) -> float:
         position, value = self.at, self._number("a number between 0 and 1")
         if value > 1:
-            raise self._fault(position, f"p is {_cut(self.text[position : self.at])}; expected a number between 0 and 1")
+            raise self._fault(
+                position, f"p is {_cut(self.text[position : self.at])}; expected a number between 0 and 1"
+            )
         return value
 
     def _rate(self) -> float:

@@ -123,7 +123,11 @@ def test_rows_of_a_json_array_are_named_by_the_line_they_begin_at(tmp_path: Path
         ('[{"text": "a"} {"text": "b"}]', "rows.json", "line 1: found '{' after a record"),
         ('[{"text": "a"}', "rows.json", "line 1: found '' after a record"),
         ('[{"text": "a"},\n{"text": }]', "rows.json", "line 2: not JSON"),
-        ('{"messages": [{"role": "judge", "content": "x"}]}', "rows.jsonl", "message 1: role is 'judge'; expected system"),
+        (
+            '{"messages": [{"role": "judge", "content": "x"}]}',
+            "rows.jsonl",
+            "message 1: role is 'judge'; expected system",
+        ),
         ('{"messages": [{"role": "user", "content": "x"}]}', "rows.jsonl", "line 1: no message of the assistant"),
     ],
 )

@@ -94,7 +94,9 @@ def test_calls_of_tools_have_their_arguments_as_objects_in_every_spelling() -> N
 
 @pytest.mark.parametrize("weight", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
 def test_weight_0_is_not_trained_and_messages_behind_the_last_answer_are_cut(weight: dict[str, Any]) -> None:
-    found = read_record("here", {"messages": [ASK, {**ANSWER, **weight}, ASK, {**ANSWER, "weight": 1}, ASK, ASK]}, "messages")
+    found = read_record(
+        "here", {"messages": [ASK, {**ANSWER, **weight}, ASK, {**ANSWER, "weight": 1}, ASK, ASK]}, "messages"
+    )
     assert isinstance(found, Example)
     assert ([turn.trained for turn in found.turns], found.cut) == ([True, False, True, True], 2)
 
@@ -118,7 +120,10 @@ def test_keys_that_nothing_reads_are_kept_by_name() -> None:
         ({"role": "assistant", "content": None, "tool_calls": []}, "message 1: content is None; expected a text"),
         ({"role": "assistant", "content": " "}, "message 1 of the assistant is empty"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "message 1: weight is 0.5; expected 0 or 1"),
-        ({"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}, "message 1 calls {'id': 1}; expected a func"),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},
+            "message 1 calls {'id': 1}; expected a func",
+        ),
     ],
 )
 def test_a_message_that_cannot_be_read_is_named_with_what_was_expected(message: Any, expected: str) -> None:
@@ -162,7 +167,9 @@ def test_half_a_surrogate_pair_or_a_byte_that_is_not_utf8_costs_its_own_record(
     good = '{"instruction": "smile \\ud83d\\ude00", "output": "Yes"}'
     content = f"[{good},\n{record}]" if name == "rows.json" else f"{good}\n{record}"
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(BadValue, match=r"1 of 2 records of .*, line 2.*: (contains half of a surrogate pair|not UTF-8)"):
+    with pytest.raises(
+        BadValue, match=r"1 of 2 records of .*, line 2.*: (contains half of a surrogate pair|not UTF-8)"
+    ):
         read_data(str(tmp_path / name))
     left = read_data(str(tmp_path / name), skip_bad=True)
     assert [turn.content for turn in left.examples[0].turns] == ["smile 😀", "Yes"]

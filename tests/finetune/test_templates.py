@@ -27,10 +27,14 @@ TALK = (Turn("user", "Is the sun hot?"), Turn("assistant", "Yes"), Turn("user", 
 PARTS = "| selectattr('type', 'equalto', 'text') | map(attribute='text') | join"
 
 
-def ending(prompt: str, answer: str = "{{ m.content }}", end: str = "{{ eos_token }}", writes: str | None = None) -> str:
+def ending(
+    prompt: str, answer: str = "{{ m.content }}", end: str = "{{ eos_token }}", writes: str | None = None
+) -> str:
     """A template whose prompt for an answer is `prompt`; `writes`: what it puts before an answer instead."""
     begins = prompt if writes is None else writes
-    return ASK + begins + answer + end + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    return (
+        ASK + begins + answer + end + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
 
 
 def tokenizer_with(template: Any) -> Any:
@@ -39,9 +43,13 @@ def tokenizer_with(template: Any) -> Any:
     return tokenizer
 
 
-def encoded(template: Any, turns: tuple[Turn, ...] = TALK[:2], *, tools: tuple[Any, ...] = (), **options: Any) -> Encoded:
+def encoded(
+    template: Any, turns: tuple[Turn, ...] = TALK[:2], *, tools: tuple[Any, ...] = (), **options: Any
+) -> Encoded:
     example = Example(where="rows.jsonl, line 1", turns=turns, tools=tools)
-    return encode(Data(name="rows.jsonl", form="messages", examples=(example,)), tokenizer_with(template), 500, **options)
+    return encode(
+        Data(name="rows.jsonl", form="messages", examples=(example,)), tokenizer_with(template), 500, **options
+    )
 
 
 def learned(found: Encoded) -> str:
@@ -102,7 +110,9 @@ def test_a_record_that_the_template_does_not_write_is_refused_with_the_reason(te
 def test_a_template_that_cannot_be_compiled_or_chosen_is_one_line_that_says_how_to_choose() -> None:
     with pytest.raises(BadValue, match=r"'default' cannot be used \(TemplateSyntaxError: line 1: .*--chat-template"):
         encoded("{% if %}")
-    with pytest.raises(BadValue, match="chat templates rag, tool_use and none called default; choose one with --chat-te"):
+    with pytest.raises(
+        BadValue, match="chat templates rag, tool_use and none called default; choose one with --chat-te"
+    ):
         encoded({"rag": "x", "tool_use": "y"})
     with pytest.raises(BadValue, match="'absent' is neither a chat template's name nor a file; the tokenizer has b"):
         encoded({"b": "x"}, chat_template="absent")
@@ -153,8 +163,16 @@ def test_a_template_that_multiplies_fails_before_it_has_the_memory(template: str
 @pytest.mark.parametrize(
     ("template", "limits", "message"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {"seconds": 0.5}, "takes longer"),
-        ("{{ (range(99999) | list | string) | replace('9', 'x' * 9999999) | length }}", {"memory": 1 << 28}, "needs more than|fails"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            {"seconds": 0.5},
+            "takes longer",
+        ),
+        (
+            "{{ (range(99999) | list | string) | replace('9', 'x' * 9999999) | length }}",
+            {"memory": 1 << 28},
+            "needs more than|fails",
+        ),
         (
             "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
             {"memory": 1 << 28},
@@ -199,7 +217,7 @@ def test_weight_0_keeps_an_answer_from_being_learned() -> None:
 
 
 def test_what_a_template_does_not_read_is_counted_and_what_it_reads_is_given_to_it() -> None:
-    reading = "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}" + ending("A:\n")
+    reading = ending("A:\n", answer="{{ m.reasoning_content }}{{ m.content }}")
     turns = (TALK[0], Turn("assistant", "Yes", more={"reasoning_content": "It shines.", "name": "x"}))
     found = encoded(reading, turns)
     assert "It shines." in tokenizer_with(None).decode(found.ids[0])
@@ -258,7 +276,9 @@ def test_every_sequence_is_the_tokens_of_its_parts_and_the_answers_are_learned(
         begun = commonprefix([opened, thought]) if last else ""  # what the prompt for the answer wrote already
         pieces.append((f"U{ask}{question}{asked}A{head}{begun}", False))
         pieces.append(((thought if last else "")[len(begun) :] + answer + tail + end, last or not rewritten))
-    example = Example(where="here", turns=tuple(Turn(*one) for pair in turns for one in zip(("user", "assistant"), pair, strict=True)))  # type: ignore[arg-type] # the roles
+    example = Example(
+        where="here", turns=tuple(Turn(*one) for pair in turns for one in zip(("user", "assistant"), pair, strict=True))
+    )  # type: ignore[arg-type] # the roles
     whole = "".join(piece for piece, _ in pieces)
     tokenizer = bundled()
     with Conversations(ChatTemplate(text=template, name="random"), on_prompt=False) as conversations:

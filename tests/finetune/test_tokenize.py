@@ -101,7 +101,9 @@ def test_where_answers_are_written_differently_later_the_last_one_is_learned_and
 
 def test_a_conversation_the_template_refuses_is_a_row_that_cannot_be_read() -> None:
     tokenizer = templated(STRICT)
-    with pytest.raises(BadValue, match=r"1 of 1 records .* line 1: the chat template refuses it \(roles must alternate"):
+    with pytest.raises(
+        BadValue, match=r"1 of 1 records .* line 1: the chat template refuses it \(roles must alternate"
+    ):
         encode(data(talk(*TALK)), tokenizer, 200)
     half = templated("{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML)
     rows = data(talk(*TALK), talk(Turn("user", "no"), Turn("assistant", "yes")))
@@ -120,7 +122,9 @@ def test_examples_that_are_too_long_are_left_out_and_counted(plain: Any) -> None
     long = talk(Turn("user", "why " * 90), Turn("assistant", "so"))
     encoded = encode(data(talk(*TALK), long), plain, 64)
     assert (len(encoded), [one.reason for one in encoded.left_out]) == (1, ["too_long"])
-    assert encoded.notes[0] == "1 of 2 examples are longer than 64 tokens (--max-length) and left out: rows.jsonl, line 1"
+    assert (
+        encoded.notes[0] == "1 of 2 examples are longer than 64 tokens (--max-length) and left out: rows.jsonl, line 1"
+    )
     with pytest.raises(BadValue, match=r"all 2 examples of rows\.jsonl are longer than 8 tokens: raise --max-length"):
         encode(data(talk(*TALK), long), plain, 8)
 
