@@ -51,7 +51,7 @@ def read_lines(path: Path, expected: str = "text") -> Iterator[tuple[str, str]]:
 def refuse_half_pairs(where: str, value: Any) -> None:
     """Raise BadValue, beginning with `where`, if a string in a JSON value contains half of a surrogate pair.
 
-    Such a string has no UTF-8 form, and no tokenizer takes it. It comes from text cut inside an emoji ("\\ud83d"), or
+    Such a string has no UTF-8 form, and no tokenizer takes it. It comes from text cut inside an emoji, or
     stands for a byte that is not UTF-8 (`read_lines`).
     """
     try:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from os.path import commonprefix
 from types import TracebackType
 from typing import Any, Self
 
@@ -132,7 +131,7 @@ class Conversations:
         more = {key: value for key, value in turn.more.items() if self._reads(key)}
         said = next((turn.more[key] for key in _REASONING if key in turn.more), None)
         if said is not None:  # as transformers does
-            more |= {key: said for key in _REASONING[:2]}
+            more |= dict.fromkeys(_REASONING[:2], said)
         return {"role": role, "content": content, **more}
 
     def _is_system(self, turn: Turn) -> bool:
@@ -150,6 +149,12 @@ class Conversations:
             keys.add("tools")
         self.unused.update(keys)
         self.as_system += any(map(self._is_system, example.turns))
+
+
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters or tokens two sequences begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _choices(roles: Sequence[Role]) -> Iterator[frozenset[Role]]:
@@ -228,9 +233,9 @@ def _span(
         return None
     if before is not None and whole.startswith(before) and len(before) < len(after):
         return len(before), len(after)
-    shared = 0 if base is None else len(commonprefix([base, whole]))
+    shared = 0 if base is None else common(base, whole)
     begin = places[at][0] if at in places else after.rfind(turns[at].content.strip() or "\0")
-    start = begin if before is None else len(commonprefix([before, after]))
+    start = begin if before is None else common(before, after)
     if begin >= 0:  # the prompt goes on with what this answer does not have, such as <think>
         start = min(start, begin)
     if at in places and at - 1 in places:

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,14 @@ def _parquet(path: Path) -> Iterator[_Record | Unreadable]:
         for batch in file.iter_batches():
             for number in range(batch.num_rows):
                 where = f"{path}, record {start + number}"
-                yield _read_one(where, lambda batch=batch, number=number: batch.slice(number, 1).to_pylist()[0])
+                yield _read_one(where, partial(_cell, batch, number))
             start += batch.num_rows
     except (ArrowException, OSError) as fault:
         raise BadValue(f"{path} cannot be read as Parquet: {' '.join(str(fault).split())}") from fault
+
+
+def _cell(batch: Any, number: int) -> Any:
+    return batch.slice(number, 1).to_pylist()[0]
 
 
 def _dataset(name: str, split: str) -> Iterator[_Record | Unreadable]:
@@ -167,7 +172,7 @@ def _dataset(name: str, split: str) -> Iterator[_Record | Unreadable]:
         "give a local file instead",
     )
     for number in range(len(records)):
-        yield _read_one(f"{name}, record {number + 1}", lambda number=number: records[number])
+        yield _read_one(f"{name}, record {number + 1}", partial(records.__getitem__, number))
 
 
 def _read_one(where: str, read: Callable[[], Any]) -> _Record | Unreadable:

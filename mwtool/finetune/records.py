@@ -26,11 +26,11 @@ KEYS: dict[Form, tuple[str, ...]] = {
 EXPECTED = "instruction and output (alpaca), messages or conversations (messages), or text (text)"
 _BESIDE = ("system", "history", "tools")
 _ROLES: dict[str, Role] = {
-    **{name: "user" for name in ("user", "human")},
-    **{name: "assistant" for name in ("assistant", "gpt", "model", "chatgpt", "function_call")},
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "function_call"), "assistant"),
     "system": "system",
     "developer": "developer",
-    **{name: "tool" for name in ("tool", "function", "observation", "ipython")},
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -161,7 +161,7 @@ def _content(number: int, value: Any, key: str, message: Mapping[str, Any], *, o
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        found = f"{key} is {shown(value)}" if key in message else f"has no content (but {keys_of(message)})"
+        found = f"{key} is {shown(value)}" if key in message else f"has no content (but {keys_of(dict(message))})"
         raise BadValue(f"message {number}: {found}; expected a text")
     return "".join(_part(number, one) for one in value)
 

@@ -152,7 +152,7 @@ class Renderer:
         return [_result(one) for one in self._ask(request, where, self.seconds)]
 
     def _start(self, where: str) -> None:
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 # our own file, by the interpreter that runs this
             [sys.executable, "-P", "-W", "ignore", str(PROCESS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -202,7 +202,7 @@ def _read(process: subprocess.Popen[str], answers: SimpleQueue[str | None]) -> N
 
 
 def _memory(pid: int) -> int:
-    import psutil
+    import psutil  # type: ignore[import-untyped] # its stubs are a package of their own
 
     try:
         return int(psutil.Process(pid).memory_info().rss)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue
-from mwtool.finetune.conversation import Conversations, Span
+from mwtool.finetune.conversation import Conversations, Span, common
 from mwtool.finetune.data import Data, complaint
 from mwtool.finetune.records import Example, Unreadable
 from mwtool.finetune.sequences import IGNORED, REASONS, Encoded, LeftOut, packed
@@ -226,7 +226,8 @@ class _Writer:
         ids, trained = list(self.first), [self.on_prompt] * len(self.first)
         for number, turn in enumerate(example.turns):
             if not turn.content.strip():
-                why = f"message {number + 1} ({turn.role}) has no text, and there is no chat template to write its tool_calls"
+                found = f"message {number + 1} ({turn.role}) has no text"
+                why = f"{found}, and there is no chat template to write its tool_calls"
                 self.refused.append(Unreadable(f"{example.where}: {why}"))
                 return None
             before = ("\n\n" if number else "") + _HEADINGS[turn.role]
@@ -262,9 +263,9 @@ class _Writer:
         ids = self._ids(text)
         trained = [False] * len(ids)
         for start, end in spans:
-            first = _common(ids, self._ids(text[:start]))
+            first = common(ids, self._ids(text[:start]))
             before_end = self._ids(text[:end])
-            last = _common(ids, before_end)
+            last = common(ids, before_end)
             last += last < len(before_end)
             trained[first:last] = [True] * (min(last, len(ids)) - first)
         return ids, trained
@@ -273,12 +274,6 @@ class _Writer:
 def _labels(values: list[int]) -> Tensor:
     """The first token of an example is never learned: nothing stands before it, or another example does."""
     return torch.tensor([IGNORED, *values[1:]], dtype=torch.int32)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two lists begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _counted(keys: dict[str, int]) -> str:

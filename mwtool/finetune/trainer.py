@@ -14,16 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
 
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.atomic_write import permissions
 from mwtool.finetune.checkpointing import Checkpoint, clear
 from mwtool.finetune.config import Recipe
-from mwtool.finetune.monitor import Step, Watch
+from mwtool.finetune.monitor import NothingLeft, Step, Watch
 from mwtool.finetune.resource_errors import explained
-from mwtool.finetune.signals import StopAtStepEnd
 from mwtool.finetune.sequences import IGNORED, Encoded, collate
+from mwtool.finetune.signals import StopAtStepEnd
 from mwtool.macdrop.callback import MacDropCallback, guard
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import load
@@ -31,7 +30,7 @@ from mwtool.models.source import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import TrainerControl, TrainerState
+    from transformers.trainer_utils import EvalLoopOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +90,11 @@ def train(
     device = next(model.parameters()).device.type
     arguments = _arguments(recipe, folder, telling, counts=counts, processes=processes, device=device)
     arguments.eval_on_start = resume is None and bool(recipe.eval_share)
-    trainer = _trainer(model, arguments, data, [*([macdrop] if macdrop else []), stop, watch, _EndIfDone()])
+    trainer = _trainer(model, arguments, data, [*([macdrop] if macdrop else []), stop, watch])
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
     with guard(trainer), stop.listening(), explained(recipe, folder, watch):
-        with suppress(_NothingLeft):
+        with suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         done = trainer.state.global_step
         if done >= counts[0]:
@@ -112,20 +111,6 @@ def train(
         rows=() if engine is None else tuple(engine.rows),
         stopped_by=stop.received if done < counts[0] else None,
     )
-
-
-class _NothingLeft(Exception):
-    """The checkpoint that a run continues from is of its last step."""
-
-
-class _EndIfDone(TrainerCallback):
-    """Ends a run that continues from its last step before it trains: Trainer takes a step before it counts them."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step >= state.max_steps:
-            raise _NothingLeft
 
 
 class _Trainer(Trainer):

@@ -1,4 +1,4 @@
-"""What a record of training data may look like, as other trainers read it, and what is said of one that cannot be read."""
+"""What a record may look like, as other trainers read it, and what is said of one that cannot be read."""
 
 from __future__ import annotations
 

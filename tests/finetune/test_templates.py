@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import cache
-from os.path import commonprefix
 from typing import Any
 
 import pytest
@@ -14,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mwtool.errors import BadValue
-from mwtool.finetune.conversation import Conversations, Written
+from mwtool.finetune.conversation import Conversations, Written, common
 from mwtool.finetune.data import Data
 from mwtool.finetune.records import Example, Turn
 from mwtool.finetune.sequences import IGNORED, Encoded
-from mwtool.finetune.template import Call, ChatTemplate, NotRendered, Renderer, find_template
+from mwtool.finetune.template import Call, ChatTemplate, Renderer, find_template
 from mwtool.finetune.tokenize import encode
 from mwtool.models.source import DEMO
 
@@ -169,11 +168,6 @@ def test_a_template_that_multiplies_fails_before_it_has_the_memory(template: str
             "takes longer",
         ),
         (
-            "{{ (range(99999) | list | string) | replace('9', 'x' * 9999999) | length }}",
-            {"memory": 1 << 28},
-            "needs more than|fails",
-        ),
-        (
             "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
             {"memory": 1 << 28},
             "needs more than 0.25 GiB of memory",
@@ -183,9 +177,7 @@ def test_a_template_that_multiplies_fails_before_it_has_the_memory(template: str
 def test_a_template_without_end_is_ended_with_one_line(template: str, limits: dict[str, Any], message: str) -> None:
     found = ChatTemplate(text=template, name="hostile")
     with Renderer(found, template, **limits) as renderer, pytest.raises(BadValue, match=message) as fault:
-        outcome = renderer.render([Call(messages=[])], "rows.jsonl, line 3")
-        assert isinstance(outcome[0], NotRendered)
-        raise BadValue(outcome[0].why)
+        renderer.render([Call(messages=[])], "rows.jsonl, line 3")
     assert "\n" not in str(fault.value)
 
 
@@ -273,7 +265,7 @@ def test_every_sequence_is_the_tokens_of_its_parts_and_the_answers_are_learned(
     pieces: list[tuple[str, bool]] = []
     for number, (question, answer) in enumerate(turns):
         last = number == len(turns) - 1
-        begun = commonprefix([opened, thought]) if last else ""  # what the prompt for the answer wrote already
+        begun = opened[: common(opened, thought)] if last else ""  # what the prompt for the answer wrote already
         pieces.append((f"U{ask}{question}{asked}A{head}{begun}", False))
         pieces.append(((thought if last else "")[len(begun) :] + answer + tail + end, last or not rewritten))
     example = Example(
