@@ -98,7 +98,7 @@ for number, kill in enumerate(kills.split()):
 """
 MOMENTS = (
     "on_step_begin:0 on_substep_end:1 on_pre_optimizer_step:1 on_optimizer_step:2 on_log:2 on_evaluate:2 on_step_end:3 "
-    "on_save:3 on_step_begin:4 on_substep_end:4 on_save:6 on_epoch_begin:6"
+    "on_save:3 on_step_begin:4 on_substep_end:4 on_save:6 on_train_begin:6"
 )
 
 
