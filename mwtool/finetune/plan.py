@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from mwtool.finetune.data import Data, read_data
 from mwtool.finetune.records import Form
 from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
 from mwtool.finetune.tokenize import encode, named
-from mwtool.massive import MassiveWeights, load_massive
+from mwtool.massive import RankedRows, load_massive
 from mwtool.models.identity import identity_of
+from mwtool.models.load import Loaded
 from mwtool.models.meta_model import empty_model
 from mwtool.models.source import Source
 from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +40,7 @@ class Asked:
     dataset. skip_bad: leave out records that cannot be read. chat_template: the name of one of the tokenizer's
     templates, or a file; None: the tokenizer's default. date: what chat templates take for today; None: today.
     massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop if there are no massive rows.
+    choice: rows of other places than the massive layer; its `file` is not read, `massive` is.
     """
 
     data: str
@@ -47,6 +51,7 @@ class Asked:
     date: datetime | None = None
     massive: Path | None = None
     allow_none: bool = False
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +85,9 @@ class Plan:
     """All that is known before training.
 
     skeleton: the model without memory for its weights. data: what was read. digest: of the sequences: the same if they
-    are. records: what became of the records. massive: None if MacDrop is not wanted, or if there are no massive rows
-    and that was allowed. date: the day that the chat template writes, if it writes one.
+    are. records: what became of the records. places: the rows to drop from, of one layer or of several; empty if
+    MacDrop is not wanted, or if there are no massive rows and that was allowed. date: the day that the chat template
+    writes, if it writes one.
     """
 
     source: Source
@@ -92,7 +98,7 @@ class Plan:
     held: Encoded | None
     digest: str
     records: Records
-    massive: MassiveWeights | None
+    places: tuple[RankedRows, ...]
     processes: int
     notes: tuple[str, ...]
     date: datetime | None = None
@@ -109,7 +115,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with for the run to continue from it."""
-        rows = None if self.massive is None else [self.massive.module, self.massive.expert, list(self.massive.indices)]
+        places = [[one.module, one.expert, list(one.indices)] for one in self.places]
+        rows: Any = None if not places else places[0] if len(places) == 1 else places
         return {
             "model": self.source.name,
             "revision": self.source.revision,
@@ -154,7 +161,7 @@ def make_plan(
         notes += (f"{len(records.unreadable):,} records that cannot be read are left out: {shown}",)
     if encoded.date is not None:
         notes += (f"the chat template writes the date, {encoded.date:%Y-%m-%d}: it stays that of this run",)
-    massive, found = _rows(source, skeleton, recipe, asked, on_layer)
+    places, found = _rows(source, skeleton, recipe, asked, on_layer)
     plan = Plan(
         source=source,
         skeleton=skeleton,
@@ -164,7 +171,7 @@ def make_plan(
         held=held,
         digest=_digest(encoded),
         records=records,
-        massive=massive,
+        places=places,
         processes=processes,
         notes=notes + found,
         date=encoded.date,
@@ -190,6 +197,8 @@ def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
         raise BadValue(
             f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
         )
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
     recipe.accumulation(processes)
     if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
         raise UnsupportedModel(
@@ -210,10 +219,21 @@ def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tup
 
 def _rows(
     source: Source, skeleton: PreTrainedModel, recipe: Recipe, asked: Asked, on_layer: OnLayer | None
-) -> tuple[MassiveWeights | None, tuple[str, ...]]:
+) -> tuple[tuple[RankedRows, ...], tuple[str, ...]]:
     if recipe.curriculum.idle:
-        return None, ()
+        return (), ()
     layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
+    choice = replace(asked.choice, layers=asked.choice.layers or recipe.curriculum.layers, file=asked.massive)
+    if choice != Choice(file=asked.massive):
+        here = Loaded(skeleton, skeleton, None, source, layers)
+        groups, notes = find_targets(
+            here,
+            choice,
+            recipe.curriculum.k,
+            Settings(k=recipe.curriculum.k),
+            scanned=partial(scan_checkpoint, source, on_layer=on_layer),
+        )
+        return groups[0], notes
     if asked.massive is not None:
         massive, warnings = load_massive(
             asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
@@ -223,13 +243,13 @@ def _rows(
         scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)
         massive, notes = scan.massive, scan.notes
     if massive is not None:
-        return massive, notes
+        return (massive,), notes
     if not asked.allow_none:
         raise BadValue(
             f"{source.name} has no massive weights, so there is nothing for MacDrop to drop: give --massive FILE, or "
             f"train without MacDrop with --allow-none"
         )
-    return None, (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
+    return (), (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
 
 
 def _digest(encoded: Encoded) -> str:

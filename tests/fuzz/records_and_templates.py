@@ -28,28 +28,33 @@ from mwtool.models.source import DEMO
 
 TEXTS = ["", " ", "Yes", "Is it?", "a\nb", "😀", "</s>", "<think>x</think>y", "{{ 1 }}", "'\"\\", "\u2028", "x" * 300]
 ROLES = ["user", "assistant", "system", "developer", "tool", "User", "gpt", "human", "judge", None, 3]
-KEYS = ["instruction", "output", "input", "messages", "conversations", "text", "system", "history", "tools", "weight", "id"]
+KEYS = "instruction output input messages conversations text system history tools weight id".split()
 HEADS = ["", " ", "\\n", "A: ", "<think>", "{{ bos_token }}", "[{{ m.role }}]"]
 CONTENTS = [
     "{{ m.content }}", "{{ m['content'] | trim }}", "{{ m.content.upper() }}", "{{ m.content[0].text }}", "", "{{ m }}",
     "{% for c in m.content %}{{ c.text }}{% endfor %}", "{{ m.content + 1 }}", "{{ m.content.split('</think>')[-1] }}",
 ]  # fmt: skip
 EXTRA = [
-    "", "", "", "{{ raise_exception('no') }}", "{{ 'x' * 10**10 }}", "{{ 1 // 0 }}", "{% if %}", "{{ strftime_now('%d') }}",
+    "", "", "", "{{ raise_exception('no') }}", "{{ 'x' * 10**10 }}", "{{ 1 // 0 }}", "{% if %}",
+    "{{ strftime_now('%d') }}",
     "{% if loop.last %}<t></t>{% endif %}", "{{ tools | tojson }}", "{{ undefined.x }}", "{{ range(10**9) | list }}",
 ]  # fmt: skip
 
 
 def content(rng: random.Random) -> Any:
-    text = rng.choice(TEXTS)
+    text = rng.choice(TEXTS[2:] if rng.random() < 0.9 else TEXTS)
+    if rng.random() < 0.7:
+        return text
     parts = [{"type": "text", "text": text}]
-    return rng.choice([text, text, text, parts, [{"type": "image", "text": None}], None, 7, [text]])
+    return rng.choice([text, parts, parts, [{"type": "image", "text": None}], None, 7, [text]])
 
 
 def value(rng: random.Random, key: str) -> Any:
     if key in ("messages", "conversations") and rng.random() < 0.9:
         names = [("role", "content"), ("role", "content"), ("from", "value")]
-        return [message(rng, *rng.choice(names)) for _ in range(rng.randrange(5))]
+        return [message(rng, *rng.choice(names)) for _ in range(rng.randrange(5))] + (
+            [{"role": "assistant", "content": "Yes"}] if rng.random() < 0.7 else []
+        )
     if key == "history" and rng.random() < 0.7:
         return [[rng.choice(TEXTS), rng.choice(TEXTS)] for _ in range(rng.randrange(3))]
     if key == "tools":
@@ -81,12 +86,13 @@ def line(rng: random.Random) -> bytes:
 
 def template(rng: random.Random) -> str:
     def said() -> str:
-        return rng.choice(HEADS) + rng.choice(CONTENTS[:3] if rng.random() < 0.7 else CONTENTS)
+        return rng.choice(HEADS) + rng.choice(CONTENTS[:3] if rng.random() < 0.85 else CONTENTS)
 
-    ends = rng.choice(["", "{{ eos_token }}", "\\n"])
+    ends, first, prompt = rng.choice(["", "{{ eos_token }}", "\\n"]), rng.choice(HEADS[:6]), rng.choice(HEADS[:5])
+    extra = rng.choice(EXTRA) if rng.random() < 0.3 else ""
     return (
-        f"{rng.choice(HEADS[:6])}{{% for m in messages %}}{rng.choice(EXTRA)}{{% if m.role == 'assistant' %}}{said()}{ends}"
-        f"{{% else %}}{said()}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{rng.choice(HEADS[:5])}{{% endif %}}"
+        f"{first}{{% for m in messages %}}{extra}{{% if m.role == 'assistant' %}}{said()}{ends}{{% else %}}{said()}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
     )
 
 
@@ -100,7 +106,8 @@ def attempt(rng: random.Random, tokenizer: Any, path: Path) -> str:
         options = {"on_prompt": rng.random() < 0.2, "packing": rng.random() < 0.3}
         found = encode(data, tokenizer, rng.choice([8, 64, 512]), skip_bad=True, **options)
     except MwtoolError as fault:
-        assert "\n" not in str(fault), fault
+        if "\n" in str(fault):
+            raise ValueError("a message of several lines") from fault
         return "refused"
     read = [one for one in lines if one.strip()]
     assert len(data.examples) + len(data.unreadable) == len(read)
