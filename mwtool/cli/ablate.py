@@ -54,6 +54,7 @@ def ablate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -98,6 +99,7 @@ def ablate(
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
     )
     loaded = load(model, **opening)
     if save is not None:

@@ -84,6 +84,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of -o has already.")] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -96,7 +97,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
-    _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    _usage(models, compare=compare, resume=resume, output=output, of_one=(revision, gguf_file, massive))
     from mwtool.cli.terminal import say_once
     from mwtool.evaluation.evaluate import check
     from mwtool.evaluation.measurement import Options
@@ -125,6 +126,7 @@ def evaluate(
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
     )
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
@@ -147,13 +149,14 @@ def _usage(
     compare: bool,
     resume: bool,
     output: Path | None,
-    revision: str | None,
-    massive: Path | None,
+    of_one: tuple[str | Path | None, ...],
 ) -> None:
     if len(models) > 1 and not compare:
         raise typer.BadParameter(f"one MODEL is evaluated, {len(models)} are given; --compare puts them side by side")
-    if len(models) > 1 and (revision is not None or massive is not None):
-        raise typer.BadParameter("--revision and --massive belong to one MODEL; evaluate them one by one with -o FILE")
+    if len(models) > 1 and any(value is not None for value in of_one):
+        raise typer.BadParameter(
+            "--revision, --gguf-file and --massive belong to one MODEL; evaluate them one by one with -o FILE"
+        )
     if resume and output is None:
         raise typer.BadParameter("--resume goes on from the file of -o; say which")
 

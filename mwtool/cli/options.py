@@ -43,7 +43,14 @@ class DeviceMap(StrEnum):
 
 
 def opening(
-    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
+    *,
+    on: On,
+    revision: str | None,
+    dtype: DType,
+    device: str,
+    device_map: DeviceMap | None,
+    trust_remote_code: bool,
+    gguf_file: str | None,
 ) -> dict[str, Any]:
     """What `mwtool.load.load` is told of the options with which a whole model is opened."""
     return {
@@ -53,6 +60,7 @@ def opening(
         "device": device,
         "device_map": None if device_map is None else device_map.value,
         "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file,
     }
 
 
@@ -160,10 +168,18 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
+        help="Hub id, local folder, PEFT adapter folder, GGUF file, or demo, the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo, the bundled model.")
+]
+GGUFFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="Which GGUF file of a folder or repository.", rich_help_panel=MODEL
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
 Precision = Annotated[
     DType,

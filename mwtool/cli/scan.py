@@ -100,6 +100,7 @@ def scan(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer: .png, .svg, .pdf.")
     ] = None,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -135,7 +136,7 @@ def scan(
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
-    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
+    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code, gguf_file)
     note_all(found.notes)
     checked = None if check is None else _checked(found, check, limit, window, dtype, device, trust_remote_code)
     text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
@@ -168,6 +169,7 @@ def _scan(
     dtype: str,
     device: str,
     trust: bool,
+    gguf_file: str | None,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
@@ -180,6 +182,7 @@ def _scan(
             dtype=dtype,
             device=device,
             trust_remote_code=trust,
+            gguf_file=gguf_file,
             on_layer=on_layer,
         )
 

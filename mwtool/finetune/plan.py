@@ -147,6 +147,8 @@ def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
         raise BadValue(
             f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
         )
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
     recipe.accumulation(processes)
     if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
         raise UnsupportedModel(

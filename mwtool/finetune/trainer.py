@@ -162,7 +162,7 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
         target_modules=list(recipe.target_modules) or "all-linear",
         use_dora=recipe.peft == "dora",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=source.repo or str(source.folder.resolve()),
+        base_model_name_or_path=source.reference,
         revision=source.revision,
     )
     try:
@@ -180,6 +180,7 @@ def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> 
         dtype=dtype,
         device=device,
         trust_remote_code=source.trust_remote_code,
+        gguf_file=source.gguf_file,
         model_options=options,
     ).base
 
