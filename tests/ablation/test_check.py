@@ -75,7 +75,9 @@ def ratios(*values: tuple[float, float, float] | None) -> list[EventCheck]:
         ((None,), None, None),
     ],
 )
-def test_a_model_leans_on_the_event_that_costs_most_beyond_doubt(events: Any, random: Any, expected: int | None) -> None:
+def test_a_model_leans_on_the_event_that_costs_most_beyond_doubt(
+    events: Any, random: Any, expected: int | None
+) -> None:
     control = None if random is None else Control(layer=0, rows=(2,), zero=Ratio(*random))
     assert leaning(ratios(*events), control) == expected
 

@@ -136,5 +136,7 @@ def test_a_fault_inside_an_attack_leaves_model_and_layers_as_they_were() -> None
 def test_progress_counts_every_forward() -> None:
     model: Any = tiny.model("llama", num_hidden_layers=DEPTH)
     seen: list[tuple[int, int]] = []
-    perplexities(model, modules(model), cut(), [attack(model, (1,))], batch_size=1, on_batch=lambda *at: seen.append(at))
+    perplexities(
+        model, modules(model), cut(), [attack(model, (1,))], batch_size=1, on_batch=lambda *at: seen.append(at)
+    )
     assert seen == [(done, 6) for done in range(1, 7)]
