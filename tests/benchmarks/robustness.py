@@ -137,7 +137,7 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     model = with_adapter(plan.source, recipe, args.device)
-    trained = train(model, (plan.train, plan.held), plan.massive, recipe, folder)
+    trained = train(model, (plan.train, plan.held), plan.places, recipe, folder)
     figures = measured(list(trained.log), trained)
     ratios = {way: zeroed(args, str(folder), scan, way) for way in WAYS}
     if not args.keep:
