@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.verdict import Verdict, judge
+from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
@@ -21,7 +22,6 @@ from mwtool.evaluation.measurement import Measured, OnProgress, Options
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
-from mwtool.layout import FFN
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited_together, parse_mode, rows_of

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mwtool.architecture.layout import FFN
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadValue
-from mwtool.layout import FFN
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.models.load import Loaded
 from mwtool.scan.capture import LayerState, Part

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mwtool._version import __version__
+from mwtool.architecture.layout import WeightSlice
 from mwtool.architecture.packed import PLAIN, is_packed
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.atomic_write import check_free, filling
-from mwtool.layout import WeightSlice
 from mwtool.models.load import Loaded
 from mwtool.models.rewrite import RECORD, New, by_stored_name, check_tied, copy_small_files, rewrite_files, whole_state
 from mwtool.surgery.attack import Attack, Edit, attacked_rows, edited_together, merged_edits, places

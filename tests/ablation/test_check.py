@@ -134,7 +134,7 @@ def test_a_text_that_is_too_short_or_empty_is_refused(loaded: Loaded, scan: Scan
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(BadValue, match="empty"):
         check_scan(loaded, scan, str(tmp_path / "empty.txt"))
-    with pytest.raises(BadValue, match="absent.txt"):
+    with pytest.raises(BadValue, match=r"absent\.txt"):
         check_scan(loaded, scan, str(tmp_path / "absent.txt"))
 
 

@@ -101,13 +101,16 @@ def test_a_scaling_is_read_as_it_is_shown(factor: float, k: int, places: tuple[i
 
 @given(st.text(alphabet="zeroscalnti:@+0123456789.- ", max_size=16))
 def test_what_is_no_attack_is_refused_in_one_line(text: str) -> None:
+    fault = None
     try:
         attack = parse_attack(text)
-    except BadValue as fault:
-        assert "\n" not in str(fault)
-        assert repr(text) in str(fault)
-    else:
+    except BadValue as refused:
+        fault = str(refused)
+    if fault is None:
         assert parse_attack(str(attack)) == attack
+    else:
+        assert "\n" not in fault
+        assert repr(text) in fault
 
 
 @pytest.mark.parametrize("text", ["zero:3@", "zero:3@2+", "zero:3@+2", "zero@2:3", "none@2", "zero:3@2+2", "zero:3@-1"])
