@@ -191,7 +191,7 @@ def test_a_model_without_massive_weights_offers_indices(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.data.mul_(0.1)
     folder = with_tokenizer(tmp_path, model)
-    assert "has no massive weights to attack; name rows yourself with --layer N --indices I,J" in ablate(folder).fault
+    assert "has no massive weights; name rows yourself with --layer N --indices I,J" in ablate(folder).fault
     assert ablate(folder, "--layer", 1, "--indices", "3,4", "--draws", 1).code == 0
 
 
