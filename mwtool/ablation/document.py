@@ -11,9 +11,10 @@ from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
 from mwtool.evaluation.document import envelope_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.files.document import finite
+from mwtool.massive import ABLATION
 from mwtool.models.load import Loaded
 
-SCHEMA = "mwtool.ablate/1"
+SCHEMA = ABLATION
 
 
 def ablate_document(
@@ -29,6 +30,8 @@ def ablate_document(
     baseline = named(found.baseline)
     return {
         **envelope_of(SCHEMA, loaded, seed=seed, command=command),
+        "shape": _shape(loaded),
+        "massive": _massive(found),
         "tasks": [_task(name, one) for name, one in baseline.items()],
         "baseline": {name: finite(one.value) for name, one in baseline.items()},
         "nonfinite": _nonfinite(baseline),
@@ -38,6 +41,23 @@ def ablate_document(
         "saved": saved,
         "notes": list(dict.fromkeys((*loaded.notes, *found.notes))),
     }
+
+
+def _shape(loaded: Loaded) -> dict[str, int | None]:
+    one = loaded.identity
+    return {
+        "layers": one.layers,
+        "hidden_size": one.hidden_size,
+        "intermediate_size": one.intermediate_size,
+        "experts": one.experts,
+    }
+
+
+def _massive(found: Ablation) -> dict[str, Any] | None:
+    """The ranked rows attacked, where all attacks are on those of one place; what `--massive FILE` reads."""
+    places = {run.targets for run in found.runs}
+    target = next(iter(places))[0] if len(places) == 1 and len(next(iter(places))) == 1 else None
+    return None if target is None or target.ranked is None else target.ranked.document()
 
 
 def _task(name: str, one: Measured) -> dict[str, Any]:
@@ -60,10 +80,11 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "mode": run.attack.name,
         "k": run.attack.k,
         "control": run.control,
-        "layer": run.target.layer,
-        "module": run.target.ffn.module,
-        "expert": run.target.ffn.expert,
-        "indices": list(run.indices),
+        **_first_place(run),
+        "places": [
+            {"layer": target.layer, "module": target.module, "expert": target.expert, "indices": list(rows)}
+            for target, rows in zip(run.targets, run.rows, strict=True)
+        ],
         "results": {name: finite(one.value) for name, one in results.items()},
         "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
         "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
@@ -72,12 +93,26 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
     }
 
 
+def _first_place(run: Run) -> dict[str, Any]:
+    """The place of an attack on one layer; null for each of several, which `places` lists."""
+    if len(run.targets) > 1:
+        return {"layer": None, "module": None, "expert": None, "indices": None}
+    target = run.targets[0]
+    return {
+        "layer": target.layer,
+        "module": target.module,
+        "expert": target.expert,
+        "indices": list(run.rows[0]),
+    }
+
+
 def _verdict(one: Verdict) -> dict[str, Any]:
     return {
         "mode": one.attack.name,
         "k": one.attack.k,
-        "layer": one.layer,
-        "expert": one.expert,
+        "layer": one.layers[0] if len(one.layers) == 1 else None,
+        "expert": one.experts[0] if len(one.experts) == 1 else None,
+        "layers": list(one.layers),
         "task": one.task,
         "ratio": finite(one.ratio.value),
         "interval": _interval(one.ratio),

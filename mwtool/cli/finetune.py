@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mwtool.finetune.plan import Asked, Plan
     from mwtool.finetune.trainer import Telling
     from mwtool.macdrop.curriculum import Curriculum
+    from mwtool.models.source import Source
 
 
 class Peft(StrEnum):
@@ -80,43 +82,72 @@ def finetune(
     ] = "step:0.8",
     peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
     output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
-    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = Format.auto,
-    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = "train",
+    format_: Annotated[
+        Format, _of_data("--format", help="How records are read; auto looks at their keys.")
+    ] = Format.auto,
+    split: Annotated[str, _of_data(help="Split of a Hub dataset or folder.")] = "train",
     skip_bad_rows: Annotated[
-        bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
+        bool, _of_data("--skip-bad-rows", help="Leave out records that cannot be read instead of stopping.")
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        _of_data(
+            metavar="NAME|FILE",
+            help="Chat template: one of the tokenizer's by name, or a Jinja file.",
+            show_default="the tokenizer's default",
+        ),
+    ] = None,
     train_on_prompt: Annotated[
-        bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
+        bool, _of_data("--train-on-prompt", help="Train on prompts, too, instead of answers alone.")
     ] = False,
-    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
+    rank: Annotated[int, _of_adapter(min=1, max=1_000_000, help="Rank of the adapter.")] = 16,
     alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
-    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Dropout on the LoRA input.")] = 0.0,
     target_modules: Annotated[
         list[str] | None,
         _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
     ] = None,
     lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
     warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")] = 3.0,
-    max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    epochs: Annotated[float, _of_training(min=0.001, max=1_000_000, help="Passes over the data.")] = 3.0,
+    max_steps: Annotated[
+        int | None, _of_training(min=1, max=10_000_000, help="Optimizer steps, instead of epochs.")
+    ] = None,
     batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
     effective_batch: Annotated[
         int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
     ] = 256,
     max_length: Annotated[
-        int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
+        int | None, _of_data(min=2, help="Longest sequence, in tokens.", show_default="1024, or the model's limit")
     ] = None,
-    packing: Annotated[bool, _of_data("--packing", help="Several examples in a sequence, apart.")] = False,
+    packing: Annotated[
+        bool, _of_data("--packing", help="Put several examples into one sequence; they do not attend to each other.")
+    ] = False,
     gradient_checkpointing: Annotated[
         bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
     quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
-    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
-    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
+    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Share of the sequences that is held out.")] = 0.05,
+    seed: Annotated[
+        int,
+        _of_training(
+            min=0, max=2**32 - 1, help="Seed of the adapter, the order of the data, the held-out part and the masks."
+        ),
+    ] = 0,
+    k: Annotated[
+        int | None, _of_macdrop("-k", "--k", min=1, max=2**31 - 1, help="How many massive rows.", show_default="5")
+    ] = None,
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
     massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
+    event: Annotated[
+        str | None, _of_macdrop(metavar="N[,N...]|all|up|down", help="Rows of these events of the scan, together.")
+    ] = None,
+    layer: Annotated[str | None, _of_macdrop(metavar="N[,N...]", help="Top rows of these layers, together.")] = None,
+    expert: Annotated[int | None, _of_macdrop(min=0, help="With one layer or event: the routed expert.")] = None,
+    indices: Annotated[
+        str | None, _of_macdrop(metavar="I[,J...]", help="With one layer or event: these rows, in this order.")
+    ] = None,
     allow_none: Annotated[
         bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
@@ -129,9 +160,10 @@ def finetune(
     save_steps: Annotated[
         int | None, _of_run(min=1, help="Steps from one checkpoint to the next.", show_default="a twentieth of the run")
     ] = None,
-    resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
+    resume: Annotated[bool, _of_run("--resume", help="Continue from the newest complete checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
     show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: Annotated[
         DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
@@ -154,6 +186,7 @@ def finetune(
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.finetune.config import Recipe
     from mwtool.finetune.plan import Asked
+    from mwtool.models.source import locate
 
     quiet_libraries()
     place = process.training_device(device)
@@ -180,17 +213,33 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
-    if output is not None and not dry_run and _ended(output, resume=resume):
-        return
-    plan = _planned(model, revision, trust_remote_code, recipe, asked)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    if curriculum.layers and replace(choice, file=None) != type(choice)():
+        raise typer.BadParameter(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
+    asked = Asked(
+        data=data,
+        form=form,
+        split=split,
+        skip_bad=skip_bad_rows,
+        chat_template=chat_template,
+        massive=massive,
+        allow_none=allow_none,
+        choice=replace(choice, file=None),
+    )
+    locating = partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     if dry_run or output is None:
-        _show_plan(plan, json=json)
+        _show_plan(_planned(locating(), recipe, asked), json=json)
         return
-    from mwtool.finetune.trainer import Telling
+    from mwtool.finetune.checkpointing import date_of, locked
 
-    telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
-    _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+    with locked(output) if process.first() else nullcontext():
+        if _ended(output, resume=resume):
+            return
+        plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
+        from mwtool.finetune.trainer import Telling
+
+        telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
+        _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
@@ -218,31 +267,30 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
 
 
 def _ended(folder: Path, *, resume: bool) -> bool:
-    """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
+    """Whether the run is finished. A new run needs an empty folder: raises OutputError."""
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
+    from mwtool.finetune.checkpointing import LOCK
     from mwtool.finetune.document import RECORD
 
     if resume and (folder / RECORD).exists():
-        note(f"{folder} holds a run that has ended; there is nothing to go on with")
+        note(f"{folder} holds a finished run; there is nothing to resume")
         return True
     if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
-        check_free(folder)
+        check_free(folder, besides=[LOCK])
     except OutputError as fault:
-        advice = ", or go on with the run in it with --resume" if folder.is_dir() else ""
+        advice = ", or continue the run in it with --resume" if folder.is_dir() else ""
         raise OutputError(f"{fault}{advice}") from fault
     return False
 
 
-def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
+def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.finetune.plan import make_plan
-    from mwtool.models.source import locate
 
-    source = locate(model, revision, trust_remote_code=trust)
     note_all(source.notes)
     with layer_progress() as on_layer:
         plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
@@ -276,13 +324,13 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
     found, notes = newest(folder, settings) if resume else (None, ())
     note_all(notes)
     if resume:
-        note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
+        note(f"resuming from {found.folder}" if found else f"{folder} has no complete checkpoint: starting at step 1")
     model = with_adapter(plan.source, plan.recipe, device)
     with step_progress() as on_step:
         trained = train(
             model,
             (plan.train, plan.held),
-            plan.massive,
+            plan.places,
             plan.recipe,
             folder,
             settings=settings,
@@ -291,7 +339,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
             processes=plan.processes,
         )
     if trained.stopped_by is not None:
-        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
+        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to continue")
         raise typer.Exit(128 + trained.stopped_by)
     if process.first():
         document = finetune_document(plan, trained, device=device, command=command_line())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mwtool.errors import BadValue
-from mwtool.files.text import json_object, keys_of, read_lines, shown
+from mwtool.files.text import json_object, keys_of, read_lines, refuse_half_pairs, shown
 
 Kind = Literal["ppl", "mc", "cloze", "generate", "harness"]
 PAPER = ("arc_easy", "arc_challenge", "boolq", "piqa", "winogrande")
@@ -99,7 +99,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line, or in a .jsonl file rows of `prompt`. Raises BadValue."""
     if path.suffix == ".jsonl":
         return tuple(_string(where, row, "prompt") for where, row in read_rows(path))
-    return tuple(line for _, line in read_lines(path))
+    lines = list(read_lines(path))
+    for where, line in lines:
+        refuse_half_pairs(where, line)
+    return tuple(line for _, line in lines)
 
 
 def _choice(where: str, row: dict[str, Any]) -> Choice:

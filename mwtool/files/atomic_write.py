@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -86,9 +86,23 @@ def _umask() -> int:
     return mask
 
 
-def check_free(folder: Path) -> None:
-    """Raise OutputError before the work begins if `folder` could not be written after it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def permissions(folder: Path) -> None:
+    """Give a folder's files, and those in folders within, the permissions that the umask leaves to new files.
+
+    Libraries that write to a temporary file and rename it leave one that only its owner can read.
+    """
+    mask = _umask()
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def check_free(folder: Path, besides: Collection[str] = ()) -> None:
+    """Raise OutputError before the work begins if `folder` could not be written after it.
+
+    besides: names of files that may be in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(path.name not in besides for path in folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
     parent = folder.absolute().parent
     if not parent.is_dir():
@@ -114,6 +128,7 @@ def _made(folder: Path) -> Iterator[Path]:
     handle = _claim(temporary)
     try:
         yield temporary
+        permissions(temporary)
         for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
             _sync(file)
         temporary.replace(target)

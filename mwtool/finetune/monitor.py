@@ -37,6 +37,13 @@ class Step:
     logged: bool = False
 
 
+class NothingLeft(Exception):
+    """A run that continues from the checkpoint of its last step ends before it trains.
+
+    Trainer takes a step before it counts them, if that checkpoint lies inside an epoch.
+    """
+
+
 class Watch(TrainerCallback):
     """To be called after MacDrop's callback, whose p it keeps.
 
@@ -73,6 +80,12 @@ class Watch(TrainerCallback):
         # those of this command and not of the checkpoint gone on from
         state.save_steps, state.logging_steps = int(args.save_steps), int(args.logging_steps)
         self.step, self.first = state.global_step, time.perf_counter()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,17 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.finetune.config import Recipe
-from mwtool.finetune.data import Data, Form, read_data
-from mwtool.finetune.tokenize import Encoded, encode, split
-from mwtool.massive import MassiveWeights, load_massive
+from mwtool.finetune.data import Data, read_data
+from mwtool.finetune.records import Form
+from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
+from mwtool.finetune.tokenize import encode, named
+from mwtool.massive import RankedRows, load_massive
 from mwtool.models.identity import identity_of
+from mwtool.models.load import Loaded
 from mwtool.models.meta_model import empty_model
 from mwtool.models.source import Source
 from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,28 +32,62 @@ LENGTH = 1024
 """Tokens of a sequence where neither the user nor the model says less."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What to train on, and where the rows come from.
+    """What to train on, and where the massive rows come from.
 
-    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
+    data: a file, a folder or a Hub dataset. form: how its records are read; None: as their keys say. split: of a
+    dataset. skip_bad: leave out records that cannot be read. chat_template: the name of one of the tokenizer's
+    templates, or a file; None: the tokenizer's default. date: what chat templates take for today; None: today.
+    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop if there are no massive rows.
+    choice: rows of other places than the massive layer; its `file` is not read, `massive` is.
     """
 
     data: str
     form: Form | None = None
     split: str = "train"
     skip_bad: bool = False
+    chat_template: str | None = None
+    date: datetime | None = None
     massive: Path | None = None
     allow_none: bool = False
+    choice: Choice = field(default_factory=Choice)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What became of the records of the training data.
+
+    read: how many could be read; trained: how many of them are trained on, at least in part; cut: how many of those
+    lose their last messages. left_out: those that were read and are not trained on. unreadable: those that could not
+    be read, or that the chat template does not write; each with its file, line and reason.
+    """
+
+    read: int
+    trained: int
+    cut: int
+    left_out: tuple[LeftOut, ...]
+    unreadable: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        """How many records there are of each kind, by the keys of `data` in docs/json.md."""
+        return {
+            "rows": self.read,
+            "trained_rows": self.trained,
+            "cut": self.cut,
+            "unreadable": len(self.unreadable),
+            **{reason: sum(one.reason == reason for one in self.left_out) for reason in REASONS},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All that is known before training.
 
-    skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
-    too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
-    massive: None where MacDrop is not wanted, or there is nothing to drop from and that was allowed.
+    skeleton: the model without memory for its weights. data: what was read. digest: of the sequences: the same if they
+    are. records: what became of the records. places: the rows to drop from, of one layer or of several; empty if
+    MacDrop is not wanted, or if there are no massive rows and that was allowed. date: the day that the chat template
+    writes, if it writes one.
     """
 
     source: Source
@@ -57,11 +97,11 @@ class Plan:
     train: Encoded
     held: Encoded | None
     digest: str
-    too_long: int
-    unreadable: int
-    massive: MassiveWeights | None
+    records: Records
+    places: tuple[RankedRows, ...]
     processes: int
     notes: tuple[str, ...]
+    date: datetime | None = None
 
     @property
     def steps(self) -> int:
@@ -74,14 +114,16 @@ class Plan:
         return self.recipe.steps(len(self.train), self.processes)[1]
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with to be gone on from."""
-        rows = None if self.massive is None else [self.massive.module, self.massive.expert, list(self.massive.indices)]
+        """What a checkpoint must have been made with for the run to continue from it."""
+        places = [[one.module, one.expert, list(one.indices)] for one in self.places]
+        rows: Any = None if not places else places[0] if len(places) == 1 else places
         return {
             "model": self.source.name,
             "revision": self.source.revision,
             "data": self.digest,
             "rows": rows,
             "processes": self.processes,
+            **({} if self.date is None else {"date": self.date.isoformat()}),
             **self.recipe.document(),
         }
 
@@ -108,30 +150,45 @@ def make_plan(
         on_prompt=recipe.on_prompt,
         packing=recipe.packing,
         skip_bad=asked.skip_bad,
+        chat_template=asked.chat_template,
+        date=asked.date,
     )
     trained, held = split(encoded, recipe.eval_share, recipe.seed)
     notes += encoded.notes
-    unreadable = (*data.unreadable, *encoded.refused)
-    if unreadable:
-        more = f", and {len(unreadable) - 1:,} more" if len(unreadable) > 1 else ""
-        notes += (f"rows that cannot be read are left out: {unreadable[0].why}{more}",)
-    massive, found = _rows(source, skeleton, recipe, asked, on_layer)
+    records = _records(data, encoded)
+    if records.unreadable:
+        shown = named(records.unreadable)
+        notes += (f"{len(records.unreadable):,} records that cannot be read are left out: {shown}",)
+    if encoded.date is not None:
+        notes += (f"the chat template writes the date, {encoded.date:%Y-%m-%d}: it stays that of this run",)
+    places, found = _rows(source, skeleton, recipe, asked, on_layer)
     plan = Plan(
-        source,
-        skeleton,
-        recipe,
-        data,
-        trained,
-        held,
-        _digest(encoded),
-        encoded.too_long,
-        len(unreadable),
-        massive,
-        processes,
-        notes + found,
+        source=source,
+        skeleton=skeleton,
+        recipe=recipe,
+        data=data,
+        train=trained,
+        held=held,
+        digest=_digest(encoded),
+        records=records,
+        places=places,
+        processes=processes,
+        notes=notes + found,
+        date=encoded.date,
     )
     recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
     return plan
+
+
+def _records(data: Data, encoded: Encoded) -> Records:
+    read = len(data.examples) - len(encoded.refused)
+    return Records(
+        read=read,
+        trained=read - len(encoded.left_out),
+        cut=encoded.cut,
+        left_out=encoded.left_out,
+        unreadable=tuple(one.why for one in (*data.unreadable, *encoded.refused)),
+    )
 
 
 def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
@@ -140,6 +197,8 @@ def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
         raise BadValue(
             f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
         )
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
     recipe.accumulation(processes)
     if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
         raise UnsupportedModel(
@@ -160,10 +219,21 @@ def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tup
 
 def _rows(
     source: Source, skeleton: PreTrainedModel, recipe: Recipe, asked: Asked, on_layer: OnLayer | None
-) -> tuple[MassiveWeights | None, tuple[str, ...]]:
+) -> tuple[tuple[RankedRows, ...], tuple[str, ...]]:
     if recipe.curriculum.idle:
-        return None, ()
+        return (), ()
     layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
+    choice = replace(asked.choice, layers=asked.choice.layers or recipe.curriculum.layers, file=asked.massive)
+    if choice != Choice(file=asked.massive):
+        here = Loaded(skeleton, skeleton, None, source, layers)
+        groups, notes = find_targets(
+            here,
+            choice,
+            recipe.curriculum.k,
+            Settings(k=recipe.curriculum.k),
+            scanned=partial(scan_checkpoint, source, on_layer=on_layer),
+        )
+        return groups[0], notes
     if asked.massive is not None:
         massive, warnings = load_massive(
             asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
@@ -173,13 +243,13 @@ def _rows(
         scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)
         massive, notes = scan.massive, scan.notes
     if massive is not None:
-        return massive, notes
+        return (massive,), notes
     if not asked.allow_none:
         raise BadValue(
             f"{source.name} has no massive weights, so there is nothing for MacDrop to drop: give --massive FILE, or "
             f"train without MacDrop with --allow-none"
         )
-    return None, (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
+    return (), (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
 
 
 def _digest(encoded: Encoded) -> str:

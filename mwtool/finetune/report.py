@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -44,7 +44,7 @@ def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> Renderable
     for name, value in _plan_rows(plan, footprint):
         table.add_row(name, value)
     parts: list[RenderableType] = [table]
-    if plan.massive is not None:
+    if plan.places:
         parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
     return Group(*parts)
 
@@ -53,6 +53,9 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
     """What a finished run shows."""
     found, steps = document["measured"], document["steps"]
     lines = [f"{steps:,} step{'s' if steps > 1 else ''}; the adapter is in {folder}"]
+    data = document["data"]
+    if data["trained_rows"] < data["rows"] + data["unreadable"] or data["cut"]:
+        lines.append(f"records        {records_line(data)}")
     if found["first_loss"] is not None:
         lines.append(f"loss           {found['first_loss']:.4f} -> {found['last_loss']:.4f}")
     if found["last_eval_loss"] is not None:
@@ -65,13 +68,14 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
 def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
     lengths = [len(ids) for ids in plan.train.ids]
-    left_out = plan.too_long + plan.unreadable
-    examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
-    examples = "one text" if plan.data.stream else examples
+    examples = "one text" if plan.data.stream else f"{records_line(plan.records.counts())} ({plan.data.form})"
     rows = "none: trained without MacDrop"
-    if plan.massive is not None:
-        shown = ", ".join(map(str, plan.massive.indices[: recipe.curriculum.k]))
-        rows = f"{recipe.curriculum.scope}: {shown} of {plan.massive.module} (layer {plan.massive.layer})"
+    if plan.places:
+        shown = "; ".join(
+            f"{', '.join(map(str, one.indices[: recipe.curriculum.k]))} of {one.module} (layer {one.layer})"
+            for one in plan.places
+        )
+        rows = f"{recipe.curriculum.scope}: {shown}"
     return [
         ("model", f"{plan.source.name}, {footprint.parameters:,} parameters"),
         ("data", f"{plan.data.name}: {examples}"),
@@ -81,6 +85,23 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
         ("rows", rows),
         ("memory", f"about {_bytes(footprint.total)} a device: {footprint.parts}"),
     ]
+
+
+def records_line(counts: Mapping[str, int]) -> str:
+    """What became of the records: how many are trained on, and how many are not, by reason.
+
+    counts: as `Records.counts` gives them.
+    """
+    reasons = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "untrained": "without an answer to train on",
+        "unreadable": "unreadable",
+        "cut": "cut off after the last answer",
+    }
+    parts = [f"{counts[key]:,} {words}" for key, words in reasons.items() if counts.get(key)]
+    trained, read = counts["trained_rows"], counts["rows"] + counts["unreadable"]
+    return ", ".join([f"{trained:,} of {read:,} records are trained on", *parts])
 
 
 def _batch(plan: Plan) -> str:

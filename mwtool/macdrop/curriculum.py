@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mwtool.errors import BadSyntax, BadValue, nearest
+from mwtool.files.text import shown
 
 Kind = Literal["step", "linear", "epoch-before", "epoch-after", "exp", "constant", "none"]
 Scope = Literal["massive", "others", "all"]
@@ -119,6 +120,7 @@ class Curriculum:
     resample: a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
     masks: one mask for gate and up (the paper), or one each.
     seed: of the masks alone; the global random state is never touched.
+    layers: decoder layers whose rows are dropped from, from 0; empty: the massive layer, or the rows that are given.
     Raises BadValue for a k below 1, an unknown choice (naming the nearest), and phases that do not follow on.
     """
 
@@ -128,12 +130,15 @@ class Curriculum:
     resample: Resample = "step"
     masks: Masks = "shared"
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise BadValue(f"k is {self.k}; expected 1 row or more")
         for name, value in (("scope", self.scope), ("resample", self.resample), ("masks", self.masks)):
             _refuse_unknown(name, value, CHOICES[name])
+        if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise BadValue(f"layers are {list(self.layers)}; expected different numbers from 0 on")
         lengths = [(phase.steps is not None) + (phase.share is not None) for phase in self.phases]
         if lengths != [1] * (len(lengths) - 1) + [0]:
             raise BadValue("a curriculum needs phases; each before the last has either steps or a share, the last none")
@@ -196,6 +201,10 @@ def parse_schedule(text: str) -> Schedule:
     return _Reader(text).schedule()
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."  # noqa: PLR2004 # as much as a message has room for
+
+
 class _Reader:
     """Reads a schedule from left to right."""
 
@@ -222,18 +231,20 @@ class _Reader:
             if name == kind:
                 self.at = len(name)
                 return kind
-        raise self._fault(0, f"unknown schedule {name!r}; {nearest(name, KINDS)}")
+        raise self._fault(0, f"unknown schedule {shown(name)}; {nearest(name, KINDS)}")
 
     def _probability(self) -> float:
         position, value = self.at, self._number("a number between 0 and 1")
         if value > 1:
-            raise self._fault(position, f"p is {self.text[position : self.at]}; expected a number between 0 and 1")
+            raise self._fault(
+                position, f"p is {_cut(self.text[position : self.at])}; expected a number between 0 and 1"
+            )
         return value
 
     def _rate(self) -> float:
         position, value = self.at, self._number("a rate above 0")
         if not 0 < value < math.inf:
-            raise self._fault(position, f"alpha is {self.text[position : self.at]}; expected a rate above 0")
+            raise self._fault(position, f"alpha is {_cut(self.text[position : self.at])}; expected a rate above 0")
         return value
 
     def _number(self, expected: str) -> float:
@@ -258,4 +269,4 @@ class _Reader:
         return self._fault(self.at, f"found {found}; expected {expected}")
 
     def _fault(self, position: int, message: str) -> BadSyntax:
-        return BadSyntax(f"schedule {self.text!r}, character {position + 1}: {message}", self.text, position)
+        return BadSyntax(f"schedule {shown(self.text)}, character {position + 1}: {message}", self.text, position)

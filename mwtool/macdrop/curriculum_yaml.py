@@ -5,6 +5,7 @@ scope: massive            # massive | others | all
 resample: step            # step | microbatch
 masks: shared             # shared | separate
 seed: 0
+layers: [2, 11]           # rows of these decoder layers, from 0; left out: of the massive layer
 schedule: step:0.8        # or, one after another:
 phases:
   - schedule: constant:0.8
@@ -21,9 +22,10 @@ from typing import Any
 import yaml
 
 from mwtool.errors import BadSyntax, BadValue, nearest
+from mwtool.files.text import shown
 from mwtool.macdrop.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
 
-_KEYS = ("k", "scope", "resample", "masks", "seed", "schedule", "phases")
+_KEYS = ("k", "scope", "resample", "masks", "seed", "layers", "schedule", "phases")
 _PHASE_KEYS = ("schedule", "steps", "share")
 
 
@@ -36,8 +38,9 @@ def read_curriculum(text: str) -> Curriculum:
         return curriculum_of(text)
     try:
         content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise BadValue(f"curriculum {text} cannot be read: {' '.join(str(fault).split())}") from fault
+    except (OSError, ValueError) as fault:  # ValueError: not UTF-8, or a NUL in the name
+        named = text if text.isprintable() else repr(text)
+        raise BadValue(f"curriculum {named} cannot be read: {' '.join(str(fault).split())}") from fault
     return parse_curriculum(content, text)
 
 
@@ -69,9 +72,21 @@ class _File:
             whole["k"] = self._number(nodes["k"], "k", int, "a whole number, 1 or more", lambda value: value >= 1)
         if "seed" in nodes:
             whole["seed"] = self._number(nodes["seed"], "seed", int, "a whole number, 0 or more", lambda v: v >= 0)
+        if "layers" in nodes:
+            whole["layers"] = self._layers(nodes["layers"])
         if "phases" in nodes:
             return Curriculum(phases=self._phases(nodes["phases"]), **whole)
         return Curriculum(phases=(Phase(self._schedule(nodes["schedule"])),), **whole)
+
+    def _layers(self, node: yaml.Node) -> tuple[int, ...]:
+        expected = "a layer's number, 0 or more"
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise self._fault(node, "layers must be a list of numbers, such as [2, 11]")
+        found = tuple(self._number(one, "a layer", int, expected, lambda value: value >= 0) for one in node.value)
+        twice = next((at for at, layer in enumerate(found) if layer in found[:at]), None)
+        if twice is not None:
+            raise self._fault(node.value[twice], f"layer {found[twice]} is named twice")
+        return found
 
     def _phases(self, node: yaml.Node) -> tuple[Phase, ...]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
@@ -105,7 +120,7 @@ class _File:
         for key, value in node.value:
             name = str(key.value)
             if name not in known:
-                raise self._fault(key, f"unknown key {name!r}; {nearest(name, known)}")
+                raise self._fault(key, f"unknown key {shown(name)}; {nearest(name, known)}")
             if name in found:
                 raise self._fault(key, f"{name} is given twice")
             found[name] = value
@@ -124,7 +139,7 @@ class _File:
     def _choice(self, node: yaml.Node, name: str) -> str:
         value = str(node.value)
         if value not in CHOICES[name]:
-            raise self._fault(node, f"{name} is {value!r}; {nearest(value, CHOICES[name])}")
+            raise self._fault(node, f"{name} is {shown(value)}; {nearest(value, CHOICES[name])}")
         return value
 
     def _number(self, node: yaml.Node, name: str, kind: type[Any], expected: str, fits: Callable[[Any], bool]) -> Any:
@@ -134,7 +149,7 @@ class _File:
             value = None
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (kind is float and isinstance(value, float))) or not fits(value):
-            raise self._fault(node, f"{name} is {node.value!r}; expected {expected}")
+            raise self._fault(node, f"{name} is {shown(node.value)}; expected {expected}")
         return kind(value)
 
     def _fault(self, node: yaml.Node, message: str, offset: int = 0) -> BadValue:

@@ -28,12 +28,17 @@ class ByHand:
     def __bool__(self) -> bool:
         return self != NOTHING
 
-    def check(self, total: int) -> None:
-        """Raise BadValue for what can be refused before the walk. total: decoder layers of the model."""
+    def check(self, total: int, last: int) -> None:
+        """Raise BadValue for what can be refused before the walk.
+
+        total: decoder layers of the model; last: the layer where the walk ends.
+        """
         if self.event is not None and self.layer is not None:
             raise BadValue("both an event and a layer are given; expected one of them, as an event has its layer")
         if self.layer is not None and not 0 <= self.layer < total:
             raise BadValue(f"layer {self.layer} does not exist; the model has layers 0 to {total - 1}")
+        if self.layer is not None and self.layer > last:
+            raise BadValue(f"layer {self.layer} is behind the end of the walk, layer {last}; raise --layers")
         twice = next((row for row in self.indices if self.indices.count(row) > 1), None)
         if twice is not None:
             raise BadValue(f"row {twice} is named twice; expected different rows")
@@ -54,7 +59,7 @@ def ranked_by_hand(
 ) -> MassiveWeights:
     """The rows the user asked for. massive: the event the definitions choose, where nothing else is said.
 
-    Raises BadValue where there is no such event, expert or row, or the walk ended before the layer.
+    Raises BadValue where there is no such event, expert or row.
     """
     layer, write = _place(by_hand, states, events, massive, dimensions)
     state = states[layer]
@@ -85,11 +90,6 @@ def _place(
         if massive is None:
             raise BadValue("the scan found no massive layer to take rows of; name one with --layer or --event")
         return massive.layer, massive
-    if by_hand.layer >= len(states):
-        raise BadValue(
-            f"layer {by_hand.layer} was not reached: the walk ended at layer {len(states) - 1}; expected a layer "
-            f"within --layers"
-        )
     own = next((event for event in events if event.layer == by_hand.layer), None)
     return by_hand.layer, own or write_at(states, by_hand.layer, dimensions)
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.cli.terminal import quiet_libraries
 from mwtool.evaluation.comparison import ratio_of, student_t
 from mwtool.evaluation.measurement import Options
@@ -46,6 +45,7 @@ from mwtool.models.load import load
 from mwtool.models.source import locate
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 from mwtool.surgery.attack import Attack
 
 PEFTS = ("lora", "dora")
@@ -131,13 +131,13 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
         effective_batch=args.batch,
         dtype=args.dtype,
     )
-    plan: Plan = make_plan(locate(args.model), recipe, Asked(args.data, massive=scan))
+    plan: Plan = make_plan(locate(args.model), recipe, Asked(data=args.data, massive=scan))
     recipe = replace(plan.recipe, seed=seed)  # the held-out part was drawn before, with the same seed for all
     folder = args.out / name(peft, schedule, seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     model = with_adapter(plan.source, recipe, args.device)
-    trained = train(model, (plan.train, plan.held), plan.massive, recipe, folder)
+    trained = train(model, (plan.train, plan.held), plan.places, recipe, folder)
     figures = measured(list(trained.log), trained)
     ratios = {way: zeroed(args, str(folder), scan, way) for way in WAYS}
     if not args.keep:

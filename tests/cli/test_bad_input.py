@@ -142,13 +142,13 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         config(architectures=["LlamaForSequenceClassification"]),
         ["LlamaForSequenceClassification", "causal"],
     ),
-    "packed for llama.cpp": (
+    "a damaged GGUF file": (
         both(content("m.gguf", b"GGUF", "model.safetensors"), lambda folder: (folder / "config.json").unlink()),
-        ["m.gguf is in GGUF", "the model it was made from"],
+        ["m.gguf ends within the version, at byte 4", "truncated"],
     ),
-    "packed for llama.cpp, with a configuration": (
+    "a damaged GGUF file, with a configuration": (
         content("model-Q4_K_M.gguf", b"GGUF", "model.safetensors"),
-        ["no weights", "model-Q4_K_M.gguf is in GGUF", "the model it was made from"],
+        ["model-Q4_K_M.gguf ends within the version, at byte 4", "truncated"],
     ),
     "a causal type with an encoder": (
         config(model_type="bart", is_encoder_decoder=True, architectures=["BartForConditionalGeneration"]),
@@ -320,6 +320,12 @@ def test_a_model_that_is_not_there_is_named(
         (["--bos", "<s>"], ["'<s>'", "no tokenizer", "give an id"]),
         (["--bos", "always"], ["the tokenizer names no bos"]),
         (["--bos", "never"], ["--bos never needs a tokenizer"]),
+        (["--layers", "0-8"], ["--layers ends at layer 8", "layers 0 to 7"]),
+        (["--layer", "8"], ["layer 8 does not exist", "layers 0 to 7"]),
+        (["--layers", "0-3", "--layer", "5"], ["layer 5 is behind the end of the walk, layer 3"]),
+        (["--event", "99"], ["there is no event 99; the scan found"]),
+        (["--layer", "1", "--indices", "64"], ["row 64 does not exist", "rows 0 to 63"]),
+        (["--layer", "1", "--expert", "0"], ["one dense feed-forward network; there is no expert 0"]),
         (["--device", "abacus"], ["'abacus'", "cpu"]),
         (["--device", "meta"], ["'meta'", "cpu"]),
     ],

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from words import planted_folder
 
 from mwtool.files.document import text_of
+from mwtool.finetune.document import model_card
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
 
@@ -53,9 +54,8 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     assert document["data"]["sequences"] + document["data"]["held_out"] == 7
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
-        "base_model:",
         "pipeline_tag: text-generation",
-        f'AutoTokenizer.from_pretrained("{folder}")',
+        f'base = "path/to/{folder.name}"',
         *(f"- {note}" for note in document["notes"]),
         "tags: [lora, macdrop]",
         "linear:0.9-0.1",
@@ -65,6 +65,11 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     ):
         assert said in card
     assert f"{document['measured']['last_eval_loss']:.4f}" in card
+    assert str(folder.parent) not in card  # it is published with the adapter; the Hub takes no path as a base model
+    assert "base_model:" not in card
+    public = model_card({**document, "model": "owner/name"}, "owner/name")
+    assert "\nbase_model: owner/name\n" in public
+    assert 'AutoTokenizer.from_pretrained("owner/name")' in public
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     names = {one.name for one in (tmp_path / "out").iterdir() if not one.name.startswith("checkpoint-")}
     assert names == {
@@ -186,9 +191,9 @@ def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cut" / "macdrop.json").exists()
     said = [(tmp_path / f"cut.{number}.log").read_text() for number in range(4)]
-    assert "has no whole checkpoint: starting at step 1" in said[0]
-    assert "going on from" in said[1]
-    assert re.search(r"checkpoint-\d is half-written and passed over", said[2])
+    assert "has no complete checkpoint: starting at step 1" in said[0]
+    assert "resuming from" in said[1]
+    assert re.search(r"checkpoint-\d is incomplete and is not used", said[2])
     last = run(*command)
     assert last.code == 0
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -198,7 +203,7 @@ def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_
         entry.get("eval_loss") for entry in records[1]["log"]
     ]
     again = run(*command)
-    assert (again.code, "there is nothing to go on with" in again.err) == (0, True)
+    assert (again.code, "there is nothing to resume" in again.err) == (0, True)
 
 
 def stopped(command: list[object], number: signal.Signals) -> tuple[int, str]:
@@ -225,7 +230,7 @@ def test_signals_save_at_the_end_of_the_step_and_say_how_to_go_on(folder: Path, 
     done = 0
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         code, err = stopped([*command, *(["--resume"] if done else [])], number)
-        found = re.search(r"stopped after step (\d+) of 30, which is saved; add --resume to go on", err)
+        found = re.search(r"stopped after step (\d+) of 30, which is saved; add --resume to continue", err)
         assert found, err
         assert code == status
         assert int(found[1]) > done
@@ -233,7 +238,7 @@ def test_signals_save_at_the_end_of_the_step_and_say_how_to_go_on(folder: Path, 
         assert (tmp_path / "cut" / f"checkpoint-{done}").is_dir()
     last = run(*command, "--resume")
     assert last.code == 0
-    assert f"going on from {tmp_path / 'cut' / f'checkpoint-{done}'}" in last.err
+    assert f"resuming from {tmp_path / 'cut' / f'checkpoint-{done}'}" in last.err
     finetune(folder, "-o", tmp_path / "whole", *options)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -242,7 +247,7 @@ def test_a_checkpoint_of_other_settings_is_refused(folder: Path, tmp_path: Path)
     finetune(folder, "-o", tmp_path / "out", "--max-steps", 2)
     (tmp_path / "out" / "macdrop.json").unlink()
     ran = finetune(folder, "-o", tmp_path / "out", "--max-steps", 2, "--resume", "--alpha", 8)
-    assert re.search(r"checkpoint-2 was made with alpha 16, and alpha is now 8: go on with what it was made", ran.err)
+    assert re.search(r"checkpoint-2 was made with alpha 16, and alpha is now 8: use what it was made", ran.err)
     assert ran.code == 1
 
 
@@ -295,17 +300,17 @@ def test_bad_rows_stop_the_run_unless_they_are_to_be_skipped(folder: Path, tmp_p
     rows = [json.dumps({"instruction": "w1 w2", "output": "w3 w4 w5"})] * 6
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"instruction": "w1"}']))
     data = ("--data", tmp_path / "rows.jsonl", "--eval-share", 0, "--max-steps", 1, "-o", tmp_path / "out")
-    assert "1 of 7 rows of" in (fault := finetune(folder, *data).fault)
+    assert "1 of 7 records of" in (fault := finetune(folder, *data).fault)
     assert "rows.jsonl, line 7: has no output (but instruction)" in fault
     ran = finetune(folder, *data, "--skip-bad-rows", "--json")
-    assert "note: rows that cannot be read are left out:" in ran.err
+    assert "note: 1 records that cannot be read are left out:" in ran.err
     assert (ran.document["data"]["rows"], ran.document["data"]["unreadable"]) == (6, 1)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("all of it")
     fault = finetune(folder, "-o", tmp_path).fault
-    assert "exists and is not an empty folder; save elsewhere, or go on with the run in it with --resume" in fault
+    assert "exists and is not an empty folder; save elsewhere, or continue the run in it with --resume" in fault
     assert [one.name for one in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -326,7 +331,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder: Path
         ran = finetune(folder, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(r"out cannot be written: .*; make room, then go on with --resume", ran.err), ran.err
+    assert re.search(r"out cannot be written: .*; make room, then continue with --resume", ran.err), ran.err
     assert ran.code == 1
     assert finetune(folder, *options, "--resume").code == 0
 
