@@ -10,7 +10,9 @@ from typing import Any
 from mwtool.errors import BadCheckpoint, BadValue
 from mwtool.files.text import read_json
 
-SCHEMA = "mwtool.scan/1"
+SCHEMA = "mwtool.scan/2"
+READABLE = ("mwtool.scan/1", SCHEMA)
+"""Schemas whose `massive` and `shape` this version reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,9 @@ class MassiveWeights:
     layer: decoder layer, from 0; module: its FFN's path; expert: routed expert, None if dense.
     indices: k row indices, by falling magnitude; magnitudes: |z| of bos there; median: of |z| over all I.
     shares: each row's part of the bias-free ``down_proj`` output at `dimension`, signed.
-    count: the fewest top-ranked rows that make up 90 % of that output; not capped by k.
-    dimension, value: the massive dimension of the residual stream, and its value where it is settled.
+    count: how many top-ranked rows carry that output: the fewest that make up 90 % of it, without those at the end
+        of the ranking with less than a tenth of the largest share; not capped by k.
+    dimension, value: the massive dimension of the residual stream, and its value after that layer.
     share_of_parameters: entries of the k rows over all parameters, tied ones counted once.
     """
 
@@ -70,8 +73,9 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
         document = read_json(path)
     except BadCheckpoint as fault:
         raise BadValue(str(fault)) from fault
-    if document.get("schema") != SCHEMA:
-        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
+    if document.get("schema") not in READABLE:
+        expected = " or ".join(map(repr, reversed(READABLE)))
+        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {expected}, as `mwtool scan -o` writes")
     try:
         scanned = _identity(document)
         massive = None if document["massive"] is None else _parse(document["massive"], scanned)

@@ -64,12 +64,12 @@ def find_targets(
     narrowest = min(ffn.width(loaded.base) for layer in loaded.layers for ffn in layer.ffns)
     settings = replace(settings or Settings(), k=max(k, min(RANKED, narrowest)))
     if choice.each_layer:
-        scan = scan_loaded(loaded, replace(settings, all_layers=True))
+        scan = scan_loaded(loaded, settings)
         return tuple(_top(loaded, state, None, k) for state in scan.states), scan.notes
     if choice.layer is not None and not choice.indices:
         expert = _first_expert(loaded, choice.layer) if choice.expert is None else choice.expert
         ffn_at(loaded.layers, choice.layer, expert)  # refused before the scan
-        scan = scan_loaded(loaded, replace(settings, all_layers=True))
+        scan = scan_loaded(loaded, settings)
         return (_top(loaded, scan.states[choice.layer], choice.expert, k),), scan.notes
     if choice.layer is not None:
         return (_given(loaded, choice, choice.layer, choice.expert, k),), ()

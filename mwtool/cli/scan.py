@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mwtool.cli import options
+from mwtool.cli.ablate import numbers
 from mwtool.models.load_options import LoadOptions
-from mwtool.scan.settings import Settings, Thresholds
+from mwtool.scan.settings import ByHand, Settings, Thresholds
 
 if TYPE_CHECKING:
     from mwtool.scan.scanner import Scan
 
+BY_HAND, TABLES = "Choosing another event or other rows", "More tables"
+"""Panels of `--help`."""
 DEFAULTS = Settings()
 LIMITS, LOADING = DEFAULTS.thresholds, LoadOptions()
 EXAMPLES = """\
@@ -71,11 +75,50 @@ def scan(
             help="Super weights: input and output of down_proj must both exceed this.",
         ),
     ] = LIMITS.spike,
-    all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Scan all layers instead of stopping once the answer has settled.")
-    ] = DEFAULTS.all_layers,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="0-N", help="Scan up to layer N only.", show_default="all layers"),
+    ] = None,
+    event: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this event (from 0, as listed).", rich_help_panel=BY_HAND
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Report the rows of this layer (from 0).", rich_help_panel=BY_HAND),
+    ] = None,
+    indices: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="Report these rows, in this order (from 0).", rich_help_panel=BY_HAND),
+    ] = None,
+    expert: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this routed expert (from 0).", rich_help_panel=BY_HAND
+        ),
+    ] = None,
+    states: Annotated[
+        bool,
+        typer.Option("--states", help="Show hidden and intermediate states layer by layer.", rich_help_panel=TABLES),
+    ] = False,
+    super_weights: Annotated[
+        bool, typer.Option("--super-weights", help="Show super weights and their events.", rich_help_panel=TABLES)
+    ] = False,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect",
+            help="Show which parameters and indices to keep in high precision when quantizing.",
+            rich_help_panel=TABLES,
+        ),
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show all layers and all events.", rich_help_panel=TABLES)
+    ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer (.png, .svg or .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer (.png, .svg or .pdf).")
     ] = None,
     revision: options.Revision = None,
     dtype: options.Precision = LOADING.dtype,
@@ -95,6 +138,10 @@ def scan(
 
     if prompt is not None and bos != "never":
         raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
+    if event is not None and layer is not None:
+        raise options.WrongUsage("--event and --layer name a place each; give one of them")
+    last = None if layers is None else _last(layers)
+    rows = () if indices is None else numbers(indices, "--indices")
     for file in (output, plot):
         if file is not None:
             check_writable(file)
@@ -103,7 +150,8 @@ def scan(
 
         check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
-    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
+    by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
+    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
     found = _scan(model, settings, revision, dtype, device, trust_remote_code)
     note_all(found.notes)
     text = text_of(scan_document(found, command_line()))
@@ -116,7 +164,17 @@ def scan(
     if json:
         typer.echo(text, nl=False)
     else:
-        _show(found)
+        _show(found, states=states, super_weights=super_weights, protect=protect, every=every)
+
+
+def _last(layers: str) -> int:
+    """The end of a range such as 0-15; raises WrongUsage."""
+    found = re.fullmatch(r"\s*0\s*-\s*(\d{1,9})\s*", layers, flags=re.ASCII)
+    if found is None:
+        raise options.WrongUsage(
+            f"--layers {layers!r} is not a range that begins at layer 0; expected one such as 0-15"
+        )
+    return int(found[1])
 
 
 def _scan(
@@ -142,9 +200,18 @@ def _scan(
         )
 
 
-def _show(found: Scan) -> None:
+def _show(found: Scan, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
+    """The report, or in its place the tables asked for."""
     from mwtool.cli.terminal import report_console
     from mwtool.scan.report import scan_report
+    from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
     console = report_console()
-    console.print(scan_report(found, console.width))
+    if not (states or super_weights or protect):
+        console.print(scan_report(found, console.width, every=every))
+    if states:
+        console.print(states_table(found, console.width, every=every))
+    if super_weights:
+        console.print(super_weights_table(found))
+    if protect:
+        console.print(protect_table(found))

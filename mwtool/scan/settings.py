@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mwtool.errors import BadValue
 from mwtool.models.bos import PROMPT
 
 
@@ -12,7 +13,7 @@ class Thresholds:
     """What counts as massive.
 
     magnitude, ratio: an entry of h is massive above `magnitude` and above `ratio` times the median of |h|.
-    sun_ratio: the ratio of the strict published test (Sun et al. 2024), evaluated beside it.
+    sun_ratio: the ratio of the stricter published test (Sun et al. 2024), which is reported as well.
     spike: what input and output of ``down_proj`` must exceed at a super weight (Yu et al. 2024).
     """
 
@@ -22,16 +23,49 @@ class Thresholds:
     spike: float = 50.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByHand:
+    """What stands in place of the massive layer, or of its rows; nothing: what the definitions say.
+
+    event: number of an event, from 0 in order of layers. layer: a decoder layer, with an event or without.
+    expert: one of the routed experts that bos is sent to there. indices: rows, in the order they are to be listed.
+    """
+
+    event: int | None = None
+    layer: int | None = None
+    expert: int | None = None
+    indices: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != NOTHING
+
+    def check(self, total: int) -> None:
+        """Raise BadValue for what can be refused before the walk. total: decoder layers of the model."""
+        if self.event is not None and self.layer is not None:
+            raise BadValue("both an event and a layer are given; expected one of them, as an event has its layer")
+        if self.layer is not None and not 0 <= self.layer < total:
+            raise BadValue(f"layer {self.layer} does not exist; the model has layers 0 to {total - 1}")
+        twice = next((row for row in self.indices if self.indices.count(row) > 1), None)
+        if twice is not None:
+            raise BadValue(f"row {twice} is named twice; expected different rows")
+
+
+NOTHING = ByHand()
+"""Everything as the definitions have it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to scan.
 
-    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token stands in for bos under `never`.
-    all_layers: walk on to the end after the answer has settled; adds later growth, changes nothing else.
+    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token takes the place of bos under `never`.
+    last_layer: where the walk ends; None for the model's last layer.
+    by_hand: the event, layer, expert or rows to report as massive in place of those the definitions choose.
     """
 
     k: int = 5
     bos: str = "auto"
     prompt: str = PROMPT
     thresholds: Thresholds = Thresholds()
-    all_layers: bool = False
+    last_layer: int | None = None
+    by_hand: ByHand = NOTHING

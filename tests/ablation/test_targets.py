@@ -74,7 +74,7 @@ def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) 
 def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
     targets, _ = find_targets(loaded, Choice(each_layer=True), 2)
     assert [target.layer for target in targets] == list(range(tiny.LAYERS))
-    state = mwtool.scan_model(loaded.base, settings=mwtool.Settings(all_layers=True)).states[3]
+    state = mwtool.scan_model(loaded.base).states[3]
     assert targets[3].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
     found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=0), Choice(each_layer=True))
     assert [run.target.layer for run in found.runs] == list(range(tiny.LAYERS))
