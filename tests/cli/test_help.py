@@ -105,7 +105,7 @@ def test_spellings_of_other_tools_reach_the_run() -> None:
         ("finetune", "--load-in-4bits", "--load-in-4bit"),
         ("finetune", "--outputdir", "--output-dir"),
         ("eval", "--taskss", "--task"),
-        ("scan", "--all-layer", "--all-layers"),
+        ("scan", "--super-weight", "--super-weights"),
     ],
 )
 def test_a_near_miss_is_led_to_the_option_that_was_meant(command: str, typed: str, offered: str) -> None:
