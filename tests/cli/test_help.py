@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from command import run, run_apart
 from typer.main import get_command
 
-from mwtool.cli import app
+from mwtool.cli import app, waiting
 from mwtool.cli.options import WrongUsage
 from mwtool.cli.spelling import misspelled, respelled
 from mwtool.evaluation.config import EvalConfig
@@ -178,3 +179,17 @@ def test_the_interpreter_does_not_search_for_cycles_at_its_end() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    waiting.begin()
+    assert shown.getvalue() == waiting.LINE
+    waiting.clear()
+    waiting.clear()
+    assert shown.getvalue() == f"{waiting.LINE}\r{' ' * len(waiting.LINE)}\r"
