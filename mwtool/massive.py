@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mwtool.errors import BadCheckpoint, BadValue
 from mwtool.files.text import read_json
@@ -30,6 +30,30 @@ class Identity:
     hidden_size: int
     intermediate_size: int
     experts: int | None = None
+
+
+class RankedRows(Protocol):
+    """Ranked rows of one FFN: of a scan (`MassiveWeights`), or chosen by the user."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer, from 0."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """The FFN's path."""
+        ...
+
+    @property
+    def expert(self) -> int | None:
+        """The routed expert; None if dense."""
+        ...
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Rows, the first ranked first."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from mwtool.cli.eval import evaluate
 from mwtool.cli.finetune import EXAMPLES as FINETUNE
 from mwtool.cli.finetune import finetune
 from mwtool.cli.scan import EXAMPLES as SCAN
-from mwtool.cli.scan import scan
+from mwtool.cli.scan import ScanCommand, scan
 from mwtool.cli.streams import give_up_stdout, prepare
 from mwtool.errors import MwtoolError, line_of
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=Command, epilog=SCAN)(scan)
+app.command(cls=ScanCommand, epilog=SCAN)(scan)
 app.command(cls=Command, epilog=ABLATE)(ablate)
 app.command("eval", cls=Command, epilog=EVAL)(evaluate)
 app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from mwtool.errors import BadValue
 from mwtool.models.bos import PROMPT
@@ -69,3 +71,42 @@ class Settings:
     thresholds: Thresholds = Thresholds()
     last_layer: int | None = None
     by_hand: ByHand = NOTHING
+
+
+Events = tuple[int, ...] | Literal["all", "up", "down"]
+"""Events of a scan by their numbers, from 0; or all, or those that write up or down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the user chose; nothing: the massive rows.
+
+    file: a saved scan. events, layers: their rows together. expert, indices: with one place, another expert or rows.
+    each_layer: the top rows of every layer, one layer after the other.
+    """
+
+    file: Path | None = None
+    events: Events = ()
+    layers: tuple[int, ...] = ()
+    expert: int | None = None
+    indices: tuple[int, ...] = ()
+    each_layer: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadValue for choices that exclude each other."""
+        places = [name for name in ("events", "layers", "each_layer") if getattr(self, name)]
+        if len(places) > 1:
+            raise BadValue(f"{' and '.join(map(_flag, places))} are given; expected one of them")
+        if self.file is not None and (self.layers or self.each_layer):
+            raise BadValue(f"--massive FILE names its layers; leave out {_flag(places[0])}")
+        if self.each_layer and (self.indices or self.expert is not None):
+            raise BadValue("--each-layer finds its own rows; leave out --indices and --expert")
+        several = len(self.layers) > 1 or isinstance(self.events, str) or len(self.events) > 1
+        if several and (self.indices or self.expert is not None):
+            raise BadValue("--indices and --expert name rows of one layer; give one --layer or --event")
+        if self.expert is not None and not (self.layers or self.events or self.indices):
+            raise BadValue("--expert goes with --layer, --event or --indices")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.removesuffix('s').replace('_', '-')}"
