@@ -18,9 +18,10 @@ from typing import Any
 from mwtool.ablation.controls import random_rows
 from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import LEAST, Ratio, ratio_of
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.corpora import text_for
 from mwtool.evaluation.evaluate import PerplexityTask
-from mwtool.evaluation.measurement import Measured, OnProgress, Options
+from mwtool.evaluation.measurement import Measured, OnProgress
 from mwtool.evaluation.numbers import figure
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task

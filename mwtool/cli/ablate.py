@@ -3,61 +3,106 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mwtool.ablation.config import AblateConfig
 from mwtool.cli import options
-from mwtool.cli.options import DType, On
+from mwtool.models.load_options import LoadOptions, On
 
 if TYPE_CHECKING:
     from mwtool.ablation.sweep import Ablation, Sweep
     from mwtool.models.load import Loaded
     from mwtool.scan.targets import Group
 
+DEFAULTS, LOADING = AblateConfig(), LoadOptions()
+EXAMPLES = """\
+mwtool ablate                            # the bundled model
+mwtool ablate ./model --mode zero -k 1,5 --tasks ppl:wikitext2,arc_easy
+mwtool ablate ./model --mode zero -k 5 --no-controls --save attacked
+"""
+
 
 def ablate(
     model: options.Model = "demo",
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="zero, retain, scale:X or mean; repeatable.", show_default="zero and retain"),
+        typer.Option(
+            metavar="MODE",
+            help="What to do with the rows: zero, retain, scale:X or mean; repeatable.",
+            show_default=" and ".join(DEFAULTS.modes),
+        ),
     ] = None,
     k: Annotated[
-        str | None, typer.Option("-k", "--k", help="How many of the ranked rows.", show_default="0,1,3,5")
+        str | None,
+        typer.Option(
+            "-k",
+            "--k",
+            metavar="N,N,...",
+            help="How many of the ranked rows; one run for each number.",
+            show_default=",".join(map(str, DEFAULTS.ks)),
+        ),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="What to measure, as in eval; repeatable.", show_default="ppl:demo")
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="What to measure, as in mwtool eval; repeatable, or --tasks a,b.",
+            show_default=",".join(DEFAULTS.tasks),
+        ),
     ] = None,
     massive: options.Massive = None,
     layer: options.Layers = None,
     event: options.Event = None,
     indices: options.Indices = None,
     expert: options.Expert = None,
-    each_layer: Annotated[bool, typer.Option("--each-layer", help="The top rows of every layer, one by one.")] = False,
+    each_layer: Annotated[bool, typer.Option("--each-layer", help="Attack each layer's top rows in turn.")] = False,
     controls: Annotated[
         bool | None,
         typer.Option(
-            "--controls/--no-controls", help="Random rows and rows of largest norm.", show_default="on, but each layer"
+            "--controls/--no-controls",
+            help="Also attack random rows and the rows of largest norm, for comparison.",
+            show_default="on; off with --each-layer",
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Random controls for each attack.")] = DEFAULTS.draws,
     generate: Annotated[
-        str | None, typer.Option(metavar="PROMPT", help="Show how the text goes on, side by side.")
+        str | None,
+        typer.Option(metavar="PROMPT", help="Show how the original and the attacked model continue this prompt."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the attacked model: one mode, one k.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k: .png, .svg, .pdf.")] = None,
-    on: Annotated[On, typer.Option(help="Adapters: rows of the base model, or of the sum.")] = On.base,
-    bos: Annotated[str, typer.Option(help="First token: auto, always, or a TOKEN or id.")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the attacked model (one mode, one k) as a checkpoint.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k (.png, .svg or .pdf).")
+    ] = None,
+    on: Annotated[
+        On, typer.Option(help="With a PEFT adapter: attack the base model below it, or both merged.")
+    ] = LOADING.on,
+    bos: Annotated[
+        str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")
+    ] = DEFAULTS.bos,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the first random control.", callback=options.a_seed)
+    ] = DEFAULTS.seed,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
-    dtype: options.Precision = DType.auto,
-    device: options.Device = "cpu",
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
     device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
@@ -65,24 +110,24 @@ def ablate(
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
-    """Take rows out and measure what it does, beside random rows and rows of large norm."""
+    """Zero, scale or replace massive rows and measure the effect, next to control rows."""
     choice = options.chosen(
         massive=massive, event=event, layer=layer, expert=expert, indices=indices, each_layer=each_layer
     )
     given = choice.indices
-    wanted = options.numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
+    wanted = options.numbers(k, "-k") if k is not None else (len(given),) if given else DEFAULTS.ks
     if each_layer and generate is not None:
-        raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
-    modes = list(dict.fromkeys(mode or ["zero", "retain"]))
+        raise options.WrongUsage("--generate shows one layer; leave out --each-layer, or name a --layer")
+    modes = list(dict.fromkeys(mode or DEFAULTS.modes))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
-        raise typer.BadParameter("--save takes one --mode, one -k and one place")
+        raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.sweep import Sweep
     from mwtool.cli.terminal import note_all, say_once
-    from mwtool.evaluation.measurement import Options
+    from mwtool.evaluation.config import Options
     from mwtool.evaluation.tasks import parse_tasks
     from mwtool.models.load import load
-    from mwtool.scan.scanner import Settings
+    from mwtool.scan.settings import Settings
     from mwtool.scan.targets import find_targets
     from mwtool.surgery.attack import parse_mode
     from mwtool.surgery.save import check_savable
@@ -90,9 +135,9 @@ def ablate(
     say_once()
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
-    tasks = parse_tasks(task or ["ppl:demo"])
+    tasks = parse_tasks(task or DEFAULTS.tasks)
     _writable(output, plot, save)
-    opening = options.opening(
+    opening = LoadOptions(
         on=on,
         revision=revision,
         dtype=dtype,
@@ -101,7 +146,7 @@ def ablate(
         trust_remote_code=trust_remote_code,
         gguf_file=gguf_file,
     )
-    loaded = load(model, **opening)
+    loaded = load(model, **asdict(opening))
     if save is not None:
         check_savable(loaded, sweep.modes[0])
     if generate is not None:
@@ -117,7 +162,7 @@ def ablate(
 
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
-    """Everything that is to be written can be, as far as one can know before."""
+    """Raise OutputError if something that is to be written could not be, before the work begins."""
     from mwtool.files.atomic_write import check_writable
 
     for file in (output, plot):
@@ -176,7 +221,7 @@ def _give(
         attack = found.runs[0].attack
         edits = [Edit(target.ffn, target.indices[: attack.k]) for target in group]
         save_attacked(loaded, edits, attack, save)
-        note(f"the attacked model is in {save}")
+        note(f"the attacked model is saved in {save}")
     saved = None if save is None else str(save)
     document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
     if output is not None:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from mwtool.cli import options
-from mwtool.cli.options import DType, numbers
+from mwtool.cli.command import Command
+from mwtool.cli.options import numbers
+from mwtool.models.load_options import DType, LoadOptions
+from mwtool.scan.settings import ByHand, Settings, Thresholds
 
 if TYPE_CHECKING:
     from mwtool.ablation.check import Check
-    from mwtool.scan.scanner import Scan, Settings
+    from mwtool.scan.scanner import Scan
 
 
-class ScanCommand(TyperCommand):
+class ScanCommand(Command):
     """`--check` may stand alone: the bundled text is then meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -31,79 +33,127 @@ class ScanCommand(TyperCommand):
 
 BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
 """Panels of `--help`."""
+DEFAULTS = Settings()
+LIMITS, LOADING = DEFAULTS.thresholds, LoadOptions()
+EXAMPLES = """\
+mwtool scan                              # the bundled model
+mwtool scan HuggingFaceTB/SmolLM2-135M -o scan.json
+mwtool scan ./model --dtype float32 --plot layers.png
+"""
 
 
 def scan(
     model: options.Model = "demo",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = 5,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, metavar="N", help="How many rows to rank.")] = DEFAULTS.k,
     bos: Annotated[
         str,
         typer.Option(
-            help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id."
+            metavar="TOKEN",
+            help="First token: auto (the tokenizer's bos, else the configuration's), always (the tokenizer's only), "
+            "never, or a token or its id.",
         ),
-    ] = "auto",
+    ] = DEFAULTS.bos,
     prompt: Annotated[
-        str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
+        str | None,
+        typer.Option(metavar="TEXT", help="With --bos never: feed the first token of this text.", show_default=False),
     ] = None,
     magnitude: Annotated[
         float,
-        typer.Option(min=0, callback=options.finite, help="Massive: an entry of the residual stream above this ..."),
-    ] = 100,
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="A dimension of the residual stream is massive above this magnitude ...",
+        ),
+    ] = LIMITS.magnitude,
     ratio: Annotated[
-        float, typer.Option(min=0, callback=options.finite, help="... and above this many times the median.")
-    ] = 50,
+        float,
+        typer.Option(
+            min=0, callback=options.finite, metavar="X", help="... and above this multiple of the median magnitude."
+        ),
+    ] = LIMITS.ratio,
     sun_ratio: Annotated[
-        float, typer.Option(min=0, callback=options.finite, help="The same for the stricter published test.")
-    ] = 1000,
+        float,
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="The multiple of the median in the stricter test of Sun et al. (2024), reported beside it.",
+        ),
+    ] = LIMITS.sun_ratio,
     spike: Annotated[
         float,
-        typer.Option(min=0, callback=options.finite, help="Super weights: down_proj input and output above this."),
-    ] = 50,
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="Super weights: input and output of down_proj must both exceed this.",
+        ),
+    ] = LIMITS.spike,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="0-N", help="Walk to layer N only.", show_default="to the last layer"),
+        typer.Option(metavar="0-N", help="Scan up to layer N only.", show_default="all layers"),
     ] = None,
     event: Annotated[
-        int | None, typer.Option(min=0, help="Rows of this event, by its number.", rich_help_panel=BY_HAND)
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this event (from 0, as listed).", rich_help_panel=BY_HAND
+        ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer.", rich_help_panel=BY_HAND)] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Report the rows of this layer (from 0).", rich_help_panel=BY_HAND),
+    ] = None,
     indices: Annotated[
-        str | None, typer.Option(metavar="I,J,...", help="These rows, in this order.", rich_help_panel=BY_HAND)
+        str | None,
+        typer.Option(metavar="I,J,...", help="Report these rows, in this order (from 0).", rich_help_panel=BY_HAND),
     ] = None,
     expert: Annotated[
-        int | None, typer.Option(min=0, help="Rows of this routed expert.", rich_help_panel=BY_HAND)
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this routed expert (from 0).", rich_help_panel=BY_HAND
+        ),
     ] = None,
     states: Annotated[
-        bool, typer.Option("--states", help="Both states layer by layer.", rich_help_panel=TABLES)
+        bool,
+        typer.Option("--states", help="Show hidden and intermediate states layer by layer.", rich_help_panel=TABLES),
     ] = False,
     super_weights: Annotated[
-        bool, typer.Option("--super-weights", help="Super weights and their events.", rich_help_panel=TABLES)
+        bool, typer.Option("--super-weights", help="Show super weights and their events.", rich_help_panel=TABLES)
     ] = False,
     protect: Annotated[
         bool,
         typer.Option(
-            "--protect", help="Parameters and indices to keep when quantizing, by event.", rich_help_panel=TABLES
+            "--protect",
+            help="Show which parameters and indices to keep in high precision when quantizing.",
+            rich_help_panel=TABLES,
         ),
     ] = False,
-    every: Annotated[bool, typer.Option("--all", help="Fold no layers and no events.", rich_help_panel=TABLES)] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show all layers and all events.", rich_help_panel=TABLES)
+    ] = False,
     check: Annotated[
         str | None,
         typer.Option(
             metavar="[TEXT]",
-            help="Measure what each event's rows carry, on the bundled text or as in ppl:TEXT.",
+            help="Measure what the model loses without each event's rows, on the bundled text or as in ppl:TEXT.",
             rich_help_panel=CHECK,
             show_default=False,
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Windows of the text.", rich_help_panel=CHECK)] = 8,
-    window: Annotated[int, typer.Option(min=32, help="Tokens of a window.", rich_help_panel=CHECK)] = 512,
+    limit: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --check: windows of the text to use.", rich_help_panel=CHECK)
+    ] = 8,
+    window: Annotated[
+        int, typer.Option(min=32, metavar="N", help="With --check: tokens in a window.", rich_help_panel=CHECK)
+    ] = 512,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer: .png, .svg, .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer (.png, .svg or .pdf).")
     ] = None,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
-    dtype: options.Precision = DType.auto,
-    device: options.Device = "cpu",
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -115,15 +165,12 @@ def scan(
     from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
-    from mwtool.scan.by_hand import ByHand
-    from mwtool.scan.definitions import Thresholds
     from mwtool.scan.document import scan_document
-    from mwtool.scan.scanner import Settings
 
     if prompt is not None and bos != "never":
-        raise typer.BadParameter("--prompt goes with --bos never")
+        raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
     if event is not None and layer is not None:
-        raise typer.BadParameter("--event and --layer both name a place; give one of them")
+        raise options.WrongUsage("--event and --layer name a place each; give one of them")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
     for file in (output, plot):
@@ -136,7 +183,7 @@ def scan(
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
-    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code, gguf_file)
+    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
     note_all(found.notes)
     opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
@@ -154,11 +201,11 @@ def scan(
 
 
 def _last(layers: str) -> int:
-    """The end of a range such as 0-15; raises BadParameter, which is wrong usage."""
+    """The end of a range such as 0-15; raises WrongUsage."""
     found = re.fullmatch(r"\s*0\s*-\s*(\d{1,9})\s*", layers, flags=re.ASCII)
     if found is None:
-        raise typer.BadParameter(
-            f"--layers {layers!r} is no range from layer 0, where every walk begins; expected one such as 0-15"
+        raise options.WrongUsage(
+            f"--layers {layers!r} is not a range that begins at layer 0; expected one such as 0-15"
         )
     return int(found[1])
 
@@ -197,7 +244,7 @@ def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, open
 
     say_once()
     stored = training_precision(dtype, opening["device"])
-    wanted = "auto" if dtype is DType.auto and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
+    wanted = "auto" if dtype == "auto" and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
     if found.identity.revision is None:  # a local file or folder, which the name of what was scanned says
         opening = {**opening, "gguf_file": None}
     loaded = load(found.identity.model, revision=found.identity.revision, dtype=wanted, **opening)

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from mwtool.errors import BadValue
+from mwtool.finetune.records import Form
 from mwtool.macdrop.curriculum import Curriculum, curriculum_of
+from mwtool.scan.settings import Choice
 
 Peft = Literal["lora", "dora"]
+Quantize = Literal["4bit"]
 PAPER_STEPS = 579
 """Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
+LENGTH = 1024
+"""Tokens of a sequence where neither the user nor the model says less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What to train on, and where the massive rows come from.
+
+    data: a file, a folder or a Hub dataset. form: how its records are read; None: as their keys say. split: of a
+    dataset. skip_bad: leave out records that cannot be read. chat_template: the name of one of the tokenizer's
+    templates, or a file; None: the tokenizer's default. date: what chat templates take for today; None: today.
+    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop if there are no massive rows.
+    choice: rows of other places than the massive layer; its `file` is not read, `massive` is.
+    """
+
+    data: str
+    form: Form | None = None
+    split: str = "train"
+    skip_bad: bool = False
+    chat_template: str | None = None
+    date: datetime | None = None
+    massive: Path | None = None
+    allow_none: bool = False
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +69,7 @@ class Recipe:
     packing: bool = False
     on_prompt: bool = False
     gradient_checkpointing: bool = False
-    quantize: Literal["4bit"] | None = None
+    quantize: Quantize | None = None
     eval_share: float = 0.05
     seed: int = 0
     dtype: str = "float32"

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue
+from mwtool.errors import BadValue, line_of
 from mwtool.files.hub_dataset import reaching
 from mwtool.files.text import as_object, json_object, keys_of, read_lines, read_text
 from mwtool.finetune.records import EXPECTED, Example, Form, Unreadable, form_of, read_record
@@ -156,7 +156,7 @@ def _parquet(path: Path) -> Iterator[_Record | Unreadable]:
                 yield _read_one(where, partial(_cell, batch, number))
             start += batch.num_rows
     except (ArrowException, OSError) as fault:
-        raise BadValue(f"{path} cannot be read as Parquet: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"{path} cannot be read as Parquet: {line_of(fault, whole=True)}") from fault
 
 
 def _cell(batch: Any, number: int) -> Any:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.finetune.config import Recipe
+from mwtool.finetune.config import LENGTH, Asked, Recipe
 from mwtool.finetune.data import Data, read_data
-from mwtool.finetune.records import Form
 from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
 from mwtool.finetune.tokenize import encode, named
 from mwtool.massive import RankedRows, load_massive
@@ -22,36 +20,12 @@ from mwtool.models.identity import identity_of
 from mwtool.models.load import Loaded
 from mwtool.models.meta_model import empty_model
 from mwtool.models.source import Source
-from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
-from mwtool.scan.targets import Choice, find_targets
+from mwtool.scan.scanner import OnLayer, scan_checkpoint
+from mwtool.scan.settings import Choice, Settings
+from mwtool.scan.targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LENGTH = 1024
-"""Tokens of a sequence where neither the user nor the model says less."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What to train on, and where the massive rows come from.
-
-    data: a file, a folder or a Hub dataset. form: how its records are read; None: as their keys say. split: of a
-    dataset. skip_bad: leave out records that cannot be read. chat_template: the name of one of the tokenizer's
-    templates, or a file; None: the tokenizer's default. date: what chat templates take for today; None: today.
-    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop if there are no massive rows.
-    choice: rows of other places than the massive layer; its `file` is not read, `massive` is.
-    """
-
-    data: str
-    form: Form | None = None
-    split: str = "train"
-    skip_bad: bool = False
-    chat_template: str | None = None
-    date: datetime | None = None
-    massive: Path | None = None
-    allow_none: bool = False
-    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

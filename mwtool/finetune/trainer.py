@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.errors import BadValue, UnsupportedModel, line_of
 from mwtool.files.atomic_write import permissions
 from mwtool.finetune.checkpointing import Checkpoint, clear
 from mwtool.finetune.config import Recipe
@@ -165,7 +165,7 @@ def _trainer(
     except (ValueError, RuntimeError, ImportError) as fault:  # a logger that is unknown, or not installed
         if not arguments.report_to:
             raise
-        raise BadValue(f"--report-to {', '.join(arguments.report_to)}: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"--report-to {', '.join(arguments.report_to)}: {line_of(fault, whole=True)}") from fault
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -212,7 +212,7 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
     try:
         wrapped: PeftModel = get_peft_model(model, chosen)
     except ValueError as fault:
-        raise BadValue(f"no adapter can be put on {source.name}: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"no adapter can be put on {source.name}: {line_of(fault, whole=True)}") from fault
     return wrapped
 
 

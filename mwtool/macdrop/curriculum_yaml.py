@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from mwtool.errors import BadSyntax, BadValue, nearest
+from mwtool.errors import BadSyntax, BadValue, line_of, nearest
 from mwtool.files.text import shown
 from mwtool.macdrop.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
 
@@ -40,7 +40,7 @@ def read_curriculum(text: str) -> Curriculum:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as fault:  # ValueError: not UTF-8, or a NUL in the name
         named = text if text.isprintable() else repr(text)
-        raise BadValue(f"curriculum {named} cannot be read: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"curriculum {named} cannot be read: {line_of(fault, whole=True)}") from fault
     return parse_curriculum(content, text)
 
 
@@ -49,7 +49,7 @@ def parse_curriculum(content: str, name: str = "curriculum") -> Curriculum:
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.YAMLError as fault:
-        raise BadValue(f"{name} is no YAML: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"{name} is no YAML: {line_of(fault, whole=True)}") from fault
     except RecursionError as fault:
         raise BadValue(f"{name} is nested too deeply; expected keys such as schedule") from fault
     if root is None:

@@ -3,49 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mwtool.errors import BadValue
 from mwtool.massive import MassiveWeights
 from mwtool.scan.capture import LayerState, Part
 from mwtool.scan.definitions import Event, Write, write_at
 from mwtool.scan.ranking import Ranker, carrier
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ByHand:
-    """What stands in place of the massive layer, or of its rows; nothing: what the definitions say.
-
-    event: number of an event, from 0 in order of layers. layer: a decoder layer, with an event or without.
-    expert: one of the routed experts that bos is sent to there. indices: rows, in the order they are to be listed.
-    """
-
-    event: int | None = None
-    layer: int | None = None
-    expert: int | None = None
-    indices: tuple[int, ...] = ()
-
-    def __bool__(self) -> bool:
-        return self != NOTHING
-
-    def check(self, total: int, last: int) -> None:
-        """Raise BadValue for what can be refused before the walk.
-
-        total: decoder layers of the model; last: the layer where the walk ends.
-        """
-        if self.event is not None and self.layer is not None:
-            raise BadValue("both an event and a layer are given; expected one of them, as an event has its layer")
-        if self.layer is not None and not 0 <= self.layer < total:
-            raise BadValue(f"layer {self.layer} does not exist; the model has layers 0 to {total - 1}")
-        if self.layer is not None and self.layer > last:
-            raise BadValue(f"layer {self.layer} is behind the end of the walk, layer {last}; raise --layers")
-        twice = next((row for row in self.indices if self.indices.count(row) > 1), None)
-        if twice is not None:
-            raise BadValue(f"row {twice} is named twice; expected different rows")
-
-
-NOTHING = ByHand()
-"""Everything as the definitions have it."""
+from mwtool.scan.settings import ByHand
 
 
 def ranked_by_hand(

@@ -19,16 +19,15 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
 from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
 from mwtool.massive import Identity, MassiveWeights
-from mwtool.models.bos import PROMPT, Bos, find_bos
+from mwtool.models.bos import Bos, find_bos
 from mwtool.models.identity import identity_of
 from mwtool.models.source import Source, locate
 from mwtool.models.streaming import Stream, open_stream
-from mwtool.scan.by_hand import NOTHING, ByHand, ranked_by_hand
+from mwtool.scan.by_hand import ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (
     Absence,
     Event,
-    Thresholds,
     Trace,
     absence,
     massive_dimensions,
@@ -39,6 +38,7 @@ from mwtool.scan.definitions import (
 )
 from mwtool.scan.protect import Protected
 from mwtool.scan.ranking import Ranker, Router, carrier, routing
+from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -46,23 +46,6 @@ if TYPE_CHECKING:
 
 OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to scan.
-
-    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token takes the place of bos under `never`.
-    last_layer: where the walk ends; None for the model's last layer.
-    by_hand: the event, layer, expert or rows to report as massive in place of those the definitions choose.
-    """
-
-    k: int = 5
-    bos: str = "auto"
-    prompt: str = PROMPT
-    thresholds: Thresholds = Thresholds()
-    last_layer: int | None = None
-    by_hand: ByHand = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

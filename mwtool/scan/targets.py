@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
 
 from mwtool.architecture.layout import FFN
 from mwtool.architecture.validate import ffn_at
@@ -15,7 +13,8 @@ from mwtool.models.load import Loaded
 from mwtool.scan.capture import LayerState, Part
 from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.ranking import massive_count
-from mwtool.scan.scanner import Scan, Settings
+from mwtool.scan.scanner import Scan
+from mwtool.scan.settings import Choice, Settings
 
 RANKED = 16
 """Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""
@@ -52,44 +51,6 @@ class Target:
 
 Group = tuple[Target, ...]
 """Places that are attacked together, or dropped from together."""
-
-Events = tuple[int, ...] | Literal["all", "up", "down"]
-"""Events of a scan by their numbers, from 0; or all, or those that write up or down."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """What the user chose; nothing: the massive rows.
-
-    file: a saved scan. events, layers: their rows together. expert, indices: with one place, another expert or rows.
-    each_layer: the top rows of every layer, one layer after the other.
-    """
-
-    file: Path | None = None
-    events: Events = ()
-    layers: tuple[int, ...] = ()
-    expert: int | None = None
-    indices: tuple[int, ...] = ()
-    each_layer: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises BadValue for choices that exclude each other."""
-        places = [name for name in ("events", "layers", "each_layer") if getattr(self, name)]
-        if len(places) > 1:
-            raise BadValue(f"{' and '.join(map(_flag, places))} are given; expected one of them")
-        if self.file is not None and (self.layers or self.each_layer):
-            raise BadValue(f"--massive FILE names its layers; leave out {_flag(places[0])}")
-        if self.each_layer and (self.indices or self.expert is not None):
-            raise BadValue("--each-layer finds its own rows; leave out --indices and --expert")
-        several = len(self.layers) > 1 or isinstance(self.events, str) or len(self.events) > 1
-        if several and (self.indices or self.expert is not None):
-            raise BadValue("--indices and --expert name rows of one layer; give one --layer or --event")
-        if self.expert is not None and not (self.layers or self.events or self.indices):
-            raise BadValue("--expert goes with --layer, --event or --indices")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.removesuffix('s').replace('_', '-')}"
 
 
 def find_targets(

@@ -24,7 +24,8 @@ from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import prepare
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded, load
-from mwtool.scan.targets import Choice, find_targets
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import find_targets
 from mwtool.surgery.attack import Attack, edited, parse_mode
 
 

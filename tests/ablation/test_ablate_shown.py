@@ -20,7 +20,8 @@ from mwtool.ablation.report import ablate_report
 from mwtool.ablation.sweep import Ablation, Run, Sweep
 from mwtool.evaluation.measurement import Measured
 from mwtool.models.load import Loaded
-from mwtool.scan.targets import Choice, Target
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import Target
 from mwtool.surgery.attack import Attack, parse_mode
 
 

@@ -19,7 +19,8 @@ from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.models.load import Loaded, load
 from mwtool.scan.document import scan_document
-from mwtool.scan.targets import Choice, Target, find_targets
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import Target, find_targets
 from mwtool.surgery.attack import Attack
 
 

@@ -16,7 +16,8 @@ from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import load
 from mwtool.models.source import DEMO
 from mwtool.scan.scanner import scan_checkpoint
-from mwtool.scan.targets import Choice, find_targets
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import find_targets
 from mwtool.surgery.attack import Attack
 
 RUNS: list[dict[str, Any]] = json.loads((DEMO / "runs.json").read_text(encoding="utf-8"))

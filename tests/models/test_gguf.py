@@ -10,7 +10,8 @@ import torch
 from gguf_files import ARCHITECTURES, TEXTS, Kind
 
 from mwtool.models.load import load
-from mwtool.scan.scanner import Scan, Settings, scan_checkpoint
+from mwtool.scan.scanner import Scan, scan_checkpoint
+from mwtool.scan.settings import Settings
 
 WALK = Settings(k=3)
 KINDS = "F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q6_K".split()

@@ -18,7 +18,8 @@ from mwtool.errors import BadCheckpoint, ModelNotFound, MwtoolError, Unsupported
 from mwtool.models.gguf_header import read_header
 from mwtool.models.load import load
 from mwtool.models.source import locate
-from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.scanner import scan_checkpoint
+from mwtool.scan.settings import Settings
 
 WHOLE = Settings(k=1)
 

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mwtool.models.load import load
 from mwtool.models.source import DEMO, locate
-from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.scanner import scan_checkpoint
+from mwtool.scan.settings import Settings
 
 
 @pytest.fixture(scope="module")

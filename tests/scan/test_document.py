@@ -18,9 +18,9 @@ from mwtool import MwtoolError, Scan, Settings
 from mwtool.errors import BadValue
 from mwtool.files.document import text_of
 from mwtool.massive import Identity, MassiveWeights, load_massive
-from mwtool.scan.by_hand import ByHand
 from mwtool.scan.document import scan_document
 from mwtool.scan.published import ROWS, SUPER_WEIGHTS, published
+from mwtool.scan.settings import ByHand
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
 SCAN = "massive massive_event absence by_hand events check dimensions layers layers_walked partial"

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from mwtool import Scan, Settings, scan_checkpoint, scan_model
 from mwtool.errors import BadValue
 from mwtool.scan import capture
-from mwtool.scan.by_hand import ByHand
-from mwtool.scan.definitions import Thresholds
+from mwtool.scan.settings import ByHand, Thresholds
 from mwtool.scan.story import build_up, listed, ranges, story
 
 DIM, OTHER = 5, 9

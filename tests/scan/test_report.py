@@ -13,8 +13,8 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedModel
 
 from mwtool import Scan, Settings, scan_model
-from mwtool.scan.by_hand import ByHand
 from mwtool.scan.report import LEVELS, Checked, scan_report, sparkline
+from mwtool.scan.settings import ByHand
 from mwtool.scan.story import overflow
 from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
