@@ -18,8 +18,10 @@ import torch
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import LEAST, Ratio, comparable, paired_ratio, student_t
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import prepare
-from mwtool.evaluation.measurement import Measured, OnProgress, Options
+from mwtool.evaluation.measurement import Measured, OnProgress
+from mwtool.quantization.config import QuantizeConfig
 from mwtool.quantization.protection import (
     Masks,
     Protection,
@@ -41,26 +43,6 @@ if TYPE_CHECKING:
 
 OnRun = Callable[[int, int, str], OnProgress | None]
 """Called before a variant is measured with variants done, variants in all, and its name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to try.
-
-    bits, group, symmetric: see `Scheme`; each number of bits is a scheme of its own. ks: columns kept at each event.
-    seed: of the random columns and of the layers that serve as controls.
-    """
-
-    bits: tuple[int, ...] = (8, 4, 3)
-    group: int | None = 64
-    symmetric: bool = True
-    ks: tuple[int, ...] = (1, 2, 5, 10)
-    seed: int = 0
-
-    @property
-    def schemes(self) -> tuple[Scheme, ...]:
-        """One for each number of bits."""
-        return tuple(Scheme(bits, self.group, self.symmetric) for bits in self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +79,7 @@ class Variant:
 class QuantizeCheck:
     """All that was measured. weights: how many are quantized, in how many matrices' modules."""
 
-    plan: Plan
+    plan: QuantizeConfig
     weights: int
     baseline: tuple[Measured, ...]
     variants: tuple[Variant, ...]
@@ -113,7 +95,7 @@ def quantize_check(
     loaded: Loaded,
     scan: Scan,
     tasks: Sequence[Task],
-    plan: Plan | None = None,
+    plan: QuantizeConfig | None = None,
     options: Options | None = None,
     *,
     on_run: OnRun | None = None,
@@ -124,7 +106,7 @@ def quantize_check(
     when this returns, however it returns. Raises BadValue without events or where k does not fit, and
     UnsupportedModel where weights are quantized already or offloaded.
     """
-    plan, options = plan or Plan(), options or Options()
+    plan, options = plan or QuantizeConfig(), options or Options()
     protections = tuple(protections_for(loaded, scan, plan))
     weights = linear_weights(loaded.base, loaded.layers)
     ready = prepare(loaded, tasks, options)
@@ -155,7 +137,7 @@ def quantize_check(
     )
 
 
-def protections_for(loaded: Loaded, scan: Scan, plan: Plan) -> Iterator[Protection]:
+def protections_for(loaded: Loaded, scan: Scan, plan: QuantizeConfig) -> Iterator[Protection]:
     """What is protected, most specific first, each followed by its control. Raises BadValue."""
     if not scan.events:
         raise BadValue(

@@ -16,13 +16,14 @@ from mwtool.evaluation.measurement import Measured, Options
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.files.document import text_of
 from mwtool.models.load import Loaded, load
-from mwtool.quantization.check import Plan, QuantizeCheck, quantize_check, share_given_back
+from mwtool.quantization.check import QuantizeCheck, quantize_check, share_given_back
+from mwtool.quantization.config import QuantizeConfig
 from mwtool.quantization.document import quantize_document
 from mwtool.quantization.verdict import verdicts
 from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.scanner import Scan, Settings
 
-PLAN = Plan(bits=(4,), ks=(1, 2))
+PLAN = QuantizeConfig(bits=(4,), ks=(1, 2))
 OPTIONS = Options(limit=6, window=64)
 
 
@@ -95,7 +96,9 @@ def test_the_first_column_gives_back_more_than_random_ones(found: QuantizeCheck)
 
 def test_the_model_is_what_it_was(demo: Loaded, scan: Scan) -> None:
     before = tiny.digest(demo.base)
-    quantize_check(demo, scan, parse_tasks(["ppl:demo"]), Plan(bits=(3,), ks=(1,)), Options(limit=1, window=32))
+    quantize_check(
+        demo, scan, parse_tasks(["ppl:demo"]), QuantizeConfig(bits=(3,), ks=(1,)), Options(limit=1, window=32)
+    )
     assert tiny.digest(demo.base) == before
 
 
@@ -110,7 +113,7 @@ def test_the_document_holds_finite_numbers_and_every_variant(demo: Loaded, found
 def test_more_columns_than_the_scan_ranked_and_a_model_without_events_are_refused(demo: Loaded, scan: Scan) -> None:
     tasks = parse_tasks(["ppl:demo"])
     with pytest.raises(BadValue, match="k is 5; the scan ranked 2 rows"):
-        quantize_check(demo, scan, tasks, Plan(ks=(5,)), OPTIONS)
+        quantize_check(demo, scan, tasks, QuantizeConfig(ks=(5,)), OPTIONS)
     with pytest.raises(BadValue, match="has no events to protect"):
         quantize_check(demo, replace(scan, events=()), tasks, PLAN, OPTIONS)
 
