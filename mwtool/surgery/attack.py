@@ -1,9 +1,9 @@
-"""Attack rows of one FFN, and put them back: zero, retain, scale or fix them (paper, section 3).
+"""Attack rows of one FFN and restore them: zero, retain, scale, or fix them at their mean (paper, section 3).
 
-Row i of ``W_up`` and ``W_gate``, with its biases, makes intermediate entry i. Weights are
-edited in place through the adapter's views, so fused, transposed and expert matrices
-are served alike, and restored bit for bit when the block ends, however it ends. Where
-rows cannot be written, what they give is overridden instead (`mwtool.surgery.hooks`).
+Row i of ``W_up`` and ``W_gate``, with its biases, produces entry i of the intermediate state. Weights
+are edited in place through the views that the architecture adapter describes, so fused, transposed
+and expert matrices need no special case, and are restored bit for bit when the block ends, even by
+an exception. Where rows cannot be written, hooks override their outputs instead (`mwtool.surgery.hooks`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mwtool.architecture.packed import packed_dtype
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.interrupts import uninterrupted
 from mwtool.surgery.hooks import (
-    expert_output_with,
     owner,
     refuse_offloaded,
     refuse_unreadable,
-    state_with,
+    with_expert_output_added,
     with_outputs_scaled,
+    with_state_fixed,
     without_nan,
 )
 
@@ -40,12 +40,11 @@ Mode = Literal["none", "zero", "retain", "scale", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What is done to the top-k rows.
+    """An attack on the top-k rows.
 
-    `none`; `zero` them; `retain` only them (zero all others); `scale` them by `factor`; fix
+    mode: `none`; `zero` the rows; `retain` only them (zero all others); `scale` them by `factor`; fix
     their intermediate values at their `mean`.
-
-    k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
+    k: number of rows. k = 0 changes nothing, except that retaining 0 rows zeroes them all (paper, Figure 4).
     """
 
     mode: Mode = "none"
@@ -62,18 +61,18 @@ class Attack:
 
     @property
     def idle(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the attack changes nothing."""
         return self.mode == "none" or (self.k == 0 and self.mode != "retain")
 
     def at(self, k: int) -> Attack:
-        """The same on k rows."""
+        """The same attack on k rows."""
         return replace(self, k=k)
 
 
 def parse_attack(text: str) -> Attack:
-    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k).
+    """Parse `none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k).
 
-    Raises BadValue, saying what was expected.
+    Raises BadValue for any other text.
     """
     expected = "expected none, zero:K, retain:K, mean:K or scale:X:K"
     if text == "none":
@@ -81,15 +80,15 @@ def parse_attack(text: str) -> Attack:
     mode, _, k = text.rpartition(":")
     parsed = _mode(mode)
     if parsed is None or not (k.isascii() and k.isdigit()):
-        raise BadValue(f"attack {text!r} is not understood; {expected}")
+        raise BadValue(f"unknown attack {text!r}; {expected}")
     return parsed.at(int(k))
 
 
 def parse_mode(text: str) -> Attack:
-    """`zero`, `retain`, `mean` or `scale:X`, as an attack on no rows yet. Raises BadValue."""
+    """Parse `zero`, `retain`, `mean` or `scale:X` as an attack with k = 0. Raises BadValue for any other text."""
     parsed = _mode(text)
     if parsed is None:
-        raise BadValue(f"mode {text!r} is not understood; expected zero, retain, mean or scale:X, X a finite number")
+        raise BadValue(f"unknown mode {text!r}; expected zero, retain, mean or scale:X, where X is a finite number")
     return parsed
 
 
@@ -105,12 +104,12 @@ def _mode(text: str) -> Attack | None:
 
 
 def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
-    """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
+    """The first k ranked rows. Raises BadValue if fewer were ranked, or k is negative."""
     if attack.k < 0:
-        raise BadValue(f"k is {attack.k}; expected a number from 0 on")
+        raise BadValue(f"k is {attack.k}; expected 0 or more")
     if attack.k > len(massive.indices):
         raise BadValue(
-            f"{attack} needs {attack.k} ranked rows; the scan ranked {len(massive.indices)}: scan with -k {attack.k}"
+            f"{attack} needs {attack.k} ranked rows and the scan ranked {len(massive.indices)}; scan with -k {attack.k}"
         )
     return massive.indices[: attack.k]
 
@@ -148,13 +147,15 @@ def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None
     if means is None:
         raise BadValue("mean needs the mean values of the rows; none were given")
     if ffn.expert is None:
-        with state_with(model, ffn, selected, means):
+        with with_state_fixed(model, ffn, selected, means):
             yield
         return
     refuse_unreadable(model, ffn)
     if hasattr(owner(model, ffn.up), "get_base_layer"):
-        raise UnsupportedModel(f"{ffn.module} has an adapter of its own, whose part no mean replaces; use --on merged")
-    with _rewritten(model, ffn, selected, 0.0), expert_output_with(model, ffn, selected, means):
+        raise UnsupportedModel(
+            f"{ffn.module} has a PEFT adapter, whose contribution a mean cannot replace; use --on merged"
+        )
+    with _rewritten(model, ffn, selected, 0.0), with_expert_output_added(model, ffn, selected, means):
         yield
 
 
@@ -178,12 +179,15 @@ def _rewritten(model: nn.Module, ffn: FFN, selected: list[int], factor: float) -
 
 
 def places(ffn: FFN) -> tuple[WeightSlice, ...]:
-    """What makes the intermediate state: up, gate, and their biases."""
+    """The weights that produce the intermediate state: up, gate, and their biases."""
     return (*ffn.inputs, *(bias for bias in (ffn.up_bias, ffn.gate_bias) if bias is not None))
 
 
 def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
-    """The rows to change: those given, or all others for `retain`."""
+    """The rows to change, sorted: those given, or all others for `retain`.
+
+    width: rows of the FFN, I. Raises BadValue for a row outside 0 to I - 1.
+    """
     outside = [row for row in rows if not 0 <= row < width]
     if outside:
         raise BadValue(f"row {outside[0]} does not exist; the FFN has rows 0 to {width - 1}")
@@ -192,7 +196,7 @@ def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
 
 
 def _packed(model: nn.Module, ffn: FFN) -> bool:
-    """Whether rows cannot be written, being quantized; raises UnsupportedModel where they are elsewhere."""
+    """Whether the rows are quantized and so cannot be written. Raises UnsupportedModel if they are offloaded."""
     refuse_offloaded(model, ffn)
     return any(packed_dtype(model, place) for place in places(ffn))
 

@@ -148,8 +148,8 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
     [
         (["--indices", "64"], "row 64 does not exist"),
         (["--layer", "8"], "layer 8 does not exist; the model has layers 0 to 7"),
-        (["--mode", "drop"], "mode 'drop' is not understood; expected zero, retain, mean or scale:X"),
-        (["--mode", "scale:nan"], "mode 'scale:nan' is not understood"),
+        (["--mode", "drop"], "unknown mode 'drop'; expected zero, retain, mean or scale:X"),
+        (["--mode", "scale:nan"], "unknown mode 'scale:nan'"),
         (["-k", "99"], "k is 99"),
         (["--task", "pl:x"], "did you mean ppl:x?"),
         (["--plot", "curve.doc"], "no figure of type .doc; expected one of"),

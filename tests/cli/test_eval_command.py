@@ -296,7 +296,7 @@ def test_a_malformed_line_is_named_with_its_file_before_a_model_is_opened(
         (["--task", "mc:"], "says no file"),
         (["--task", "ppl:absent.txt"], "absent.txt does not exist"),
         (["--task", "generate:absent.txt"], "absent.txt does not exist"),
-        (["--attack", "zero"], "attack 'zero' is not understood; expected none, zero:K"),
+        (["--attack", "zero"], "unknown attack 'zero'; expected none, zero:K"),
         (["--attack", "zero:99"], "k is 99"),
         (["--massive", "absent.json", "--attack", "zero:1"], "absent.json"),
         (["--bos", "never"], "protocol bos puts bos first and none was given"),

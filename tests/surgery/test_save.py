@@ -271,6 +271,6 @@ def test_a_quantized_model_is_refused_before_anything_is_written(tmp_path: Path)
     tiny.saved(tmp_path / "model", tiny.model("llama", num_hidden_layers=2, hidden_size=64, head_dim=16))
     options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     loaded = load(str(tmp_path / "model"), model_options=options)
-    with pytest.raises(UnsupportedModel, match="is quantized, and packed rows cannot be saved changed"):
+    with pytest.raises(UnsupportedModel, match="is quantized, so changed rows cannot be saved"):
         save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
