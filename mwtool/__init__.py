@@ -10,27 +10,31 @@ from mwtool._version import __version__
 if TYPE_CHECKING:
     from mwtool.ablation.sweep import ablated
     from mwtool.errors import MwtoolError
+    from mwtool.evaluation.config import EvalConfig
     from mwtool.evaluation.perplexity import Perplexity, measure_perplexity
+    from mwtool.evaluation.run import evaluate_models
     from mwtool.macdrop.callback import MacDropCallback, guard
     from mwtool.macdrop.curriculum import Curriculum
     from mwtool.macdrop.curriculum_yaml import read_curriculum
     from mwtool.macdrop.engine import MacDrop
     from mwtool.massive import MassiveWeights
-    from mwtool.scan.definitions import Thresholds
-    from mwtool.scan.scanner import Scan, Settings, scan_checkpoint, scan_model
+    from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
+    from mwtool.scan.settings import Settings, Thresholds
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
     "Curriculum": "mwtool.macdrop.curriculum",
+    "EvalConfig": "mwtool.evaluation.config",
     "MacDrop": "mwtool.macdrop.engine",
     "MacDropCallback": "mwtool.macdrop.callback",
     "MassiveWeights": "mwtool.massive",
     "MwtoolError": "mwtool.errors",
     "Perplexity": "mwtool.evaluation.perplexity",
     "Scan": "mwtool.scan.scanner",
-    "Settings": "mwtool.scan.scanner",
-    "Thresholds": "mwtool.scan.definitions",
+    "Settings": "mwtool.scan.settings",
+    "Thresholds": "mwtool.scan.settings",
     "ablated": "mwtool.ablation.sweep",
+    "evaluate_models": "mwtool.evaluation.run",
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
     "read_curriculum": "mwtool.macdrop.curriculum_yaml",
@@ -40,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Curriculum",
+    "EvalConfig",
     "MacDrop",
     "MacDropCallback",
     "MassiveWeights",
@@ -50,6 +55,7 @@ __all__ = [
     "Thresholds",
     "__version__",
     "ablated",
+    "evaluate_models",
     "guard",
     "measure_perplexity",
     "read_curriculum",

@@ -6,7 +6,7 @@ command line prints it and exits with 1; a library caller catches `MwtoolError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class MwtoolError(Exception):
@@ -57,8 +57,10 @@ class BadSyntax(BadValue):
         return f"{self.text}\n{' ' * self.position}^"
 
 
-def line_of(fault: BaseException) -> str:
-    """A library's exception in its first sentence of use, for messages that fit on one line."""
+def line_of(fault: BaseException, *, whole: bool = False) -> str:
+    """What a library's exception says, on one line: its first useful sentence, or with `whole` all of it."""
+    if whole:
+        return " ".join(str(fault).split()) or type(fault).__name__
     first, _, rest = str(fault).strip().partition("\n")
     first = first.removesuffix(".")
     if first.endswith(":"):  # the reason comes below
@@ -68,9 +70,23 @@ def line_of(fault: BaseException) -> str:
     return first or type(fault).__name__
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Advice on an unknown name: the nearest known one, else all of them."""
+def nearest(
+    name: str,
+    known: Sequence[str],
+    otherwise: str | None = None,
+    *,
+    shown: Callable[[str], str] = str,
+    most: int = 1,
+    cutoff: float = 0.5,
+) -> str:
+    """Advice on an unknown name: "did you mean ...?" with the most similar known ones.
+
+    otherwise: what to say where none is similar; None: all known names. shown: a name as it is
+    written in the question. most: how many names are offered. cutoff: how similar they must be, between 0 and 1.
+    """
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, n=most, cutoff=cutoff)
+    if near:
+        return f"did you mean {' or '.join(map(shown, near))}?"
+    return f"known are {', '.join(known)}" if otherwise is None else otherwise

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mwtool.ablation.config import AblateConfig
 from mwtool.ablation.targets import Target, norm_rows, random_rows
 from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Prepared, prepare
-from mwtool.evaluation.measurement import Measured, OnProgress, Options
+from mwtool.evaluation.measurement import Measured, OnProgress
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.tasks import Task
 from mwtool.models.load import Loaded
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
 
 
+DEFAULTS = AblateConfig()
+
+
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """What to try.
@@ -39,10 +44,10 @@ class Sweep:
     draws: random controls for each, seeded from `seed` on; 0 leaves out both kinds of controls.
     """
 
-    modes: tuple[Attack, ...] = (Attack("zero"), Attack("retain"))
-    ks: tuple[int, ...] = (0, 1, 3, 5)
-    draws: int = 3
-    seed: int = 0
+    modes: tuple[Attack, ...] = tuple(map(parse_mode, DEFAULTS.modes))
+    ks: tuple[int, ...] = DEFAULTS.ks
+    draws: int = DEFAULTS.draws
+    seed: int = DEFAULTS.seed
 
 
 @dataclass(frozen=True, slots=True)

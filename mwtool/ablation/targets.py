@@ -17,7 +17,7 @@ from mwtool.models.load import Loaded
 from mwtool.scan.capture import LayerState, Part
 from mwtool.scan.loaded import massive_for, scan_loaded
 from mwtool.scan.ranking import massive_count
-from mwtool.scan.scanner import Settings
+from mwtool.scan.settings import Settings
 
 RANKED = 16
 """Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""

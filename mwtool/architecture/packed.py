@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mwtool.architecture.layout import WeightSlice
 
@@ -19,12 +19,19 @@ def is_packed(layer: nn.Module, weight: Tensor) -> bool:
 
     4 bit may be stored as floats, which FSDP needs: the dtype alone does not show it.
     """
-    if type(weight) not in {Tensor, nn.Parameter, DTensor} or weight.dtype not in PLAIN:
+    plain = type(weight) in {Tensor, nn.Parameter} or _is_sharded(weight)
+    if not plain or weight.dtype not in PLAIN:
         return True
     out, into = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     if weight.ndim == 1 or not isinstance(out, int) or not isinstance(into, int):  # a bias is never packed
         return False
     return weight.numel() != out * into
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Whether it is a DTensor. Where none was made its module is not loaded, which would take a third of a second."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(weight) is module.DTensor
 
 
 def packed_dtype(model: nn.Module, place: WeightSlice) -> str | None:

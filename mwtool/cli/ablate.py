@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mwtool.ablation.config import AblateConfig
 from mwtool.cli import options
-from mwtool.cli.options import DType, On
+from mwtool.models.load_options import LoadOptions, On
 
 if TYPE_CHECKING:
     from mwtool.ablation.sweep import Ablation, Sweep
     from mwtool.ablation.targets import Target
     from mwtool.models.load import Loaded
+
+DEFAULTS, LOADING = AblateConfig(), LoadOptions()
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
@@ -54,21 +57,21 @@ def ablate(
             "--controls/--no-controls", help="Random rows and rows of largest norm.", show_default="on, but each layer"
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = DEFAULTS.draws,
     generate: Annotated[
         str | None, typer.Option(metavar="PROMPT", help="Show how the text goes on, side by side.")
     ] = None,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the attacked model: one mode, one k.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k: .png, .svg, .pdf.")] = None,
-    on: Annotated[On, typer.Option(help="Adapters: rows of the base model, or of the sum.")] = On.base,
-    bos: Annotated[str, typer.Option(help="First token: auto, always, or a TOKEN or id.")] = "auto",
+    on: Annotated[On, typer.Option(help="Adapters: rows of the base model, or of the sum.")] = LOADING.on,
+    bos: Annotated[str, typer.Option(help="First token: auto, always, or a TOKEN or id.")] = DEFAULTS.bos,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = DEFAULTS.seed,
     revision: options.Revision = None,
-    dtype: options.Precision = DType.auto,
-    device: options.Device = "cpu",
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
     device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
@@ -78,30 +81,30 @@ def ablate(
 ) -> None:
     """Take rows out and measure what it does, beside random rows and rows of large norm."""
     given = numbers(indices, "--indices") if indices is not None else ()
-    wanted = numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
+    wanted = numbers(k, "-k") if k is not None else (len(given),) if given else DEFAULTS.ks
     _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
     if each_layer and generate is not None:
         raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
-    modes = list(dict.fromkeys(mode or ["zero", "retain"]))
+    modes = list(dict.fromkeys(mode or DEFAULTS.modes))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.sweep import Sweep
     from mwtool.ablation.targets import Choice, find_targets
     from mwtool.cli.terminal import note_all, say_once
-    from mwtool.evaluation.measurement import Options
+    from mwtool.evaluation.config import Options
     from mwtool.evaluation.tasks import parse_tasks
     from mwtool.models.load import load
-    from mwtool.scan.scanner import Settings
+    from mwtool.scan.settings import Settings
     from mwtool.surgery.attack import parse_mode
     from mwtool.surgery.save import check_savable
 
     say_once()
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
-    tasks = parse_tasks(task or ["ppl:demo"])
+    tasks = parse_tasks(task or DEFAULTS.tasks)
     _writable(output, plot, save)
-    opening = options.opening(
+    opening = LoadOptions(
         on=on,
         revision=revision,
         dtype=dtype,
@@ -109,7 +112,7 @@ def ablate(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
-    loaded = load(model, **opening)
+    loaded = load(model, **asdict(opening))
     if save is not None:
         check_savable(loaded, sweep.modes[0])
     if generate is not None:

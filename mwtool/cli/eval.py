@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.options import DType, On
+from mwtool.evaluation.config import EvalConfig, Options, Protocol
+from mwtool.models.load_options import LoadOptions, On
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from mwtool.evaluation.evaluate import Result
-    from mwtool.evaluation.measurement import Options
-    from mwtool.evaluation.tasks import Task
-    from mwtool.massive import MassiveWeights
-    from mwtool.models.load import Loaded
-    from mwtool.surgery.attack import Attack
-
-
-class Protocol(StrEnum):
-    """How a text becomes windows."""
-
-    bos = "bos"
-    bos_4096 = "bos-4096"
-    sun_4096 = "sun-4096"
-    word = "word"
+MEASURING, CONFIG = Options(), EvalConfig()
 
 
 def evaluate(
@@ -55,7 +38,7 @@ def evaluate(
         typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
     ] = None,
     massive: options.Massive = None,
-    on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
+    on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = CONFIG.loading.on,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Several models or result files beside the first."),
@@ -67,18 +50,22 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a window.", show_default="4096, or what the model has")
     ] = None,
-    bos: Annotated[str, typer.Option(help="First token: auto, always, never, or a TOKEN or id.")] = "auto",
+    bos: Annotated[str, typer.Option(help="First token: auto, always, never, or a TOKEN or id.")] = MEASURING.bos,
     delimiter: Annotated[
         str, typer.Option(help="Between context and continuation in mc: and cloze: files.", show_default="a space")
-    ] = " ",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer of generate:, at most.")] = 128,
+    ] = MEASURING.delimiter,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer of generate:, at most.")
+    ] = MEASURING.new_tokens,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows, questions or prompts at once.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each task.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")
+    ] = MEASURING.seed,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of -o has already.")] = False,
     revision: options.Revision = None,
-    dtype: options.Precision = DType.auto,
-    device: options.Device = "cpu",
+    dtype: options.Precision = CONFIG.loading.dtype,
+    device: options.Device = CONFIG.loading.device,
     device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
@@ -89,47 +76,51 @@ def evaluate(
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
-    from mwtool.cli.terminal import say_once
-    from mwtool.evaluation.evaluate import check
-    from mwtool.evaluation.measurement import Options
-    from mwtool.evaluation.tasks import parse_tasks
-    from mwtool.files.atomic_write import check_writable
-    from mwtool.surgery.attack import parse_attack
+    from mwtool.cli.terminal import command_line, note, report_console, run_progress, say_once
+    from mwtool.evaluation.document import text_of_results
+    from mwtool.evaluation.report import eval_report
+    from mwtool.evaluation.run import evaluate_models
 
     say_once()
-    measuring = Options(
-        batch_size=batch_size,
-        limit=limit,
-        seed=seed,
-        protocol=None if protocol is None else protocol.value,
-        window=window,
-        bos=bos,
-        delimiter=delimiter,
-        new_tokens=new_tokens,
+    wanted = EvalConfig(
+        tasks=tuple(task or CONFIG.tasks),
+        attacks=tuple(attack or CONFIG.attacks),
+        massive=massive,
+        measuring=Options(
+            batch_size=batch_size,
+            limit=limit,
+            seed=seed,
+            protocol=protocol,
+            window=window,
+            bos=bos,
+            delimiter=delimiter,
+            new_tokens=new_tokens,
+        ),
+        loading=LoadOptions(
+            on=on,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        ),
     )
-    attacks = tuple(dict.fromkeys(map(parse_attack, attack or ["none"])))
-    if output is not None:
-        check_writable(output)
-    opening = options.opening(
-        on=on,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-    tasks = parse_tasks(task or ["ppl:demo"])
-    check(tasks)
-    run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
-    run.measure(models)
+    with run_progress() as on_task:
+        found = evaluate_models(
+            models,
+            wanted,
+            output=output,
+            compare=compare,
+            resume=resume,
+            command=command_line(),
+            on_note=note,
+            on_task=on_task,
+        )
     if json:
-        sys.stdout.write(run.text())
-        return
-    from mwtool.cli.terminal import report_console
-    from mwtool.evaluation.document import rows_of
-    from mwtool.evaluation.report import eval_report
-
-    report_console().print(eval_report(rows_of(run.documents, run.names)))
+        document = found.compared(command_line()) if compare else found.documents[0]
+        sys.stdout.write(text_of_results(document))
+    else:
+        report_console().print(eval_report(found.rows))
 
 
 def _usage(
@@ -147,125 +138,3 @@ def _usage(
         raise typer.BadParameter("--revision and --massive belong to one MODEL; evaluate them one by one with -o FILE")
     if resume and output is None:
         raise typer.BadParameter("--resume goes on from the file of -o; say which")
-
-
-@dataclass(slots=True)
-class _Run:
-    """What was asked for, and the documents so far: of each model in turn, or read from a result file."""
-
-    tasks: Sequence[Task]
-    attacks: Sequence[Attack]
-    massive: Path | None
-    measuring: Options
-    opening: dict[str, Any]
-    output: Path | None
-    compare: bool
-    resume: bool
-    documents: list[dict[str, Any]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    earlier: list[dict[str, Any]] = field(default_factory=list)
-
-    def measure(self, models: Sequence[str]) -> None:
-        from mwtool.evaluation.document import read_documents
-
-        if self.resume and self.output is not None and self.output.exists():
-            self.earlier = read_documents(self.output)
-        files = {name: read_documents(Path(name)) for name in models if self.compare and Path(name).is_file()}
-        for name in models:
-            if name not in files:
-                self._evaluate(name)
-                continue
-            for document in files[name]:
-                self.documents.append(document)
-                self.names.append(
-                    Path(name).stem if len(files[name]) == 1 else f"{Path(name).stem}: {document['model']}"
-                )
-        self._write()
-
-    def text(self) -> str:
-        from mwtool.cli.terminal import command_line
-        from mwtool.evaluation.document import comparison_document, text_of_results
-
-        document = (
-            comparison_document(self.documents, self.names, command_line()) if self.compare else self.documents[0]
-        )
-        return text_of_results(document)
-
-    def _write(self) -> None:
-        from mwtool.files.atomic_write import write
-
-        if self.output is not None:
-            write(self.output, self.text())
-
-    def _evaluate(self, model: str) -> None:
-        from mwtool.cli.terminal import note, note_all, run_progress
-        from mwtool.evaluation.document import earlier_results
-        from mwtool.evaluation.evaluate import evaluate
-        from mwtool.models.load import load
-
-        loaded = load(model, **self.opening)
-        massive, notes = self._massive(loaded)
-        note_all((*loaded.notes, *notes))
-        document = self._document(loaded, massive)
-        earlier = (
-            []
-            if self.output is None
-            else earlier_results(self.output, document([], notes, complete=False), self.earlier)
-        )
-        results: list[Result] = list(earlier)
-        self.documents.append(document(results, notes, complete=False))
-        self.names.append(model)
-
-        def on_results(found: Sequence[Result]) -> None:
-            results.extend(found)
-            self.documents[-1] = document(results, notes, complete=False)
-            self._write()
-
-        def on_note(line: str) -> None:
-            notes.append(line)
-            note(line)
-
-        done = {(str(one.attack), one.measured.task) for one in earlier}
-        with run_progress() as on_task:
-            evaluate(
-                loaded,
-                massive,
-                self.attacks,
-                self.tasks,
-                self.measuring,
-                on_results=on_results,
-                on_task=on_task,
-                on_note=on_note,
-                done=done,
-            )
-        self.documents[-1] = document(results, notes, complete=True)
-
-    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
-        """Massive weights where an attack needs them."""
-        if all(attack.idle for attack in self.attacks):
-            return None, []
-        from mwtool.scan.loaded import massive_for
-        from mwtool.scan.scanner import Settings
-
-        most = max(attack.k for attack in self.attacks)
-        massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))
-        return massive, list(notes)
-
-    def _document(self, loaded: Loaded, massive: MassiveWeights | None) -> Callable[..., dict[str, Any]]:
-        from mwtool.cli.terminal import command_line
-        from mwtool.evaluation.document import eval_document
-
-        def made(results: Sequence[Result], notes: Sequence[str], *, complete: bool) -> dict[str, Any]:
-            return eval_document(
-                loaded,
-                self.measuring,
-                attacks=self.attacks,
-                tasks=[str(task) for task in self.tasks],
-                results=results,
-                massive=massive,
-                notes=notes,
-                command=command_line(),
-                complete=complete,
-            )
-
-        return made

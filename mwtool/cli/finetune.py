@@ -5,59 +5,25 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mwtool.cli import options, process
-from mwtool.cli.options import DType
+from mwtool.finetune.config import PAPER_STEPS, Asked, Peft, Quantize, Recipe
+from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
+from mwtool.models.load_options import DType
 
 if TYPE_CHECKING:
-    from mwtool.finetune.config import Recipe
-    from mwtool.finetune.plan import Asked, Plan
+    from mwtool.finetune.plan import Plan
     from mwtool.finetune.trainer import Telling
-    from mwtool.macdrop.curriculum import Curriculum
 
 
-class Peft(StrEnum):
-    """Which adapter is trained."""
-
-    lora = "lora"
-    dora = "dora"
-
-
-class Format(StrEnum):
-    """How the rows of DATA are read."""
-
-    auto = "auto"
-    alpaca = "alpaca"
-    messages = "messages"
-    text = "text"
-
-
-class Scope(StrEnum):
-    """Which rows entries are dropped from."""
-
-    massive = "massive"
-    others = "others"
-    all = "all"
-
-
-class Resample(StrEnum):
-    """How often a mask is drawn."""
-
-    step = "step"
-    microbatch = "microbatch"
-
-
-class Quantize(StrEnum):
-    """How the frozen weights are packed."""
-
-    four_bit = "4bit"
-
+Format = Literal["auto", "alpaca", "messages", "text"]
+"""`auto` and the forms of `mwtool.finetune.data`."""
+DEFAULTS, ASKED = Recipe(), Asked("")
 
 _of_data = partial(typer.Option, rich_help_panel="Data")
 _of_adapter = partial(typer.Option, rich_help_panel="Adapter")
@@ -77,32 +43,36 @@ def finetune(
     ] = None,
     macdrop: Annotated[
         str, _of_macdrop(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
-    ] = "step:0.8",
-    peft: Annotated[Peft, _of_adapter(help="The adapter.")] = Peft.lora,
+    ] = str(DEFAULTS.curriculum),
+    peft: Annotated[Peft, _of_adapter(help="The adapter.")] = DEFAULTS.peft,
     output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
-    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = Format.auto,
-    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = "train",
+    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = "auto",
+    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = ASKED.split,
     skip_bad_rows: Annotated[
         bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
     ] = False,
     train_on_prompt: Annotated[
         bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
     ] = False,
-    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = 16,
-    alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = 16,
-    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = 0.0,
+    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = DEFAULTS.rank,
+    alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = DEFAULTS.alpha,
+    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = DEFAULTS.dropout,
     target_modules: Annotated[
         list[str] | None,
         _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
     ] = None,
-    lr: Annotated[float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")] = 1e-4,
-    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = 0.05,
-    epochs: Annotated[float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")] = 3.0,
+    lr: Annotated[
+        float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")
+    ] = DEFAULTS.lr,
+    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = DEFAULTS.warmup,
+    epochs: Annotated[
+        float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")
+    ] = DEFAULTS.epochs,
     max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = 8,
+    batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = DEFAULTS.batch_size,
     effective_batch: Annotated[
         int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
-    ] = 256,
+    ] = DEFAULTS.effective_batch,
     max_length: Annotated[
         int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
     ] = None,
@@ -111,8 +81,8 @@ def finetune(
         bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
     quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = 0.05,
-    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = 0,
+    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = DEFAULTS.eval_share,
+    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = DEFAULTS.seed,
     k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
@@ -135,7 +105,7 @@ def finetune(
     revision: options.Revision = None,
     dtype: Annotated[
         DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
-    ] = DType.auto,
+    ] = "auto",
     device: Annotated[str, _of_model(help="auto, cpu, cuda, mps.")] = "auto",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
@@ -152,14 +122,12 @@ def finetune(
     if output is None and not dry_run:
         raise typer.BadParameter("-o DIR is missing: where does the adapter go?")
     from mwtool.cli.terminal import quiet_libraries
-    from mwtool.finetune.config import Recipe
-    from mwtool.finetune.plan import Asked
 
     quiet_libraries()
     place = process.training_device(device)
     recipe = Recipe(
         curriculum=curriculum,
-        peft=peft.value,
+        peft=peft,
         rank=rank,
         alpha=alpha,
         dropout=dropout,
@@ -174,12 +142,12 @@ def finetune(
         packing=packing,
         on_prompt=train_on_prompt,
         gradient_checkpointing=gradient_checkpointing,
-        quantize=None if quantize is None else "4bit",
+        quantize=quantize,
         eval_share=eval_share,
         seed=seed,
         dtype=process.training_precision(dtype, place),
     )
-    form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
+    form = None if format_ == "auto" else format_
     asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
     if output is not None and not dry_run and _ended(output, resume=resume):
         return
@@ -198,7 +166,7 @@ def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resa
     from mwtool.macdrop.curriculum_yaml import read_curriculum
 
     read = read_curriculum(text)
-    changes: dict[str, Any] = {"k": k, "scope": scope and scope.value, "resample": resample and resample.value}
+    changes: dict[str, Any] = {"k": k, "scope": scope, "resample": resample}
     if not text.endswith((".yaml", ".yml")):
         changes["seed"] = seed
     return replace(read, **{name: value for name, value in changes.items() if value is not None})
@@ -207,7 +175,6 @@ def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resa
 def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
     """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
     from mwtool.cli.terminal import note, report_console
-    from mwtool.finetune.config import PAPER_STEPS
     from mwtool.finetune.report import curriculum_chart
 
     steps = max_steps or PAPER_STEPS

@@ -5,52 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mwtool.errors import BadValue
-
-
-class DType(StrEnum):
-    """Precisions a model can be computed in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class On(StrEnum):
-    """Where rows are taken out of a PEFT adapter folder's model."""
-
-    base = "base"
-    merged = "merged"
-
-
-class DeviceMap(StrEnum):
-    """How accelerate spreads a model over devices."""
-
-    auto = "auto"
-    balanced = "balanced"
-    balanced_low_0 = "balanced_low_0"
-    sequential = "sequential"
-
-
-def opening(
-    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
-) -> dict[str, Any]:
-    """What `mwtool.load.load` is told of the options with which a whole model is opened."""
-    return {
-        "on": on.value,
-        "revision": revision,
-        "dtype": dtype.value,
-        "device": device,
-        "device_map": None if device_map is None else device_map.value,
-        "trust_remote_code": trust_remote_code,
-    }
+from mwtool.models.load_options import DeviceMap, DType
 
 
 def _debug(on: bool) -> None:

@@ -6,7 +6,8 @@ import os
 
 import typer
 
-from mwtool.cli.options import DType, usable
+from mwtool.cli.options import usable
+from mwtool.models.load_options import DType
 
 
 def rank() -> str:
@@ -42,8 +43,8 @@ def training_device(asked: str) -> str:
 
 def training_precision(asked: DType, device: str) -> str:
     """As asked; else bfloat16 where the hardware has it, which is not to emulate it."""
-    if asked is not DType.auto:
-        return asked.value
+    if asked != "auto":
+        return asked
     import torch
 
     able = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,46 +8,49 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mwtool.cli import options
-from mwtool.cli.options import DType
+from mwtool.scan.settings import Settings, Thresholds
 
 if TYPE_CHECKING:
-    from mwtool.scan.scanner import Scan, Settings
+    from mwtool.scan.scanner import Scan
+
+DEFAULTS = Settings()
+LIMITS = DEFAULTS.thresholds
 
 
 def scan(
     model: options.Model = "demo",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = 5,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = DEFAULTS.k,
     bos: Annotated[
         str,
         typer.Option(
             help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id."
         ),
-    ] = "auto",
+    ] = DEFAULTS.bos,
     prompt: Annotated[
         str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
     ] = None,
     magnitude: Annotated[
         float,
         typer.Option(min=0, callback=options.finite, help="Massive: an entry of the residual stream above this ..."),
-    ] = 100,
+    ] = LIMITS.magnitude,
     ratio: Annotated[
         float, typer.Option(min=0, callback=options.finite, help="... and above this many times the median.")
-    ] = 50,
+    ] = LIMITS.ratio,
     sun_ratio: Annotated[
         float, typer.Option(min=0, callback=options.finite, help="The same for the strict published test.")
-    ] = 1000,
+    ] = LIMITS.sun_ratio,
     spike: Annotated[
         float,
         typer.Option(min=0, callback=options.finite, help="Super weights: down_proj input and output above this."),
-    ] = 50,
+    ] = LIMITS.spike,
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
-    ] = False,
+    ] = DEFAULTS.all_layers,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer: .png, .svg, .pdf.")
     ] = None,
     revision: options.Revision = None,
-    dtype: options.Precision = DType.auto,
+    dtype: options.Precision = "auto",
     device: options.Device = "cpu",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
@@ -60,9 +63,7 @@ def scan(
     from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
-    from mwtool.scan.definitions import Thresholds
     from mwtool.scan.document import scan_document
-    from mwtool.scan.scanner import Settings
 
     if prompt is not None and bos != "never":
         raise typer.BadParameter("--prompt goes with --bos never")
@@ -75,7 +76,7 @@ def scan(
         check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
-    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
+    found = _scan(model, settings, revision, dtype, device, trust_remote_code)
     note_all(found.notes)
     text = text_of(scan_document(found, command_line()))
     if output is not None:

@@ -20,7 +20,8 @@ from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import load
 from mwtool.scan.definitions import median
 from mwtool.scan.loaded import scan_loaded
-from mwtool.scan.scanner import Scan, Settings
+from mwtool.scan.scanner import Scan
+from mwtool.scan.settings import Settings
 
 KS = (0, 1, 3, 5)
 HEAD = ["run", "lr", "decay", "batch", "shape", "seed", "M tokens", "layer", "rows", "hidden top-1 / median"]

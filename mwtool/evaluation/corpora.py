@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.config import Protocol
 from mwtool.evaluation.tasks import read_rows
-from mwtool.evaluation.windows import Protocol, Text
+from mwtool.evaluation.windows import Text
 from mwtool.files.hub_dataset import reaching
 from mwtool.files.text import read_text
 from mwtool.models.source import DEMO

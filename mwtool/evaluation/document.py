@@ -13,8 +13,9 @@ from typing import Any
 
 from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import Paired, Row, beside_first
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Result
-from mwtool.evaluation.measurement import Measured, Options, bos_for
+from mwtool.evaluation.measurement import Measured, bos_for
 from mwtool.files.document import envelope, finite, text_of
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.corpora import DATASETS, default_protocol, text_for
 from mwtool.evaluation.generation import prepare_answers
 from mwtool.evaluation.harness import check_name, check_rows, prepare_named, prepare_rows
-from mwtool.evaluation.measurement import Measured, OnProgress, Options, bos_for, perplexity_of, tokenizer_for
+from mwtool.evaluation.measurement import Measured, OnProgress, bos_for, perplexity_of, tokenizer_for
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.tasks import Task, read_prompts
 from mwtool.evaluation.windows import Windows, window_for, windows

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.measurement import (
     BATCH,
     Measured,
     OnProgress,
-    Options,
     bos_for,
     bos_notes,
     digest_of,

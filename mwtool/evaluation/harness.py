@@ -7,7 +7,6 @@ log-probabilities are taken in float32; the batch size given is the one that run
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import random
 import time
@@ -20,18 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mwtool.errors import BadValue
+from mwtool.errors import BadValue, line_of, nearest
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.harness_results import Answer, choice_figures, cloze_figures, harness_figures
-from mwtool.evaluation.measurement import (
-    BATCH,
-    Measured,
-    OnProgress,
-    Options,
-    bos_for,
-    bos_notes,
-    digest_of,
-    tokenizer_for,
-)
+from mwtool.evaluation.measurement import BATCH, Measured, OnProgress, bos_for, bos_notes, digest_of, tokenizer_for
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.tasks import Choice, Cloze, Task, read_choices, read_cloze
 from mwtool.evaluation.windows import positions
@@ -95,7 +86,7 @@ class Named:
                 model = _model(loaded, options, on_progress)
                 found = evaluate(model, self.loaded, limit=options.limit, bootstrap_iters=0)
         except (AssertionError, ValueError, IndexError, ImportError) as fault:
-            raise BadValue(f"{self.task}: lm-evaluation-harness gave up: {_line(fault)}") from fault
+            raise BadValue(f"{self.task}: lm-evaluation-harness gave up: {line_of(fault, whole=True)}") from fault
         assert found is not None, "one process"
         setting = {**self.setting, "shortened": model.shortened}
         return list(harness_figures(found, str(self.task), time.perf_counter() - start, setting))
@@ -123,7 +114,7 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
         with _quiet():
             data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
     except ImportError as fault:  # a package that only this task needs
-        raise BadValue(f"{task} cannot be prepared: {_line(fault)}") from fault
+        raise BadValue(f"{task} cannot be prepared: {line_of(fault, whole=True)}") from fault
     return Named(task, data, {**_setting(bos, options), "name": name}, bos_notes(task, bos))
 
 
@@ -144,8 +135,7 @@ def check_name(task: Task, name: str) -> None:
     with _quiet():
         known = _manager().all_tasks
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "paper"], n=3)
-        advice = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those there are"
+        advice = nearest(name, [*known, "paper"], "`lm-eval ls tasks` lists all tasks", most=3, cutoff=0.6)
         raise BadValue(f"lm-evaluation-harness has no task {name!r}; {advice}")
 
 
@@ -179,10 +169,6 @@ def _needed(task: Task) -> None:
         import lm_eval  # noqa: F401 # only to see that it is there
     except ImportError:
         raise BadValue(f"{task} needs lm-evaluation-harness; install it with pip install 'mwtool[eval]'") from None
-
-
-def _line(fault: BaseException) -> str:
-    return " ".join(str(fault).split()) or type(fault).__name__
 
 
 def _seed(seed: int) -> None:

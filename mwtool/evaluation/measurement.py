@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.perplexity import Perplexity, nonfinite
 from mwtool.evaluation.tasks import Task
-from mwtool.evaluation.windows import Protocol
 from mwtool.models.bos import Bos, find_bos
 from mwtool.models.load import Loaded
 
@@ -19,27 +19,6 @@ OnProgress = Callable[[int, int], None]
 """Called with what is done of the task in hand, and of how much."""
 BATCH = 16
 """Questions or prompts at once where no batch size is given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to measure.
-
-    batch_size: windows, questions or prompts at once; None: as many windows as give 64 MB of hidden states (on a CPU
-    2,048 tokens), 16 of the others. limit: the first so many of them. protocol, window: how a text is cut (None: as the
-    task or the model says).
-    bos: as `--bos`; `never` is none at all. delimiter: between context and continuation in local files.
-    new_tokens: an answer's most.
-    """
-
-    batch_size: int | None = None
-    limit: int | None = None
-    seed: int = 0
-    protocol: Protocol | None = None
-    window: int | None = None
-    bos: str = "auto"
-    delimiter: str = " "
-    new_tokens: int = 128
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mwtool.errors import BadValue
 from mwtool.evaluation.chunked_loss import Head, head_of, sent
-from mwtool.evaluation.windows import Protocol, Text, Windows, window_for, windows
+from mwtool.evaluation.config import Protocol
+from mwtool.evaluation.windows import Text, Windows, window_for, windows
 from mwtool.models.bos import find_bos
 
 if TYPE_CHECKING:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mwtool.errors import BadValue
+from mwtool.errors import BadValue, nearest
 from mwtool.files.text import json_object, keys_of, read_lines, shown
 
 Kind = Literal["ppl", "mc", "cloze", "generate", "harness"]
@@ -63,8 +62,7 @@ def parse_task(text: str) -> Task:
     if not colon and text and text not in kinds:
         return Task("harness", text)
     if kind not in kinds:
-        near = difflib.get_close_matches(kind, kinds, n=1)
-        advice = f"did you mean {near[0]}:{target}?" if near else f"expected {EXPECTED}"
+        advice = nearest(kind, kinds, f"expected {EXPECTED}", shown=lambda near: f"{near}:{target}")
         raise BadValue(f"task {text!r} is not known; {advice}")
     if not target:
         raise BadValue(f"task {text!r} says no file; expected {EXPECTED}")

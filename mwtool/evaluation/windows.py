@@ -6,24 +6,17 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue, NoBos
+from mwtool.evaluation.config import Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Protocol = Literal["bos", "bos-4096", "sun-4096", "word"]
-"""How a text becomes windows, none overlapping.
-
-bos: bos, then length - 1 tokens; the end of the text is a shorter window. The default for files.
-bos-4096: the same, and the end that does not fill a window is left out.
-sun-4096: length tokens of the text and no bos, as in the paper's code (Sun et al. 2024); the end is left out.
-word: every document for itself, after bos; per word and not per token, as lm-evaluation-harness does it.
-"""
 LENGTH = 4096
 
 

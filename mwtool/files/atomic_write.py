@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -12,9 +11,13 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from mwtool.errors import OutputError
 
 INCOMPLETE = ".incomplete"
+WINDOWS = os.name == "nt"
+"""Where a file that is open can be neither renamed nor removed, and a folder cannot be opened."""
 
 
 def check_writable(path: Path) -> None:
@@ -48,7 +51,10 @@ def write(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             Path(temporary).chmod(0o666 & ~_umask())
-            Path(temporary).replace(target)  # before the lock goes with the handle
+            if not WINDOWS:
+                Path(temporary).replace(target)  # while the lock is held
+        if WINDOWS:
+            Path(temporary).replace(target)
         temporary = None
     except OSError as fault:
         raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault
@@ -62,7 +68,7 @@ def _temporary(target: Path) -> tuple[int, str]:
     while True:
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=INCOMPLETE, dir=target.parent)
         with suppress(OSError):  # a file system without locks: nothing is cleared there either
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_descriptor(handle)
         if os.fstat(handle).st_nlink:
             return handle, name
         os.close(handle)  # cleared by another process before it was locked
@@ -75,9 +81,13 @@ def _prefix(target: Path) -> str:
 def _clear(target: Path) -> None:
     """Remove what killed processes left beside `target`: nobody holds it."""
     for left in target.parent.glob(f"{escape(_prefix(target))}*{INCOMPLETE}"):
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+        with suppress(OSError):
+            with left.open("rb+") as file:
+                abandoned = lock_descriptor(file.fileno(), blocking=False)
+                if abandoned and not WINDOWS:
+                    left.unlink()
+            if abandoned and WINDOWS:
+                left.unlink()
 
 
 def _umask() -> int:
@@ -111,7 +121,11 @@ def filling(folder: Path) -> Iterator[Path]:
 def _made(folder: Path) -> Iterator[Path]:
     target = folder.absolute()
     temporary = target.with_name(f".{target.name}{INCOMPLETE}")
-    handle = _claim(temporary)
+    with _claimed(temporary):
+        yield from _filled(temporary, target)
+
+
+def _filled(temporary: Path, target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
@@ -120,30 +134,51 @@ def _made(folder: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        os.close(handle)
 
 
-def _claim(temporary: Path) -> int:
-    """Make the folder, empty, and this process's alone until the handle that is returned is closed.
+@contextmanager
+def _claimed(temporary: Path) -> Iterator[None]:
+    """Make the folder, empty; no other process can fill it until the block ends. A lock file beside it says so.
 
     Raises OutputError where another process is filling it.
     """
-    temporary.mkdir(exist_ok=True)
-    handle = os.open(temporary, os.O_RDONLY)
+    lock = temporary.with_name(f"{temporary.name}.lock")
+    handle = _locked(lock)
+    if handle is None:
+        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        temporary.mkdir(exist_ok=True)
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        if not WINDOWS:
+            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
         os.close(handle)
-        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere") from None
-    except OSError:  # a file system without locks: nobody else is taken to be at work
-        pass
-    for left in temporary.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return handle
+        if WINDOWS:
+            with suppress(OSError):  # another process has taken it already
+                lock.unlink()
+
+
+def _locked(path: Path) -> int | None:
+    """An open handle on the lock file, locked; None where another process holds it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            free = lock_descriptor(handle, blocking=False)
+        except OSError:  # a file system without locks: nobody else is taken to be at work
+            return handle
+        if free and os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
+        if not free:
+            return None
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes what can be written to
     try:
         os.fsync(handle)
     finally:

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from mwtool.errors import BadValue
+from mwtool.finetune.data import Form
 from mwtool.macdrop.curriculum import Curriculum, curriculum_of
 
 Peft = Literal["lora", "dora"]
+Quantize = Literal["4bit"]
 PAPER_STEPS = 579
 """Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
+LENGTH = 1024
+"""Tokens of a sequence where neither the user nor the model says less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to train on, and where the rows come from.
+
+    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
+    """
+
+    data: str
+    form: Form | None = None
+    split: str = "train"
+    skip_bad: bool = False
+    massive: Path | None = None
+    allow_none: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +60,7 @@ class Recipe:
     packing: bool = False
     on_prompt: bool = False
     gradient_checkpointing: bool = False
-    quantize: Literal["4bit"] | None = None
+    quantize: Quantize | None = None
     eval_share: float = 0.05
     seed: int = 0
     dtype: str = "float32"

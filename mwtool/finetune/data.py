@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mwtool.errors import BadValue
+from mwtool.errors import BadValue, line_of
 from mwtool.files.hub_dataset import reaching
 from mwtool.files.text import as_object, json_object, keys_of, read_lines, read_text, shown
 
@@ -182,7 +182,7 @@ def _parquet(path: Path) -> Iterator[_Row]:
                 yield _Row(f"{path}, row {number}", values)
             start += batch.num_rows
     except (ArrowException, OSError) as fault:
-        raise BadValue(f"{path} cannot be read as Parquet: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"{path} cannot be read as Parquet: {line_of(fault, whole=True)}") from fault
 
 
 def _dataset(name: str, split: str) -> Iterator[_Row]:

@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.finetune.config import Recipe
-from mwtool.finetune.data import Data, Form, read_data
+from mwtool.finetune.config import LENGTH, Asked, Recipe
+from mwtool.finetune.data import Data, read_data
 from mwtool.finetune.tokenize import Encoded, encode, split
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.models.identity import identity_of
 from mwtool.models.meta_model import empty_model
 from mwtool.models.source import Source
-from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
+from mwtool.scan.scanner import OnLayer, scan_checkpoint
+from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LENGTH = 1024
-"""Tokens of a sequence where neither the user nor the model says less."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to train on, and where the rows come from.
-
-    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
-    """
-
-    data: str
-    form: Form | None = None
-    split: str = "train"
-    skip_bad: bool = False
-    massive: Path | None = None
-    allow_none: bool = False
 
 
 @dataclass(frozen=True, slots=True)

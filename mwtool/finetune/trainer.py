@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.errors import BadValue, UnsupportedModel, line_of
 from mwtool.finetune.checkpointing import Checkpoint, clear
 from mwtool.finetune.config import Recipe
 from mwtool.finetune.monitor import Step, Watch
@@ -121,7 +121,7 @@ def _trainer(
     except (ValueError, RuntimeError, ImportError) as fault:  # a logger that is unknown, or not installed
         if not arguments.report_to:
             raise
-        raise BadValue(f"--report-to {', '.join(arguments.report_to)}: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"--report-to {', '.join(arguments.report_to)}: {line_of(fault, whole=True)}") from fault
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -168,7 +168,7 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
     try:
         wrapped: PeftModel = get_peft_model(model, chosen)
     except ValueError as fault:
-        raise BadValue(f"no adapter can be put on {source.name}: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"no adapter can be put on {source.name}: {line_of(fault, whole=True)}") from fault
     return wrapped
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from mwtool.errors import BadSyntax, BadValue, nearest
+from mwtool.errors import BadSyntax, BadValue, line_of, nearest
 from mwtool.macdrop.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
 
 _KEYS = ("k", "scope", "resample", "masks", "seed", "schedule", "phases")
@@ -37,7 +37,7 @@ def read_curriculum(text: str) -> Curriculum:
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        raise BadValue(f"curriculum {text} cannot be read: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"curriculum {text} cannot be read: {line_of(fault, whole=True)}") from fault
     return parse_curriculum(content, text)
 
 
@@ -46,7 +46,7 @@ def parse_curriculum(content: str, name: str = "curriculum") -> Curriculum:
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.YAMLError as fault:
-        raise BadValue(f"{name} is not valid YAML: {' '.join(str(fault).split())}") from fault
+        raise BadValue(f"{name} is not valid YAML: {line_of(fault, whole=True)}") from fault
     except RecursionError as fault:
         raise BadValue(f"{name} is nested too deeply; expected keys such as schedule") from fault
     if root is None:

@@ -288,7 +288,7 @@ def _check_writable(param: str, layer: nn.Module, weight: Any) -> None:
         raise UnsupportedModel(f"{param} is partitioned by DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP2 with MacDrop")
     if weight.requires_grad:
         raise BadValue(
-            f"{param} is trainable, and MacDrop only drops entries of frozen weights; freeze it, or train a PEFT adapter"
+            f"{param} is trainable, and MacDrop drops entries of frozen weights; freeze it, or train a PEFT adapter"
         )
     if weight.is_meta:
         raise UnsupportedModel(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from logging import Filter, LogRecord
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.architecture.registry import adapter_for
@@ -17,14 +17,13 @@ from mwtool.errors import BadCheckpoint, UnsupportedModel, line_of
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.checkpoint import open_checkpoint
 from mwtool.models.identity import identity_of
+from mwtool.models.load_options import On
 from mwtool.models.quantization import refuse_unscaled_weights
 from mwtool.models.source import ADAPTER_FILES, Source, locate, model_class, unusable
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-On = Literal["base", "merged"]
 
 
 @dataclass(frozen=True, slots=True)

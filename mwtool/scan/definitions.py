@@ -12,24 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mwtool.scan.capture import LayerState
+from mwtool.scan.settings import Thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """What counts as massive.
-
-    magnitude, ratio: an entry of h is massive above `magnitude` and above `ratio` times the median of |h|.
-    sun_ratio: the ratio of the strict published test (Sun et al. 2024), evaluated beside it.
-    spike: what input and output of ``down_proj`` must exceed at a super weight (Yu et al. 2024).
-    """
-
-    magnitude: float = 100.0
-    ratio: float = 50.0
-    sun_ratio: float = 1000.0
-    spike: float = 50.0
 
 
 CHANGE, WINDOW = 0.1, 4

@@ -12,7 +12,8 @@ from mwtool.errors import UnsupportedModel
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.models.load import Loaded
 from mwtool.models.quantization import dequantizable
-from mwtool.scan.scanner import Scan, Settings, scan_checkpoint, scan_model
+from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
+from mwtool.scan.settings import Settings
 
 
 def massive_for(

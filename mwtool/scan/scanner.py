@@ -20,14 +20,13 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
 from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
 from mwtool.massive import Identity, MassiveWeights
-from mwtool.models.bos import PROMPT, Bos, find_bos
+from mwtool.models.bos import Bos, find_bos
 from mwtool.models.identity import identity_of
 from mwtool.models.source import Source, locate
 from mwtool.models.streaming import Stream, open_stream
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (
     Origin,
-    Thresholds,
     attribution,
     growth,
     largest_origin,
@@ -36,6 +35,7 @@ from mwtool.scan.definitions import (
     sun,
 )
 from mwtool.scan.ranking import Protected, Router, carrier, rank, routing, to_protect
+from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -43,21 +43,6 @@ if TYPE_CHECKING:
 
 OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How to scan.
-
-    k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token stands in for bos under `never`.
-    all_layers: walk on to the end after the answer has settled; adds later growth, changes nothing else.
-    """
-
-    k: int = 5
-    bos: str = "auto"
-    prompt: str = PROMPT
-    thresholds: Thresholds = Thresholds()
-    all_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

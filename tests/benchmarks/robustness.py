@@ -33,19 +33,20 @@ from mwtool.ablation.sweep import Sweep, ablate
 from mwtool.ablation.targets import Choice, find_targets
 from mwtool.cli.terminal import quiet_libraries
 from mwtool.evaluation.comparison import ratio_of, student_t
-from mwtool.evaluation.measurement import Options
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.files.atomic_write import write
 from mwtool.files.document import text_of
-from mwtool.finetune.config import Recipe
+from mwtool.finetune.config import Asked, Recipe
 from mwtool.finetune.document import measured
-from mwtool.finetune.plan import Asked, Plan, make_plan
+from mwtool.finetune.plan import Plan, make_plan
 from mwtool.finetune.trainer import train, with_adapter
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.models.load import load
 from mwtool.models.source import locate
 from mwtool.scan.document import scan_document
-from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.scanner import scan_checkpoint
+from mwtool.scan.settings import Settings
 from mwtool.surgery.attack import Attack
 
 PEFTS = ("lora", "dora")

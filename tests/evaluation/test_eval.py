@@ -24,13 +24,14 @@ from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluation import harness
 from mwtool.evaluation.comparison import Row, beside_first, paired, student_t
+from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import check, evaluate, measure
-from mwtool.evaluation.measurement import Measured, Options
+from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.tasks import Task, parse_tasks
 from mwtool.models.load import Loaded
 from mwtool.models.source import DEMO
 from mwtool.scan.loaded import massive_for
-from mwtool.scan.scanner import Settings
+from mwtool.scan.settings import Settings
 from mwtool.surgery.attack import parse_attack
 
 

@@ -20,9 +20,9 @@ from words import WORDS, planted_folder, with_tokenizer
 
 from mwtool.errors import BadValue, MwtoolError, OutputError, UnsupportedModel
 from mwtool.finetune.checkpointing import MARK, clear, mark, newest
-from mwtool.finetune.config import Recipe
+from mwtool.finetune.config import Asked, Recipe
 from mwtool.finetune.memory import footprint
-from mwtool.finetune.plan import Asked, Plan, make_plan
+from mwtool.finetune.plan import Plan, make_plan
 from mwtool.finetune.trainer import Telling, Trained, adapted, train, with_adapter
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.models.load import load

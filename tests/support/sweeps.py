@@ -8,7 +8,8 @@ from words import text_of
 
 from mwtool.ablation.sweep import Ablation, Sweep, ablate
 from mwtool.ablation.targets import Choice, find_targets
-from mwtool.evaluation.measurement import Measured, Options
+from mwtool.evaluation.config import Options
+from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from filelock import lock_descriptor
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -195,8 +195,8 @@ def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp
     temporary = tmp_path / ".saved.incomplete"
     (temporary / "inner").mkdir(parents=True)
     (temporary / "model.safetensors").write_text("half")
-    holder = os.open(temporary, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
+    holder = os.open(tmp_path / ".saved.incomplete.lock", os.O_RDWR | os.O_CREAT)
+    assert lock_descriptor(holder)
     with pytest.raises(OutputError, match="is being filled by another process"):
         save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
     assert (temporary / "model.safetensors").read_text() == "half"

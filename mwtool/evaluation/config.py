@@ -1,0 +1,53 @@
+"""Every setting of an evaluation, with its default. Imports no torch, so that the command line can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mwtool.models.load_options import LoadOptions
+
+Protocol = Literal["bos", "bos-4096", "sun-4096", "word"]
+"""How a text becomes windows, none overlapping.
+
+bos: bos, then length - 1 tokens; the end of the text is a shorter window. The default for files.
+bos-4096: the same, and the end that does not fill a window is left out.
+sun-4096: length tokens of the text and no bos, as in the paper's code (Sun et al. 2024); the end is left out.
+word: every document for itself, after bos; per word and not per token, as lm-evaluation-harness does it.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to measure.
+
+    batch_size: windows, questions or prompts at once; None: as many windows as give 64 MB of hidden states (on a CPU
+    2,048 tokens), 16 of the others. limit: only the first so many of each task. protocol, window: how a text is cut
+    (None: as the task or the model says). bos: as `--bos`; `never` is none at all. delimiter: between context and
+    continuation in local files. new_tokens: the most tokens of a generated answer.
+    """
+
+    batch_size: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    protocol: Protocol | None = None
+    window: int | None = None
+    bos: str = "auto"
+    delimiter: str = " "
+    new_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """What to evaluate.
+
+    tasks, attacks: as the command line spells them (`ppl:demo`, `zero:5`). massive: a saved scan to take the attacked
+    rows from; None: each model is scanned if an attack needs its rows.
+    """
+
+    tasks: tuple[str, ...] = ("ppl:demo",)
+    attacks: tuple[str, ...] = ("none",)
+    massive: Path | None = None
+    measuring: Options = field(default_factory=Options)
+    loading: LoadOptions = field(default_factory=LoadOptions)

@@ -1,0 +1,200 @@
+"""Evaluate models one after another, resumably, and compare them with each other and with saved results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mwtool.errors import BadValue
+from mwtool.evaluation.comparison import Row
+from mwtool.evaluation.config import EvalConfig
+from mwtool.evaluation.document import (
+    comparison_document,
+    earlier_results,
+    eval_document,
+    read_documents,
+    rows_of,
+    text_of_results,
+)
+from mwtool.evaluation.evaluate import OnTask, Result, check, evaluate
+from mwtool.evaluation.tasks import Task, parse_tasks
+from mwtool.files.atomic_write import check_writable, write
+from mwtool.massive import MassiveWeights
+from mwtool.models.load import Loaded, load
+from mwtool.scan.loaded import massive_for
+from mwtool.scan.settings import Settings
+from mwtool.surgery.attack import Attack, parse_attack
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """What was measured on each model in turn, or read from a result file.
+
+    documents: one of schema mwtool.eval/1 for each model. names: what each is called beside the others.
+    """
+
+    documents: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every metric of every model, as `eval_report` shows them."""
+        return rows_of(self.documents, self.names)
+
+    def compared(self, command: str | None = None) -> dict[str, Any]:
+        """One document of schema mwtool.comparison/1: every metric beside the first of its kind."""
+        return comparison_document(self.documents, self.names, command)
+
+
+def evaluate_models(
+    models: Sequence[str],
+    config: EvalConfig | None = None,
+    *,
+    output: Path | None = None,
+    compare: bool = False,
+    resume: bool = False,
+    command: str | None = None,
+    on_note: Callable[[str], None] | None = None,
+    on_task: OnTask | None = None,
+) -> Evaluations:
+    """Measure every task under every attack on each model.
+
+    models: Hub ids, folders, PEFT adapter folders or `demo`; with `compare` also result files, which are read.
+    output: where the document is kept up to date, written after every task. compare: what is written there is a
+    comparison of all models. resume: leave out what `output` already holds.
+    command: recorded in the documents. on_note: called with each decision made on the user's behalf.
+
+    Raises BadValue where settings contradict each other, tasks or attacks are not understood, or `output` holds
+    results made under other settings; OutputError where `output` cannot be written; ModelNotFound and its like where
+    a model cannot be opened. Everything that can be checked is checked before the first model is opened.
+    """
+    config = config or EvalConfig()
+    _check_models(models, config, compare=compare)
+    if resume and output is None:
+        raise BadValue("resume needs an output file, which holds the results to continue from")
+    attacks = tuple(dict.fromkeys(map(parse_attack, config.attacks)))
+    if output is not None:
+        check_writable(output)
+    tasks = parse_tasks(config.tasks)
+    check(tasks)
+    earlier = read_documents(output) if resume and output is not None and output.exists() else []
+    saved = {name: read_documents(Path(name)) for name in models if compare and Path(name).is_file()}
+    run = _Run(config, tasks, attacks, output, compare, command, on_note or _ignored, on_task)
+    for name in models:
+        if name in saved:
+            run.add_saved(Path(name), saved[name])
+        else:
+            run.evaluate(name, earlier)
+    run.write()
+    return Evaluations(tuple(run.documents), tuple(run.names))
+
+
+def _check_models(models: Sequence[str], config: EvalConfig, *, compare: bool) -> None:
+    if not models:
+        raise BadValue("no model is given; expected one, or several with compare")
+    if len(models) > 1 and not compare:
+        raise BadValue(f"{len(models)} models are given; expected one, or compare to show them side by side")
+    if len(models) > 1 and (config.loading.revision is not None or config.massive is not None):
+        raise BadValue("revision and massive belong to one model; evaluate each on its own and compare the results")
+
+
+def _ignored(_: str) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _Run:
+    """What was asked for, and the documents so far."""
+
+    config: EvalConfig
+    tasks: Sequence[Task]
+    attacks: Sequence[Attack]
+    output: Path | None
+    compare: bool
+    command: str | None
+    on_note: Callable[[str], None]
+    on_task: OnTask | None
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def add_saved(self, path: Path, documents: Sequence[dict[str, Any]]) -> None:
+        """Put the evaluations of a result file beside the others."""
+        for document in documents:
+            self.documents.append(document)
+            self.names.append(path.stem if len(documents) == 1 else f"{path.stem}: {document['model']}")
+
+    def evaluate(self, model: str, saved: Sequence[dict[str, Any]]) -> None:
+        """Measure one model; `saved` may hold earlier results of it, which are kept."""
+        loaded = load(model, **asdict(self.config.loading))
+        massive, notes = self._massive(loaded)
+        for line in dict.fromkeys((*loaded.notes, *notes)):
+            self.on_note(line)
+        before = []
+        if self.output is not None:
+            now = self._document(loaded, massive, [], notes, complete=False)
+            before = earlier_results(self.output, now, saved)
+        results: list[Result] = list(before)
+        self.documents.append(self._document(loaded, massive, results, notes, complete=False))
+        self.names.append(model)
+
+        def on_results(found: Sequence[Result]) -> None:
+            results.extend(found)
+            self.documents[-1] = self._document(loaded, massive, results, notes, complete=False)
+            self.write()
+
+        def on_note(line: str) -> None:
+            notes.append(line)
+            self.on_note(line)
+
+        evaluate(
+            loaded,
+            massive,
+            self.attacks,
+            self.tasks,
+            self.config.measuring,
+            on_results=on_results,
+            on_task=self.on_task,
+            on_note=on_note,
+            done={(str(one.attack), one.measured.task) for one in before},
+        )
+        self.documents[-1] = self._document(loaded, massive, results, notes, complete=True)
+
+    def write(self) -> None:
+        """Bring the output file up to date."""
+        if self.output is None:
+            return
+        so_far = Evaluations(tuple(self.documents), tuple(self.names))
+        document = so_far.compared(self.command) if self.compare else self.documents[0]
+        write(self.output, text_of_results(document))
+
+    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
+        """The massive weights, if an attack needs them, and notes on how they were found."""
+        if all(attack.idle for attack in self.attacks):
+            return None, []
+        most = max(attack.k for attack in self.attacks)
+        settings = Settings(k=max(most, 1), bos=self.config.measuring.bos)
+        massive, notes = massive_for(loaded, self.config.massive, settings)
+        return massive, list(notes)
+
+    def _document(
+        self,
+        loaded: Loaded,
+        massive: MassiveWeights | None,
+        results: Sequence[Result],
+        notes: Sequence[str],
+        *,
+        complete: bool,
+    ) -> dict[str, Any]:
+        return eval_document(
+            loaded,
+            self.config.measuring,
+            attacks=self.attacks,
+            tasks=[str(task) for task in self.tasks],
+            results=results,
+            massive=massive,
+            notes=notes,
+            command=self.command,
+            complete=complete,
+        )
