@@ -10,7 +10,7 @@ from mwtool.errors import BadValue
 from mwtool.evaluation.config import Protocol
 from mwtool.evaluation.tasks import read_rows
 from mwtool.evaluation.windows import Text
-from mwtool.files.hub_dataset import reaching
+from mwtool.files.hub_dataset import load_from_hub
 from mwtool.files.text import read_text
 from mwtool.models.source import DEMO
 
@@ -62,4 +62,4 @@ def _dataset(name: str, *place: str, split: str) -> Any:
             f"ppl:{name} needs the datasets library; install it with pip install 'mwtool[eval]', or use ppl:FILE"
         ) from None
     what = f"ppl:{name}: the dataset {place[0]}"
-    return reaching(what, lambda: load_dataset(*place, split=split), "ppl:FILE measures a local one")
+    return load_from_hub(what, lambda: load_dataset(*place, split=split), "ppl:FILE measures a local one")

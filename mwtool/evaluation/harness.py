@@ -26,7 +26,7 @@ from mwtool.evaluation.measurement import BATCH, Measured, OnProgress, bos_for, 
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.tasks import Choice, Cloze, Task, read_choices, read_cloze
 from mwtool.evaluation.windows import positions
-from mwtool.files.hub_dataset import reaching
+from mwtool.files.hub_dataset import load_from_hub
 from mwtool.models.load import Loaded
 from mwtool.models.source import DEMO
 
@@ -112,7 +112,7 @@ def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None
     local = "mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
     try:
         with _quiet():
-            data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
+            data = load_from_hub(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
     except ImportError as fault:  # a package that only this task needs
         raise BadValue(f"{task} cannot be prepared: {line_of(fault, whole=True)}") from fault
     return Named(task, data, {**_setting(bos, options), "name": name}, bos_notes(task, bos))

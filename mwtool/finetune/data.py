@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mwtool.errors import BadValue, line_of
-from mwtool.files.hub_dataset import reaching
+from mwtool.files.hub_dataset import load_from_hub
 from mwtool.files.text import as_object, json_object, keys_of, read_lines, read_text, shown
 
 Form = Literal["alpaca", "messages", "text"]
@@ -188,7 +188,7 @@ def _parquet(path: Path) -> Iterator[_Row]:
 def _dataset(name: str, split: str) -> Iterator[_Row]:
     datasets = _library("datasets", f"{name} is no file")
     place, _, config = name.partition(":")
-    rows = reaching(
+    rows = load_from_hub(
         f"the dataset {name} (split {split})",
         lambda: datasets.load_dataset(place, config or None, split=split),
         "give a local file instead",

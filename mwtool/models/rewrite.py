@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mwtool.architecture.packed import PLAIN
 from mwtool.errors import UnsupportedModel
-from mwtool.files.atomic_write import check_free, filling
+from mwtool.files.atomic_write import check_free, atomic_folder
 from mwtool.files.text import read_json
 from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
 from mwtool.models.load import Loaded
@@ -47,7 +47,7 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
     """
     check_tied(loaded)
     check_free(folder)
-    with filling(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         rewrite_files(loaded.source, by_stored_name(loaded, whole_state(loaded.base)), temporary)
         copy_small_files(loaded.source, temporary)
 

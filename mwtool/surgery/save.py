@@ -20,7 +20,7 @@ from mwtool._version import __version__
 from mwtool.architecture.layout import FFN, WeightSlice
 from mwtool.architecture.packed import PLAIN, is_packed
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.files.atomic_write import check_free, filling
+from mwtool.files.atomic_write import check_free, atomic_folder
 from mwtool.models.load import Loaded
 from mwtool.models.rewrite import RECORD, New, by_stored_name, check_tied, copy_small_files, rewrite_files, whole_state
 from mwtool.surgery.attack import Attack, attacked_rows, edited, places
@@ -39,7 +39,7 @@ def save_attacked(loaded: Loaded, ffn: FFN, rows: Sequence[int], attack: Attack,
     check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, ffn, rows, attack) if loaded.source.adapter is None else _merged(loaded, ffn, rows, attack)
-    with filling(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         rewrite_files(loaded.source, by_stored_name(loaded, new), temporary)
         copy_small_files(loaded.source, temporary)
         _record(temporary / RECORD, loaded, ffn, rows, attack)

@@ -152,7 +152,7 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
         (["--mode", "scale:nan"], "unknown mode 'scale:nan'"),
         (["-k", "99"], "k is 99"),
         (["--task", "pl:x"], "did you mean ppl:x?"),
-        (["--plot", "curve.doc"], "no figure of type .doc; expected one of"),
+        (["--plot", "curve.doc"], "matplotlib cannot write files of type .doc; expected one of"),
         (["--massive", "absent.json"], "absent.json"),
         (["--generate", "w1 " * 64], "the prompt has 65 tokens with bos and the model 64 positions"),
     ],
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_the_former_figure(folder: Path, tmp_path: Path) -> N
         fault = ablate(folder, "-k", "1", "--no-controls", "--plot", tmp_path / "curve.png", "--json")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "curve.png cannot be written: File too large; nothing was left there" in fault.err
+    assert "curve.png could not be written: File too large; no partial file is left" in fault.err
     assert fault.code == 1
     assert fault.document["runs"]  # what was measured is not lost with it
     assert (tmp_path / "curve.png").read_text() == "former"
@@ -256,7 +256,7 @@ def test_a_full_disk_while_saving_leaves_nothing(folder: Path, tmp_path: Path) -
         ran = ablate(folder, "--mode", "zero", "-k", "1", "--no-controls", "--save", tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "saved cannot be written: File too large; nothing was left there" in ran.err
+    assert "saved could not be written: File too large; no partial folder is left" in ran.err
     assert ran.code == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -280,10 +280,12 @@ def test_a_task_that_is_not_known_offers_the_nearest_and_data_that_cannot_be_had
     with pytest.raises(BadValue, match="has no task 'zzzzzz'; `lm-eval ls tasks` lists"):
         check([Task("harness", "zzzzzz")])
     (own_tasks / "first.json").unlink()
-    with pytest.raises(ModelNotFound, match=r"cannot be had .*; mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"):
+    with pytest.raises(
+        ModelNotFound, match=r"could not be loaded .*; mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
+    ):
         prepared(loaded, "first")
     (own_tasks / "first.json").write_text("nonsense")
-    with pytest.raises(ModelNotFound, match="the dataset of first cannot be had"):
+    with pytest.raises(ModelNotFound, match="the dataset of first could not be loaded"):
         prepared(loaded, "first")
 
 

@@ -83,7 +83,7 @@ def test_another_placement_is_refused() -> None:
     weight: Any = SimpleNamespace(
         shape=torch.Size((7, 5)), device="cpu", device_mesh=Mesh((2,), (0,)), placements=[Partial()]
     )
-    with pytest.raises(UnsupportedModel, match="placed as"):
+    with pytest.raises(UnsupportedModel, match="has placement"):
         local_index(WeightSlice("w"), ROWS, weight)
 
 
