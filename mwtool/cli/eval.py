@@ -10,10 +10,23 @@ from typing import Annotated
 import typer
 
 from mwtool.cli import options
-from mwtool.evaluation.config import EvalConfig, Options, Protocol
+from mwtool.errors import BadValue
+from mwtool.evaluation.config import EvalConfig, Options
+from mwtool.evaluation.tasks import expected
+from mwtool.evaluation.windows import PROTOCOLS, protocol_named
 from mwtool.models.load_options import LoadOptions, On
 
 MEASURING, CONFIG = Options(), EvalConfig()
+
+
+def _known_protocol(name: str | None) -> str | None:
+    """Refuse an unknown protocol as a usage error."""
+    if name is not None:
+        try:
+            protocol_named(name)
+        except BadValue as fault:
+            raise typer.BadParameter(str(fault)) from fault
+    return name
 
 
 def evaluate(
@@ -28,8 +41,7 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="ppl:demo|FILE|wikitext2|c4|pg19, mc:FILE.jsonl, cloze:FILE.jsonl, generate:FILE, paper, or a task of "
-            "lm-evaluation-harness; repeatable.",
+            help=f"{expected()}; repeatable.",
             show_default="ppl:demo",
         ),
     ] = None,
@@ -44,8 +56,13 @@ def evaluate(
         typer.Option("--compare", help="Several models or result files beside the first."),
     ] = False,
     protocol: Annotated[
-        Protocol | None,
-        typer.Option(help="How a text is cut.", show_default="sun-4096 for the datasets, else bos"),
+        str | None,
+        typer.Option(
+            metavar="PROTOCOL",
+            callback=_known_protocol,
+            help=f"How texts are cut into windows: {', '.join(PROTOCOLS)}.",
+            show_default="sun-4096 for the datasets, else bos",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a window.", show_default="4096, or what the model has")
@@ -120,7 +137,7 @@ def evaluate(
         document = found.compared(command_line()) if compare else found.documents[0]
         sys.stdout.write(text_of_results(document))
     else:
-        report_console().print(eval_report(found.rows))
+        report_console().print(eval_report(found.entries))
 
 
 def _usage(

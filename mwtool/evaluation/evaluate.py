@@ -1,51 +1,48 @@
-"""One evaluation: a model as it stands, or under each attack, times tasks."""
+"""Evaluate one loaded model on every task, without and with each attack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import Options
-from mwtool.evaluation.corpora import DATASETS, default_protocol, text_for
-from mwtool.evaluation.generation import prepare_answers
-from mwtool.evaluation.harness import check_name, check_rows, prepare_named, prepare_rows
+from mwtool.evaluation.corpora import default_protocol, text_for
 from mwtool.evaluation.measurement import Measured, OnProgress, bos_for, perplexity_of, tokenizer_for
 from mwtool.evaluation.perplexity import perplexity
-from mwtool.evaluation.tasks import Task, read_prompts
-from mwtool.evaluation.windows import Windows, window_for, windows
+from mwtool.evaluation.tasks import KINDS, Task
+from mwtool.evaluation.windows import Windows, protocol_named, window_for, windows
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
 from mwtool.surgery.attack import Attack, edited, rows_of
 
 OnTask = Callable[[int, int, str], OnProgress | None]
-"""Called before a task with tasks done, tasks in all, and what comes; may return what to call on progress."""
+"""Called before each task with the tasks done, their total, and its name; may return a progress callback."""
 
 
 class Prepared(Protocol):
-    """A task ready to run on a model: texts read and cut, once for all attacks."""
+    """A task that is ready to run: its data is read and tokenized, once for all attacks."""
 
     @property
     def task(self) -> Task:
-        """What was asked for."""
+        """The task."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided on the user's behalf."""
+        """What the user should know about how the task is measured."""
         ...
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        """Measure the model as it stands."""
+        """Measure the model in its current state: one entry for each metric. Raises MwtoolError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A figure under an attack."""
+    """A metric measured under an attack."""
 
     attack: Attack
     measured: Measured
@@ -63,16 +60,17 @@ def evaluate(
     on_note: Callable[[str], None] | None = None,
     done: Collection[tuple[str, str]] = (),
 ) -> tuple[Result, ...]:
-    """Every task under every attack, on one loaded model, each text cut once.
+    """Measure every task under every attack on one loaded model.
 
-    on_results: called with a task's figures as it ends. done: attack and task, as text, to leave out.
-    Raises BadValue if an attack needs massive weights there are none of, before anything runs.
+    on_results: called with the metrics of each task when it ends. on_task: see `OnTask`. on_note: called with every
+    decision made on the user's behalf. done: pairs of attack and task, as text, to leave out.
+    Raises BadValue, before anything runs, if an attack needs massive weights and the model has none.
     """
     options = options or Options()
     left = [(attack, task) for attack in attacks for task in tasks if (str(attack), str(task)) not in done]
     wanted = dict.fromkeys(attack for attack, _ in left)
     for attack in wanted:
-        with _attacking(loaded, massive, attack):  # changing nothing yet: a refusal comes before hours of measuring
+        with _attacking(loaded, massive, attack):  # raises now if it cannot be done, not after hours of measuring
             pass
     needed = dict.fromkeys(task for _, task in left)
     ready = dict(zip(needed, prepare(loaded, list(needed), options), strict=True))
@@ -94,38 +92,21 @@ def evaluate(
 
 
 def measure(loaded: Loaded, tasks: Sequence[Task | Prepared], options: Options | None = None) -> list[Measured]:
-    """Every task on the model as it stands; tasks that are prepared already are not prepared again."""
+    """Measure every task on the model in its current state. Tasks may be prepared already. Raises MwtoolError."""
     options = options or Options()
     ready = [one if not isinstance(one, Task) else prepare(loaded, [one], options)[0] for one in tasks]
     return [measured for one in ready for measured in one.run(loaded, options)]
 
 
 def prepare(loaded: Loaded, tasks: Sequence[Task], options: Options) -> list[Prepared]:
-    """Read and check everything tasks need, before anything runs. Raises MwtoolError."""
-    return [_prepared(loaded, task, options) for task in tasks]
+    """Read and check everything the tasks need, before anything runs. Raises MwtoolError."""
+    return [KINDS[task.kind].prepare(loaded, task, options) for task in tasks]
 
 
 def check(tasks: Sequence[Task]) -> None:
-    """What can be said against tasks before a model is opened: names and files. Raises MwtoolError."""
+    """Check the names and files of tasks, before a model is opened. Raises MwtoolError."""
     for task in tasks:
-        if task.kind == "harness":
-            check_name(task, task.target)
-        elif task.kind == "generate":
-            read_prompts(Path(task.target))
-        elif task.kind != "ppl":
-            check_rows(task)
-        elif task.target not in DATASETS:
-            text_for(task.target)
-
-
-def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:
-    if task.kind == "ppl" and (task.target, options.protocol) == ("wikitext2", "word"):
-        return prepare_named(loaded, task, options, name="wikitext")  # it has the articles; the dataset has lines
-    if task.kind == "ppl":
-        return _texts(loaded, task, options)
-    if task.kind == "generate":
-        return prepare_answers(loaded, task, options)
-    return prepare_rows(loaded, task, options) if task.kind in ("mc", "cloze") else prepare_named(loaded, task, options)
+        KINDS[task.kind].check(task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +129,12 @@ class _Perplexity:
         ]
 
 
-def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
+def prepare_text(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
+    """Read a text and cut it into windows. Raises MwtoolError if it cannot be read, cut or tokenized."""
     tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
     length, notes = window_for(loaded.base.config, options.window)
-    bos = None if protocol == "sun-4096" else bos_for(loaded, options)
+    bos = None if protocol_named(protocol).bos == "never" else bos_for(loaded, options)
     if bos is not None and bos.note:
         notes += (bos.note,)
     first = None if bos is None else bos.id
@@ -164,7 +146,7 @@ def _attacking(loaded: Loaded, massive: MassiveWeights | None, attack: Attack) -
     if attack.idle:
         return nullcontext()
     if attack.mode == "mean":
-        raise BadValue(f"{attack} needs mean values of the rows, which `mwtool ablate` gathers; use it instead")
+        raise BadValue(f"{attack} needs the mean values of the rows, which `mwtool ablate` measures; use that command")
     if massive is None:
         raise BadValue(f"{loaded.source.name} has no massive weights to attack with {attack}; give --massive FILE")
     return edited(loaded.base, loaded.ffn(massive), rows_of(massive, attack), attack)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.comparison import Row
+from mwtool.evaluation.comparison import Entry
 from mwtool.evaluation.config import EvalConfig
 from mwtool.evaluation.document import (
     comparison_document,
     earlier_results,
+    entries_of,
     eval_document,
     read_documents,
-    rows_of,
     text_of_results,
 )
 from mwtool.evaluation.evaluate import OnTask, Result, check, evaluate
@@ -39,9 +39,9 @@ class Evaluations:
     names: tuple[str, ...]
 
     @property
-    def rows(self) -> list[Row]:
+    def entries(self) -> list[Entry]:
         """Every metric of every model, as `eval_report` shows them."""
-        return rows_of(self.documents, self.names)
+        return entries_of(self.documents, self.names)
 
     def compared(self, command: str | None = None) -> dict[str, Any]:
         """One document of schema mwtool.comparison/1: every metric beside the first of its kind."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mwtool.architecture.packed import PLAIN
 from mwtool.errors import UnsupportedModel
-from mwtool.files.atomic_write import check_free, atomic_folder
+from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.files.text import read_json
 from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
 from mwtool.models.load import Loaded

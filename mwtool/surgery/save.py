@@ -20,7 +20,7 @@ from mwtool._version import __version__
 from mwtool.architecture.layout import FFN, WeightSlice
 from mwtool.architecture.packed import PLAIN, is_packed
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.files.atomic_write import check_free, atomic_folder
+from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.models.load import Loaded
 from mwtool.models.rewrite import RECORD, New, by_stored_name, check_tied, copy_small_files, rewrite_files, whole_state
 from mwtool.surgery.attack import Attack, attacked_rows, edited, places

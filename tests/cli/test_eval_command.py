@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from words import WORDS, planted_folder, with_tokenizer
 
-from mwtool.evaluation.comparison import Row
+from mwtool.evaluation.comparison import Entry
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.report import eval_report
 from mwtool.files.document import text_of
@@ -362,7 +362,7 @@ def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: P
 
 def test_only_a_ratio_close_to_one_has_more_decimals() -> None:
     figures = [
-        Row(name, "none", Measured("ppl:x", "perplexity", value, stderr, 4, 0.1, (1.0,) * 4, (1.0,) * 4, digest="d"))
+        Entry(name, "none", Measured("ppl:x", "perplexity", value, stderr, 4, 0.1, (1.0,) * 4, (1.0,) * 4, digest="d"))
         for name, value, stderr in (("one", 25.74, 1.0058), ("two", 25.76, 0.9921))
     ]
     console = Console(width=200, record=True, file=io.StringIO())

@@ -23,7 +23,7 @@ from mwtool.ablation.targets import Choice, find_targets
 from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluation import harness
-from mwtool.evaluation.comparison import Row, beside_first, paired, student_t
+from mwtool.evaluation.comparison import Entry, compare_with_first, paired, student_t
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import check, evaluate, measure
 from mwtool.evaluation.measurement import Measured
@@ -257,7 +257,7 @@ def test_a_generating_task_runs_in_batches_with_bos_in_front_and_no_bars(
 
 
 def prepared(loaded: Loaded, *names: str) -> list[harness.Named]:
-    return [harness.prepare_named(loaded, Task("harness", name), Options()) for name in names]
+    return [harness.prepare_harness(loaded, Task("harness", name), Options()) for name in names]
 
 
 def test_what_is_no_number_is_named_in_every_kind_of_task(tmp_path: Path, own_tasks: Path) -> None:
@@ -352,8 +352,8 @@ def test_other_examples_other_weights_and_what_is_not_finite_are_not_paired() ->
 
 def test_every_figure_stands_beside_the_first_of_its_kind() -> None:
     a, b = figure([1.0, 0, 1, 1]), figure([1.0, 1, 1, 1])
-    several = [Row("x", "none", a), Row("x", "zero:3", b), Row("y", "none", replace(b, metric="other"))]
-    found = list(beside_first([*several, Row("y", "none", a)]))
+    several = [Entry("x", "none", a), Entry("x", "zero:3", b), Entry("y", "none", replace(b, metric="other"))]
+    found = list(compare_with_first([*several, Entry("y", "none", a)]))
     assert [(row.model, row.attack, reference.model) for row, reference, _ in found] == [
         ("x", "zero:3", "x"),
         ("y", "none", "x"),

@@ -19,7 +19,7 @@ from mwtool.errors import BadValue, NoBos
 from mwtool.evaluation import chunked_loss as head
 from mwtool.evaluation.corpora import default_protocol, text_for
 from mwtool.evaluation.perplexity import measure_perplexity, perplexity, summarize, tokens_at_once
-from mwtool.evaluation.windows import Text, Windows, _rolling, windows
+from mwtool.evaluation.windows import PROTOCOLS, Text, Windows, _cut, windows
 
 TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in range(95))
 
@@ -76,7 +76,7 @@ def test_in_bfloat16_the_chunked_loss_is_the_unchunked_one_on_the_same_logits(
     ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    monkeypatch.setattr(head, "rows_at_once", lambda *_: 7)
+    monkeypatch.setattr(head, "positions_per_chunk", lambda *_: 7)
     seen = []
     plain = head.Head._logits
     monkeypatch.setattr(head.Head, "_logits", lambda *args: seen.append(plain(*args)) or seen[-1])
@@ -103,7 +103,7 @@ def test_the_logits_of_a_window_are_never_held_whole(monkeypatch: pytest.MonkeyP
     assert len(chunks) > 10
     for device, rows in (("meta", 512), ("cpu", 128)):  # the first stands for any but a CPU, whose caches are small
         hidden_states = torch.empty(2, 4096, 2048, dtype=torch.bfloat16, device=device)
-        assert head.rows_at_once(hidden_states, 128_256) == rows
+        assert head.positions_per_chunk(hidden_states, 128_256) == rows
 
 
 def test_a_model_whose_logits_do_not_follow_from_its_hidden_state_runs_whole_and_says_so() -> None:
@@ -164,7 +164,7 @@ def test_windows_do_not_overlap_and_only_the_default_keeps_the_end(tokenizer: An
 @given(st.integers(2, 40), st.integers(2, 12))
 def test_each_token_of_a_document_is_scored_once_and_none_is_read_beyond_the_window(count: int, length: int) -> None:
     tokens = list(range(count))
-    cut = list(_rolling(tokens, length))
+    cut = list(_cut(tokens[1:], PROTOCOLS["word"], length, tokens[:1]))
     assert [token for window, last in cut for token in window[len(window) - last :]] == tokens[1:]
     assert all(len(window) <= length + 1 for window, _ in cut)
 
