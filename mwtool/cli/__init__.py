@@ -9,22 +9,29 @@ from typing import Annotated
 import typer
 
 from mwtool import __version__
+from mwtool.cli.ablate import EXAMPLES as ABLATE
 from mwtool.cli.ablate import ablate
 from mwtool.cli.adapters import adapters
+from mwtool.cli.command import Command, Group
+from mwtool.cli.eval import EXAMPLES as EVAL
 from mwtool.cli.eval import evaluate
+from mwtool.cli.finetune import EXAMPLES as FINETUNE
 from mwtool.cli.finetune import finetune
+from mwtool.cli.scan import EXAMPLES as SCAN
 from mwtool.cli.scan import scan
 from mwtool.errors import MwtoolError
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(scan)
-app.command()(ablate)
-app.command("eval")(evaluate)
-app.command()(finetune)
+app.command(cls=Command, epilog=SCAN)(scan)
+app.command(cls=Command, epilog=ABLATE)(ablate)
+app.command("eval", cls=Command, epilog=EVAL)(evaluate)
+app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)
 app.add_typer(adapters, name="adapters")
 
 
@@ -34,7 +41,14 @@ def _version(on: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+EXAMPLES = """\
+mwtool scan                              # the bundled model
+mwtool scan HuggingFaceTB/SmolLM2-135M
+mwtool finetune --help                   # the options of a command
+"""
+
+
+@app.callback(epilog=EXAMPLES)
 def _mwtool(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")

@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from mwtool.models.load import Loaded
 
 DEFAULTS, LOADING = AblateConfig(), LoadOptions()
+EXAMPLES = """\
+mwtool ablate                            # the bundled model
+mwtool ablate ./model --mode zero -k 1,5 --tasks ppl:wikitext2,arc_easy
+mwtool ablate ./model --mode zero -k 5 --no-controls --save attacked
+"""
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
-    """A list like 0,1,3: no duplicates, none negative. Raises BadParameter, which is wrong usage."""
+    """A list like 0,1,3: no duplicates, none negative. Raises WrongUsage."""
     parts = [part.strip() for part in text.split(",")]
     bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
     if bad is not None:
-        raise typer.BadParameter(f"{name} {text!r}: {bad!r} is no number from 0 on; expected a list such as 0,1,3")
+        raise options.WrongUsage(f"{name} {text!r}: {bad!r} is not a whole number; expected a list such as 0,1,3")
     values = [int(part) for part in parts]
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
-        raise typer.BadParameter(f"{name} {text!r} names {twice} twice")
+        raise options.WrongUsage(f"{name} {text!r} names {twice} twice")
     return tuple(values)
 
 
@@ -38,37 +43,80 @@ def ablate(
     model: options.Model = "demo",
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="zero, retain, scale:X or mean; repeatable.", show_default="zero and retain"),
+        typer.Option(
+            metavar="MODE",
+            help="What to do with the rows: zero, retain, scale:X or mean; repeatable.",
+            show_default=" and ".join(DEFAULTS.modes),
+        ),
     ] = None,
     k: Annotated[
-        str | None, typer.Option("-k", "--k", help="How many of the ranked rows.", show_default="0,1,3,5")
+        str | None,
+        typer.Option(
+            "-k",
+            "--k",
+            metavar="N,N,...",
+            help="How many of the ranked rows; one run for each number.",
+            show_default=",".join(map(str, DEFAULTS.ks)),
+        ),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="What to measure, as in eval; repeatable.", show_default="ppl:demo")
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="What to measure, as in mwtool eval; repeatable, or --tasks a,b.",
+            show_default=",".join(DEFAULTS.tasks),
+        ),
     ] = None,
     massive: options.Massive = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer instead.")] = None,
-    indices: Annotated[str | None, typer.Option(help="These rows, in this order: I,J,...")] = None,
-    expert: Annotated[int | None, typer.Option(min=0, help="Rows of this expert.")] = None,
-    each_layer: Annotated[bool, typer.Option("--each-layer", help="The top rows of every layer, one by one.")] = False,
+    layer: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Attack rows of this layer instead (from 0).")
+    ] = None,
+    indices: Annotated[
+        str | None, typer.Option(metavar="I,J,...", help="Attack these rows, in this order (from 0).")
+    ] = None,
+    expert: Annotated[int | None, typer.Option(min=0, metavar="N", help="Attack rows of this expert.")] = None,
+    each_layer: Annotated[
+        bool, typer.Option("--each-layer", help="Attack the top rows of each layer in turn.")
+    ] = False,
     controls: Annotated[
         bool | None,
         typer.Option(
-            "--controls/--no-controls", help="Random rows and rows of largest norm.", show_default="on, but each layer"
+            "--controls/--no-controls",
+            help="Also attack random rows and the rows of largest norm, for comparison.",
+            show_default="on; off with --each-layer",
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random controls for each attack.")] = DEFAULTS.draws,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Random controls for each attack.")] = DEFAULTS.draws,
     generate: Annotated[
-        str | None, typer.Option(metavar="PROMPT", help="Show how the text goes on, side by side.")
+        str | None,
+        typer.Option(metavar="PROMPT", help="Show how the original and the attacked model continue this prompt."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the attacked model: one mode, one k.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k: .png, .svg, .pdf.")] = None,
-    on: Annotated[On, typer.Option(help="Adapters: rows of the base model, or of the sum.")] = LOADING.on,
-    bos: Annotated[str, typer.Option(help="First token: auto, always, or a TOKEN or id.")] = DEFAULTS.bos,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or questions at once.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
-    window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = DEFAULTS.seed,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the attacked model (one mode, one k) as a checkpoint.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k (.png, .svg or .pdf).")
+    ] = None,
+    on: Annotated[
+        On, typer.Option(help="With a PEFT adapter: attack the base model below it, or both merged.")
+    ] = LOADING.on,
+    bos: Annotated[
+        str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")
+    ] = DEFAULTS.bos,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the first random control.", callback=options.a_seed)
+    ] = DEFAULTS.seed,
     revision: options.Revision = None,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
@@ -79,15 +127,15 @@ def ablate(
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
-    """Take rows out and measure what it does, beside random rows and rows of large norm."""
+    """Zero, scale or replace massive rows and measure the effect, next to control rows."""
     given = numbers(indices, "--indices") if indices is not None else ()
     wanted = numbers(k, "-k") if k is not None else (len(given),) if given else DEFAULTS.ks
     _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
     if each_layer and generate is not None:
-        raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
+        raise options.WrongUsage("--generate shows one layer; leave out --each-layer, or name a --layer")
     modes = list(dict.fromkeys(mode or DEFAULTS.modes))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
-        raise typer.BadParameter("--save takes one --mode, one -k and one place")
+        raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.sweep import Sweep
     from mwtool.ablation.targets import Choice, find_targets
@@ -130,17 +178,17 @@ def ablate(
 
 def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | None, massive: Path | None) -> None:
     if each_layer and (given or layer is not None or expert is not None or massive is not None):
-        raise typer.BadParameter(
-            "--each-layer finds its own rows; leave out --layer, --indices, --expert and --massive"
+        raise options.WrongUsage(
+            "--each-layer chooses its own rows; leave out --layer, --indices, --expert and --massive"
         )
     if massive is not None and layer is not None:
-        raise typer.BadParameter("--massive FILE names its layer; leave out --layer")
+        raise options.WrongUsage("--massive FILE already names the layer; leave out --layer")
     if expert is not None and layer is None and not given:
-        raise typer.BadParameter("--expert goes with --layer or --indices")
+        raise options.WrongUsage("--expert needs --layer or --indices; add one of them")
 
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
-    """Everything that is to be written can be, as far as one can know before."""
+    """Raise OutputError if something that is to be written could not be, before the work begins."""
     from mwtool.files.atomic_write import check_writable
 
     for file in (output, plot):
@@ -197,7 +245,7 @@ def _give(
     if save is not None:
         attack = found.runs[0].attack
         save_attacked(loaded, target.ffn, target.indices[: attack.k], attack, save)
-        note(f"the attacked model is in {save}")
+        note(f"the attacked model is saved in {save}")
     saved = None if save is None else str(save)
     document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
     if output is not None:

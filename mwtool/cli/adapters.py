@@ -11,17 +11,23 @@ import typer
 
 from mwtool import __version__
 from mwtool.cli import options
+from mwtool.cli.command import Command, Group
 from mwtool.errors import BadPlugin
 
 if TYPE_CHECKING:
     from mwtool.testing.kit import Conformance
 
-adapters = typer.Typer()
+adapters = typer.Typer(cls=Group, rich_markup_mode=None)
+EXAMPLES = """\
+mwtool adapters                          # the model types that can be scanned
+mwtool adapters check                    # check every installed adapter
+mwtool adapters new mymodel ./plugin     # start an adapter for a new type
+"""
 
 
-@adapters.callback(invoke_without_command=True)
+@adapters.callback(invoke_without_command=True, epilog=EXAMPLES)
 def _list(context: typer.Context, json: options.Json = False, debug: options.Debug = False) -> None:
-    """List the model types that can be scanned; check an adapter, or start a new one."""
+    """List the supported model types; check an adapter, or start a new one."""
     if context.invoked_subcommand is not None:
         return
     from mwtool.architecture.registry import installed
@@ -36,20 +42,25 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
     report_console().print(adapters_table(plugins))
 
 
-@adapters.command()
+@adapters.command(
+    cls=Command,
+    epilog="mwtool adapters check llama\nmwtool adapters check mypackage.adapter:ADAPTER\n",
+)
 def check(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL_TYPE|MODULE:OBJECT", help="What to check; every installed adapter by default."),
+        typer.Argument(metavar="MODEL_TYPE|MODULE:OBJECT", help="What to check; by default every installed adapter."),
     ] = None,
     model_type: Annotated[
         str | None,
-        typer.Option(help="With MODULE:OBJECT: the type to check it on, else all its `tiny` names."),
+        typer.Option(
+            metavar="TYPE", help="With MODULE:OBJECT: the model type to check it on; by default all it lists in `tiny`."
+        ),
     ] = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Prove on tiny random models that what adapters say about their model types is so."""
+    """Check on tiny random models that adapters describe their model types correctly."""
     results = _check(target, model_type)
     if json:
         _print("mwtool.adapters.check/1", results=[asdict(result) for result in results])
@@ -64,13 +75,13 @@ def check(
         raise BadPlugin(f"{failed[0].model_type}: {failed[0].fault}{more}")
 
 
-@adapters.command()
+@adapters.command(cls=Command, epilog="mwtool adapters new mymodel ./mymodel-adapter\n")
 def new(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model type it will serve, as in config.json.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it: a new or empty folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model type it is for, as in config.json.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; a new or empty folder.")],
     debug: options.Debug = False,
 ) -> None:
-    """Write a package with an adapter for a model type: entry point, adapter, conformance test, README."""
+    """Write a Python package with an adapter for a model type, its entry point and a conformance test."""
     from mwtool.architecture.registry import installed
     from mwtool.testing.scaffold import write_package
 
@@ -89,10 +100,10 @@ def _check(target: str | None, model_type: str | None) -> list[Conformance]:
         adapter = load_object(target)
         types = [model_type] if model_type else list(adapter.tiny)
         if not types:
-            raise typer.BadParameter(f"{target} names no model types in `tiny`; say which with --model-type")
+            raise options.WrongUsage(f"{target} lists no model types in `tiny`; give one with --model-type")
         return [check_type(name, adapter) for name in types]
     if model_type is not None:
-        raise typer.BadParameter("--model-type goes with MODULE:OBJECT")
+        raise options.WrongUsage("--model-type is used with MODULE:OBJECT only")
     results = []
     for name in [target] if target else sorted({plugin.model_type for plugin in installed()}):
         try:

@@ -16,7 +16,13 @@ from mwtool.evaluation.tasks import expected
 from mwtool.evaluation.windows import PROTOCOLS, protocol_named
 from mwtool.models.load_options import LoadOptions, On
 
-MEASURING, CONFIG = Options(), EvalConfig()
+CONFIG = EvalConfig()
+MEASURING = CONFIG.measuring
+EXAMPLES = """\
+mwtool eval ./model --tasks ppl:wikitext2,arc_easy -o eval.json
+mwtool eval ./model --task ppl:text.txt --attack none --attack zero:5
+mwtool eval --compare eval.json ./finetuned --task ppl:wikitext2
+"""
 
 
 def _known_protocol(name: str | None) -> str | None:
@@ -34,52 +40,75 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Hub id, local folder, PEFT adapter folder, or demo; with --compare several, or earlier result files.",
+            help="Hugging Face Hub id, local folder, PEFT adapter folder, or demo for the bundled model; with "
+            "--compare several of them, or earlier result files.",
             show_default="demo",
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{expected()}; repeatable.",
-            show_default="ppl:demo",
+            metavar="TASK",
+            help=f"{expected()}; repeatable, or --tasks a,b.",
+            show_default=",".join(CONFIG.tasks),
         ),
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
+        typer.Option(
+            metavar="ATTACK",
+            help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.",
+            show_default=",".join(CONFIG.attacks),
+        ),
     ] = None,
     massive: options.Massive = None,
-    on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = CONFIG.loading.on,
+    on: Annotated[
+        On, typer.Option(help="With a PEFT adapter: attack the base model below it, or both merged.")
+    ] = CONFIG.loading.on,
     compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Several models or result files beside the first."),
+        bool, typer.Option("--compare", help="Show several models or result files next to the first.")
     ] = False,
     protocol: Annotated[
         str | None,
         typer.Option(
             metavar="PROTOCOL",
             callback=_known_protocol,
-            help=f"How texts are cut into windows: {', '.join(PROTOCOLS)}.",
-            show_default="sun-4096 for the datasets, else bos",
+            help=f"How a text is cut into windows: {', '.join(PROTOCOLS)}.",
+            show_default="sun-4096 for datasets, bos for files",
         ),
-    ] = None,
+    ] = MEASURING.protocol,
     window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in a window.", show_default="4096, or what the model has")
-    ] = None,
-    bos: Annotated[str, typer.Option(help="First token: auto, always, never, or a TOKEN or id.")] = MEASURING.bos,
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
+    ] = MEASURING.window,
+    bos: Annotated[
+        str, typer.Option(metavar="TOKEN", help="First token: auto, always, never, or a token or its id.")
+    ] = MEASURING.bos,
     delimiter: Annotated[
-        str, typer.Option(help="Between context and continuation in mc: and cloze: files.", show_default="a space")
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Text between context and continuation in mc: and cloze: files.",
+            show_default="a space",
+        ),
     ] = MEASURING.delimiter,
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of an answer of generate:, at most.")
+        int, typer.Option(min=1, metavar="N", help="At most this many tokens for each answer of generate:.")
     ] = MEASURING.new_tokens,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows, questions or prompts at once.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each task.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows, questions or prompts per batch.", show_default="by memory"),
+    ] = MEASURING.batch_size,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N examples of each task.")
+    ] = MEASURING.limit,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")
+        int,
+        typer.Option(min=0, metavar="N", help="Seed of few-shot examples and of sampling, where a task uses them."),
     ] = MEASURING.seed,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of -o has already.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue: skip what the file given with -o already holds.")
+    ] = False,
     revision: options.Revision = None,
     dtype: options.Precision = CONFIG.loading.dtype,
     device: options.Device = CONFIG.loading.device,
@@ -90,7 +119,7 @@ def evaluate(
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
-    """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
+    """Measure perplexity and zero-shot tasks of a model, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
     from mwtool.cli.terminal import command_line, note, report_console, run_progress, say_once
@@ -150,8 +179,12 @@ def _usage(
     massive: Path | None,
 ) -> None:
     if len(models) > 1 and not compare:
-        raise typer.BadParameter(f"one MODEL is evaluated, {len(models)} are given; --compare puts them side by side")
+        raise options.WrongUsage(
+            f"{len(models)} models are given; expected one, or --compare to show them side by side"
+        )
     if len(models) > 1 and (revision is not None or massive is not None):
-        raise typer.BadParameter("--revision and --massive belong to one MODEL; evaluate them one by one with -o FILE")
+        raise options.WrongUsage(
+            "--revision and --massive belong to one MODEL; evaluate each with -o FILE, then compare"
+        )
     if resume and output is None:
-        raise typer.BadParameter("--resume goes on from the file of -o; say which")
+        raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")

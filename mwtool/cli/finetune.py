@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mwtool.cli import options, process
-from mwtool.finetune.config import PAPER_STEPS, Asked, Peft, Quantize, Recipe
+from mwtool.cli.command import MODEL, REQUIRED
+from mwtool.finetune.config import LENGTH, PAPER_STEPS, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
 from mwtool.models.load_options import DType
 
@@ -24,89 +25,194 @@ if TYPE_CHECKING:
 Format = Literal["auto", "alpaca", "messages", "text"]
 """`auto` and the forms of `mwtool.finetune.data`."""
 DEFAULTS, ASKED = Recipe(), Asked("")
+CURRICULUM = DEFAULTS.curriculum
+EXAMPLES = """\
+mwtool finetune ./model --data alpaca.json -o adapter
+mwtool finetune ./model --data alpaca.json --dry-run
+mwtool finetune ./model --data OWNER/NAME -o adapter --load-in-4bit --lora-r 8
+mwtool finetune --macdrop exp:0.8 --show-curriculum
+"""
 
+_required = partial(typer.Option, rich_help_panel=REQUIRED)
 _of_data = partial(typer.Option, rich_help_panel="Data")
-_of_adapter = partial(typer.Option, rich_help_panel="Adapter")
+_of_adapter = partial(typer.Option, rich_help_panel="PEFT adapter")
 _of_macdrop = partial(typer.Option, rich_help_panel="MacDrop")
 _of_training = partial(typer.Option, rich_help_panel="Training")
 _of_run = partial(typer.Option, rich_help_panel="Run")
-_of_model = partial(typer.Option, rich_help_panel=options.MODEL)
+_of_model = partial(typer.Option, rich_help_panel=MODEL)
 
 
 def finetune(
     model: options.BaseModel = "demo",
     data: Annotated[
         str | None,
-        _of_data(
-            "--data", metavar="DATA", help="JSON, JSONL, Parquet or text file, or a Hub dataset: OWNER/NAME[:CONFIG]."
+        _required(
+            "--data",
+            metavar="DATA",
+            help="Training data: a JSON, JSONL, Parquet or text file, a folder of them, or a dataset on the Hub, "
+            "OWNER/NAME[:CONFIG]. Not needed with --show-curriculum.",
         ),
     ] = None,
-    macdrop: Annotated[
-        str, _of_macdrop(metavar="SCHEDULE|FILE.yaml", help="When and how much is dropped; none: plain LoRA or DoRA.")
-    ] = str(DEFAULTS.curriculum),
-    peft: Annotated[Peft, _of_adapter(help="The adapter.")] = DEFAULTS.peft,
-    output: Annotated[Path | None, _of_run("--output", "-o", metavar="DIR", help="Where the adapter goes.")] = None,
-    format_: Annotated[Format, _of_data("--format", help="How rows are read; auto looks at their keys.")] = "auto",
-    split: Annotated[str, _of_data(help="Of a Hub dataset or folder.")] = ASKED.split,
+    output: Annotated[
+        Path | None,
+        _required(
+            "--output-dir",
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Where to save the PEFT adapter; a new or empty folder. Not needed with --dry-run.",
+        ),
+    ] = None,
+    format_: Annotated[
+        Format, _of_data("--format", help="Format of the records; auto recognizes it by their keys.")
+    ] = ASKED.form or "auto",
+    split: Annotated[str, _of_data(metavar="NAME", help="Split of a dataset on the Hub or of a folder.")] = ASKED.split,
     skip_bad_rows: Annotated[
-        bool, _of_data("--skip-bad-rows", help="Leave out rows that cannot be read instead of stopping.")
-    ] = False,
+        bool, _of_data("--skip-bad-rows", help="Skip records that cannot be read instead of stopping.")
+    ] = ASKED.skip_bad,
     train_on_prompt: Annotated[
-        bool, _of_data("--train-on-prompt", help="Learn prompts, too, and not answers alone.")
-    ] = False,
-    rank: Annotated[int, _of_adapter(min=1, help="Width of the adapter.")] = DEFAULTS.rank,
-    alpha: Annotated[int, _of_adapter(min=1, help="Its scale is alpha over rank.")] = DEFAULTS.alpha,
-    dropout: Annotated[float, _of_adapter(min=0, max=1, help="Of the adapter's input.")] = DEFAULTS.dropout,
+        bool, _of_data("--train-on-prompt", help="Compute the loss on prompts too, not only on answers.")
+    ] = DEFAULTS.on_prompt,
+    max_length: Annotated[
+        int | None,
+        _of_data(
+            min=2, metavar="N", help="Tokens in a sequence.", show_default=f"{LENGTH}, or the model's limit if less"
+        ),
+    ] = DEFAULTS.max_length,
+    packing: Annotated[
+        bool, _of_data("--packing", help="Put several examples into a sequence; they do not see each other.")
+    ] = DEFAULTS.packing,
+    eval_share: Annotated[
+        float, _of_data(min=0, max=0.5, metavar="X", help="Share of the sequences held out for evaluation.")
+    ] = DEFAULTS.eval_share,
+    macdrop: Annotated[
+        str,
+        _of_macdrop(
+            metavar="SCHEDULE",
+            help="Dropout schedule, such as step:0.8, a curriculum FILE.yaml, or none to train without MacDrop.",
+        ),
+    ] = str(DEFAULTS.curriculum),
+    k: Annotated[
+        int | None,
+        _of_macdrop("-k", "--k", min=1, metavar="N", help="How many massive rows.", show_default=str(CURRICULUM.k)),
+    ] = None,
+    scope: Annotated[
+        Scope | None, _of_macdrop(help="Rows whose entries are dropped.", show_default=CURRICULUM.scope)
+    ] = None,
+    resample: Annotated[
+        Resample | None, _of_macdrop(help="How often a new mask is drawn.", show_default=CURRICULUM.resample)
+    ] = None,
+    massive: Annotated[
+        Path | None,
+        _of_macdrop(
+            metavar="FILE", help="Take the rows from a saved scan (mwtool scan -o FILE) instead of scanning the model."
+        ),
+    ] = ASKED.massive,
+    allow_none: Annotated[
+        bool,
+        _of_macdrop("--allow-none", help="If the model has no massive weights, train it without MacDrop."),
+    ] = ASKED.allow_none,
+    peft: Annotated[Peft, _of_adapter(help="Type of the PEFT adapter.")] = DEFAULTS.peft,
+    rank: Annotated[int, _of_adapter("--lora-r", "--rank", min=1, metavar="N", help="Rank of the adapter.")] = (
+        DEFAULTS.rank
+    ),
+    alpha: Annotated[
+        int, _of_adapter("--lora-alpha", "--alpha", min=1, metavar="N", help="The adapter is scaled by alpha / rank.")
+    ] = DEFAULTS.alpha,
+    dropout: Annotated[
+        float, _of_adapter("--lora-dropout", "--dropout", min=0, max=1, metavar="X", help="Dropout on the LoRA input.")
+    ] = DEFAULTS.dropout,
     target_modules: Annotated[
         list[str] | None,
-        _of_adapter(help="Layers with an adapter; repeatable.", show_default="all linear but embeddings and head"),
+        _of_adapter(
+            metavar="NAME",
+            help="Modules to adapt; repeatable, or a,b.",
+            show_default="all linear layers except the output head",
+        ),
     ] = None,
+    quantize: Annotated[
+        Quantize | None,
+        _of_adapter(help="Quantize the frozen weights with bitsandbytes; --load-in-4bit does the same."),
+    ] = DEFAULTS.quantize,
+    merge: Annotated[
+        bool, _of_adapter("--merge", help="Also save the merged model as a full checkpoint in DIR/merged.")
+    ] = False,
     lr: Annotated[
-        float, _of_training(min=0, callback=options.finite, help="Learning rate after warm-up.")
+        float,
+        _of_training(
+            "--learning-rate",
+            "--lr",
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="Learning rate after warm-up; it decays linearly to 0.",
+        ),
     ] = DEFAULTS.lr,
-    warmup: Annotated[float, _of_training(min=0, max=1, help="Share of the steps.")] = DEFAULTS.warmup,
+    warmup: Annotated[
+        float,
+        _of_training("--warmup-ratio", "--warmup", min=0, max=1, metavar="X", help="Warm-up, as a share of the steps."),
+    ] = DEFAULTS.warmup,
     epochs: Annotated[
-        float, _of_training(min=0.001, callback=options.finite, help="Times through the data.")
+        float,
+        _of_training(
+            "--num-train-epochs",
+            "--epochs",
+            min=0.001,
+            callback=options.finite,
+            metavar="X",
+            help="Passes over the data.",
+        ),
     ] = DEFAULTS.epochs,
-    max_steps: Annotated[int | None, _of_training(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, _of_training(min=1, help="Sequences a device takes at once.")] = DEFAULTS.batch_size,
+    max_steps: Annotated[
+        int | None, _of_training(min=1, metavar="N", help="Optimizer steps; overrides the number of epochs.")
+    ] = DEFAULTS.max_steps,
+    batch_size: Annotated[
+        int, _of_training(min=1, metavar="N", help="Sequences per device in one forward pass.")
+    ] = DEFAULTS.batch_size,
     effective_batch: Annotated[
-        int, _of_training(min=1, help="Sequences of an optimizer step, reached by accumulation.")
+        int,
+        _of_training(
+            min=1,
+            metavar="N",
+            help="Sequences per optimizer step over all devices; gradients are accumulated to reach it.",
+        ),
     ] = DEFAULTS.effective_batch,
-    max_length: Annotated[
-        int | None, _of_data(min=2, help="Tokens of a sequence.", show_default="1024, or the model's")
-    ] = None,
-    packing: Annotated[bool, _of_data("--packing", help="Several examples in a sequence, apart.")] = False,
     gradient_checkpointing: Annotated[
-        bool, _of_training("--gradient-checkpointing", help="Less memory for more time.")
-    ] = False,
-    quantize: Annotated[Quantize | None, _of_adapter(help="Pack the frozen weights (bitsandbytes).")] = None,
-    eval_share: Annotated[float, _of_data(min=0, max=0.5, help="Of the sequences, held out.")] = DEFAULTS.eval_share,
-    seed: Annotated[int, _of_training(min=0, help="Of adapter, order, held-out part and masks.")] = DEFAULTS.seed,
-    k: Annotated[int | None, _of_macdrop("-k", "--k", min=1, help="How many massive rows.", show_default="5")] = None,
-    scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
-    resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
-    massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
-    allow_none: Annotated[
-        bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
-    ] = False,
-    merge: Annotated[bool, _of_adapter("--merge", help="Also write the sum as a full checkpoint, DIR/merged.")] = False,
-    report_to: Annotated[list[str] | None, _of_run(help="tensorboard, wandb, ...; repeatable.")] = None,
+        bool,
+        _of_training("--gradient-checkpointing", help="Recompute activations: less memory, more time."),
+    ] = DEFAULTS.gradient_checkpointing,
+    seed: Annotated[
+        int,
+        _of_training(
+            min=0,
+            metavar="N",
+            callback=options.a_seed,
+            help="Seed of adapter weights, data order, held-out part and masks.",
+        ),
+    ] = DEFAULTS.seed,
+    report_to: Annotated[
+        list[str] | None,
+        _of_run(metavar="NAME", help="Log to tensorboard, wandb or another logger of the Trainer; repeatable."),
+    ] = None,
     logging_steps: Annotated[
         int | None,
-        _of_run(min=1, help="Steps from one logged loss to the next.", show_default="a hundredth, at most 10"),
+        _of_run(min=1, metavar="N", help="Log the loss every N steps.", show_default="1% of the run, at most 10"),
     ] = None,
     save_steps: Annotated[
-        int | None, _of_run(min=1, help="Steps from one checkpoint to the next.", show_default="a twentieth of the run")
+        int | None,
+        _of_run(min=1, metavar="N", help="Save a checkpoint every N steps.", show_default="5% of the run"),
     ] = None,
-    resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
-    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
-    show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    resume: Annotated[bool, _of_run("--resume", help="Continue from the newest complete checkpoint in DIR.")] = False,
+    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan, with a memory estimate, and stop.")] = False,
+    show_curriculum: Annotated[
+        bool, _of_run("--show-curriculum", help="Draw the dropout probability over the steps and stop.")
+    ] = False,
     revision: options.Revision = None,
     dtype: Annotated[
-        DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
+        DType,
+        _of_model(help="Precision to train in; auto is bfloat16 where the hardware supports it, else float32."),
     ] = "auto",
-    device: Annotated[str, _of_model(help="auto, cpu, cuda, mps.")] = "auto",
+    device: Annotated[str, _of_model(metavar="DEVICE", help="Where to train: auto, cpu, cuda or mps.")] = "auto",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     config: options.Config = None,
@@ -118,9 +224,9 @@ def finetune(
         _show_curriculum(curriculum, max_steps, epochs)
         return
     if data is None:
-        raise typer.BadParameter("--data is missing: what is there to train on?")
+        raise options.WrongUsage("--data DATA is required: the records to train on")
     if output is None and not dry_run:
-        raise typer.BadParameter("-o DIR is missing: where does the adapter go?")
+        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
     from mwtool.cli.terminal import quiet_libraries
 
     quiet_libraries()
@@ -179,27 +285,27 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
 
     steps = max_steps or PAPER_STEPS
     if max_steps is None:
-        note(f"over the {PAPER_STEPS} steps of the paper's runs; --max-steps says another number")
+        note(f"drawn over {PAPER_STEPS} steps, as in the paper; --max-steps N draws another number")
     console = report_console()
     console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
 def _ended(folder: Path, *, resume: bool) -> bool:
-    """Whether there is nothing left to go on with. A new run needs a folder of its own: raises OutputError."""
+    """Whether the run in `folder` has finished. Raises OutputError where a new run needs another folder."""
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
     from mwtool.finetune.document import RECORD
 
     if resume and (folder / RECORD).exists():
-        note(f"{folder} holds a run that has ended; there is nothing to go on with")
+        note(f"{folder} holds a finished run; there is nothing to resume")
         return True
     if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
         check_free(folder)
     except OutputError as fault:
-        advice = ", or go on with the run in it with --resume" if folder.is_dir() else ""
+        advice = ", or continue the run in it with --resume" if folder.is_dir() else ""
         raise OutputError(f"{fault}{advice}") from fault
     return False
 
@@ -243,7 +349,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
     found, notes = newest(folder, settings) if resume else (None, ())
     note_all(notes)
     if resume:
-        note(f"going on from {found.folder}" if found else f"{folder} has no whole checkpoint: starting at step 1")
+        note(f"resuming from {found.folder}" if found else f"{folder} has no complete checkpoint; starting at step 1")
     model = with_adapter(plan.source, plan.recipe, device)
     with step_progress() as on_step:
         trained = train(
@@ -258,7 +364,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
             processes=plan.processes,
         )
     if trained.stopped_by is not None:
-        note(f"stopped after step {trained.step} of {trained.steps}, which is saved; add --resume to go on")
+        note(f"stopped after step {trained.step} of {trained.steps}; a checkpoint is saved, add --resume to continue")
         raise typer.Exit(128 + trained.stopped_by)
     if process.first():
         document = finetune_document(plan, trained, device=device, command=command_line())

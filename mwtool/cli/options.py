@@ -1,17 +1,30 @@
-"""Options that several commands share, under the names the ecosystem uses."""
+"""Options that several commands share, under the names that transformers, PEFT, TRL and lm-eval use."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mwtool.errors import BadValue
+from mwtool.cli.command import MODEL, OUTPUT
+from mwtool.cli.spelling import named_in_file
+from mwtool.errors import BadValue, line_of, nearest
 from mwtool.models.load_options import DeviceMap, DType
+
+MAX_SEED = 2**32 - 1
+"""The largest seed that every library takes."""
+
+
+class WrongUsage(typer.BadParameter):
+    """Options that contradict each other, or one that is missing: exit status 2."""
+
+    def format_message(self) -> str:
+        """The message alone: no single option is to blame."""
+        return self.message
 
 
 def _debug(on: bool) -> None:
@@ -27,8 +40,9 @@ def usable(device: str) -> str:
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as fault:
-            line = str(fault).partition("\n")[0]
-            raise BadValue(f"--device {device!r} cannot be used here ({line}); cpu always can") from fault
+            raise BadValue(
+                f"--device {device!r} is not available here ({line_of(fault)}); expected cpu, or a device torch sees"
+            ) from fault
     return device
 
 
@@ -39,77 +53,97 @@ def finite(value: float) -> float:
     return value
 
 
+def a_seed(value: int) -> int:
+    """A seed that every library takes."""
+    if value > MAX_SEED:
+        raise typer.BadParameter(f"{value} is too large; expected at most {MAX_SEED}")
+    return value
+
+
 def _config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a YAML file's entries the defaults of this command; flags still win."""
+    """Make a YAML file's entries the defaults of this command; options on the command line override them."""
     if path is None:
         return None
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        raise typer.BadParameter(f"{path} cannot be read: {' '.join(str(fault).split())}") from fault
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
+        raise typer.BadParameter(f"{path} cannot be read: {line_of(fault, whole=True)}") from fault
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")
-    taken = {str(p.name): p for p in context.command.params if p.name not in ("config", "help")}
-    known = _known(path, values, list(taken))
-    for name, value in known.items():  # one value of an option that may be repeated
-        if (getattr(taken[name], "multiple", False) or taken[name].nargs == -1) and not isinstance(value, list):
-            known[name] = [value]
+    known = dict(_default(path, str(key), value, context.command.params) for key, value in values.items())
     context.default_map = {**(context.default_map or {}), **known}
     return path
 
 
-def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, Any]:
-    known = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            advice = f"did you mean {near[0].replace('_', '-')}?" if near else f"known are {', '.join(sorted(names))}"
-            raise typer.BadParameter(f"{path} has an unknown key {key!r}; {advice}")
-        known[name] = value
-    return known
+def _default(path: Path, key: str, value: Any, params: Sequence[Any]) -> tuple[str, Any]:
+    """The name Typer knows an option by, and its value: a list where it may be repeated."""
+    takes = [one for one in params if one.name not in ("config", "help")]
+    param = named_in_file(key, takes)
+    if param is None:
+        names = [name.removeprefix("--") for one in takes for name in getattr(one, "opts", ()) if len(name) > 2]  # noqa: PLR2004 # not -k
+        raise typer.BadParameter(f"{path} has an unknown key {key!r}; {nearest(key.replace('_', '-'), names)}")
+    if getattr(param, "multiple", False) or param.nargs == -1:
+        value = [one.strip() for one in value.split(",")] if isinstance(value, str) and key.endswith("s") else value
+        value = value if isinstance(value, list) else [value]
+    return str(param.name), value
 
-
-MODEL, OUTPUT = "Opening the model", "Configuration and output"
-"""Panels of `--help`, behind what is the command's own."""
 
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
+        help="Hugging Face Hub id, local folder, PEFT adapter folder, or demo for the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
+BaseModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hugging Face Hub id, local folder, or demo for the bundled model."),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)
+]
 Precision = Annotated[
     DType,
-    typer.Option("--dtype", help="Precision to compute in; auto is what the checkpoint says.", rich_help_panel=MODEL),
+    typer.Option(
+        "--dtype",
+        help="Precision to compute in; auto is the one the checkpoint is stored in.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Device = Annotated[
-    str, typer.Option(callback=usable, help="Where to compute: cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL)
+    str,
+    typer.Option(
+        callback=usable, metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL
+    ),
 ]
 Spread = Annotated[
     DeviceMap | None,
     typer.Option(
         "--device-map",
-        help="Spread over all devices, as accelerate does.",
+        help="Distribute the model over all devices, as accelerate does.",
         show_default=False,
         rich_help_panel=MODEL,
     ),
 ]
-Massive = Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")]
+Massive = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Take the rows from a saved scan (mwtool scan -o FILE) instead of scanning the model."
+    ),
+]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=MODEL)
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.", rich_help_panel=MODEL),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--json", help="Print one JSON document to stdout and nothing else.", rich_help_panel=OUTPUT),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Also write the JSON document to this file.", rich_help_panel=OUTPUT),
+    typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document to FILE.", rich_help_panel=OUTPUT),
 ]
 Config = Annotated[
     Path | None,
@@ -117,7 +151,8 @@ Config = Annotated[
         "--config",
         is_eager=True,
         callback=_config,
-        help="YAML file of option values; flags win.",
+        metavar="FILE",
+        help="Read option values from a YAML file; options on the command line override them.",
         rich_help_panel=OUTPUT,
     ),
 ]

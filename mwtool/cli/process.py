@@ -1,4 +1,4 @@
-"""Of several processes that train together, which one this is, on what it trains and in which precision."""
+"""In a distributed run: which process this is, and the device and precision it trains with."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from mwtool.models.load_options import DType
 
 
 def rank() -> str:
-    """Its number, from 0, as the launcher gives it."""
+    """Number of this process, from 0, as set by the launcher."""
     return os.environ.get("RANK", "0")
 
 
 def first() -> bool:
-    """Whether it is the one that speaks and writes for all."""
+    """Whether it is the process that prints and writes for all."""
     return rank() == "0"
 
 
 def count() -> int:
-    """How many there are."""
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def training_device(asked: str) -> str:
-    """Where it trains; under a launcher, one of several, on a card of its own."""
+    """The device to train on; under a launcher each process has its own GPU."""
     import torch
 
     if asked not in ("auto", "cpu", "cuda", "mps"):
         raise typer.BadParameter(
-            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES picks a card"
+            f"--device {asked!r}: expected auto, cpu, cuda or mps; CUDA_VISIBLE_DEVICES selects a GPU"
         )
     if asked == "auto":
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -42,7 +42,7 @@ def training_device(asked: str) -> str:
 
 
 def training_precision(asked: DType, device: str) -> str:
-    """As asked; else bfloat16 where the hardware has it, which is not to emulate it."""
+    """The requested precision; for `auto` bfloat16 where the hardware supports it without emulation, else float32."""
     if asked != "auto":
         return asked
     import torch

@@ -8,50 +8,78 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mwtool.cli import options
+from mwtool.models.load_options import LoadOptions
 from mwtool.scan.settings import Settings, Thresholds
 
 if TYPE_CHECKING:
     from mwtool.scan.scanner import Scan
 
 DEFAULTS = Settings()
-LIMITS = DEFAULTS.thresholds
+LIMITS, LOADING = DEFAULTS.thresholds, LoadOptions()
+EXAMPLES = """\
+mwtool scan                              # the bundled model
+mwtool scan HuggingFaceTB/SmolLM2-135M -o scan.json
+mwtool scan ./model --dtype float32 --plot layers.png
+"""
 
 
 def scan(
     model: options.Model = "demo",
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Rows to rank.")] = DEFAULTS.k,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, metavar="N", help="How many rows to rank.")] = DEFAULTS.k,
     bos: Annotated[
         str,
         typer.Option(
-            help="First token: auto (tokenizer, else config), always (tokenizer only), never, or a TOKEN or id."
+            metavar="TOKEN",
+            help="First token: auto (the tokenizer's bos, else the configuration's), always (the tokenizer's only), "
+            "never, or a token or its id.",
         ),
     ] = DEFAULTS.bos,
     prompt: Annotated[
-        str | None, typer.Option(help="With --bos never: the text whose first token is fed.", show_default=False)
+        str | None,
+        typer.Option(metavar="TEXT", help="With --bos never: feed the first token of this text.", show_default=False),
     ] = None,
     magnitude: Annotated[
         float,
-        typer.Option(min=0, callback=options.finite, help="Massive: an entry of the residual stream above this ..."),
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="A dimension of the residual stream is massive above this magnitude ...",
+        ),
     ] = LIMITS.magnitude,
     ratio: Annotated[
-        float, typer.Option(min=0, callback=options.finite, help="... and above this many times the median.")
+        float,
+        typer.Option(
+            min=0, callback=options.finite, metavar="X", help="... and above this multiple of the median magnitude."
+        ),
     ] = LIMITS.ratio,
     sun_ratio: Annotated[
-        float, typer.Option(min=0, callback=options.finite, help="The same for the strict published test.")
+        float,
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="The multiple of the median in the stricter test of Sun et al. (2024), reported beside it.",
+        ),
     ] = LIMITS.sun_ratio,
     spike: Annotated[
         float,
-        typer.Option(min=0, callback=options.finite, help="Super weights: down_proj input and output above this."),
+        typer.Option(
+            min=0,
+            callback=options.finite,
+            metavar="X",
+            help="Super weights: input and output of down_proj must both exceed this.",
+        ),
     ] = LIMITS.spike,
     all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Walk to the end after the answer has settled.")
+        bool, typer.Option("--all-layers", help="Scan all layers instead of stopping once the answer has settled.")
     ] = DEFAULTS.all_layers,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer: .png, .svg, .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer (.png, .svg or .pdf).")
     ] = None,
     revision: options.Revision = None,
-    dtype: options.Precision = "auto",
-    device: options.Device = "cpu",
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
@@ -66,7 +94,7 @@ def scan(
     from mwtool.scan.document import scan_document
 
     if prompt is not None and bos != "never":
-        raise typer.BadParameter("--prompt goes with --bos never")
+        raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
     for file in (output, plot):
         if file is not None:
             check_writable(file)
