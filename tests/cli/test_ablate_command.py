@@ -190,7 +190,7 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
     assert "finite" in document["runs"][0]["nonfinite"][task]
     said = " ".join(ablate(folder, *options).out.split())
     assert "not finite" in said
-    assert "ppl:text.txt is not finite scale:1e+38:1 in layer 1: 7 of 7 samples gave no finite loss" in said
+    assert "ppl:text.txt is not finite scale:1e+38:1 in layer 1: 7 of 7 samples have no finite loss" in said
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_what_cannot_be_attacked_is_refused_before_anything_runs(loaded: Loaded)
     massive, _ = massive_for(loaded, settings=Settings(k=3))
     seen.clear()
     try:
-        for name, words_ in (("zero:4", "needs 4 ranked rows"), ("mean:2", "`mwtool ablate` gathers")):
+        for name, words_ in (("zero:4", "needs 4 ranked rows"), ("mean:2", "`mwtool ablate` measures")):
             with pytest.raises(BadValue, match=words_):
                 evaluate(loaded, massive, (parse_attack("none"), parse_attack(name)), tasks)
         with pytest.raises(BadValue, match="no massive weights to attack with zero:1"):
@@ -267,7 +267,7 @@ def test_what_is_no_number_is_named_in_every_kind_of_task(tmp_path: Path, own_ta
     named = [Task("harness", "first"), rows(tmp_path, "mc", CHOICES), rows(tmp_path, "cloze", CLOZE), prompts(tmp_path)]
     for one in measure(broken, named, Options(new_tokens=8)):
         assert one.nonfinite is not None, one
-        assert "gave no finite loss, the first is number" in one.nonfinite
+        assert "have no finite loss, the first is number" in one.nonfinite
         assert one.stderr is None
         assert math.isnan(one.value)
 
@@ -281,7 +281,7 @@ def test_a_task_that_is_not_known_offers_the_nearest_and_data_that_cannot_be_had
         check([Task("harness", "zzzzzz")])
     (own_tasks / "first.json").unlink()
     with pytest.raises(
-        ModelNotFound, match=r"could not be loaded .*; mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
+        ModelNotFound, match=r"could not be loaded .*; use a local file with mc:FILE.jsonl or"
     ):
         prepared(loaded, "first")
     (own_tasks / "first.json").write_text("nonsense")
@@ -291,7 +291,7 @@ def test_a_task_that_is_not_known_offers_the_nearest_and_data_that_cannot_be_had
 
 def test_a_harness_that_gives_up_is_one_line(loaded: Loaded, own_tasks: Path) -> None:
     (ready,) = prepared(loaded, "saying")
-    with pytest.raises(BadValue, match="saying: lm-evaluation-harness gave up: Invalid configuration: requested max"):
+    with pytest.raises(BadValue, match="saying: lm-evaluation-harness failed: Invalid configuration: requested max"):
         ready.run(loaded, Options(window=3))
 
 
@@ -307,7 +307,7 @@ def test_without_lm_eval_the_message_says_what_to_install(monkeypatch: pytest.Mo
 
 def test_a_continuation_without_tokens_or_with_too_many_is_refused(loaded: Loaded, tmp_path: Path) -> None:
     long = rows(tmp_path, "cloze", [*CLOZE[:2], {"context": words(1, 3), "continuation": words(1, 17)}])
-    with pytest.raises(BadValue, match="row 3: a continuation has 17 tokens; expected at least 1 and at most the 16"):
+    with pytest.raises(BadValue, match="question 3: a continuation has 17 tokens; expected at least 1 and at most the 16"):
         measure(loaded, [long], Options(window=16))
     none = rows(tmp_path, "cloze", [{"context": words(1, 3), "continuation": " "}])
     with pytest.raises(BadValue, match="row 1: a continuation has 0 tokens; expected at least 1"):
