@@ -12,7 +12,7 @@ from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.numbers import fine
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
     """The paired comparison of a metric with a reference.
 
@@ -37,7 +37,7 @@ def paired(one: Measured, other: Measured) -> Paired | None:
         if not comparable(one, other):
             return None
         ratio = paired_ratio(one, [other])
-        return Paired("ratio", ratio.value, ratio.low, ratio.high, one.n)
+        return Paired(kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high, n=one.n)
     return _difference(one, other)
 
 
@@ -49,9 +49,9 @@ def _difference(one: Measured, other: Measured) -> Paired:
     mean, n = math.fsum(differences) / len(differences), len(differences)
     kind: Literal["points", "difference"] = "points" if counted else "difference"
     if n < LEAST:
-        return Paired(kind, mean, None, None, n)
+        return Paired(kind=kind, value=mean, low=None, high=None, n=n)
     half = student_t(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return Paired(kind, mean, mean - half, mean + half, n)
+    return Paired(kind=kind, value=mean, low=mean - half, high=mean + half, n=n)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from mwtool.evaluation.windows import positions
 from mwtool.models.load import Loaded
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
     """Prompts as token ids, each with bos in front."""
 
@@ -94,7 +94,7 @@ def prepare_prompts(loaded: Loaded, task: Task, options: Options) -> Prompts:
     if cut:
         notes += (f"{task}: {cut} prompts are longer than {room} tokens and lose their beginning",)
     setting = {"prompts": list(texts), "new_tokens": options.new_tokens, "bos": None if bos is None else bos.id}
-    return Prompts(task, texts, ids, setting, notes)
+    return Prompts(task=task, texts=texts, ids=ids, setting=setting, notes=notes)
 
 
 class _NanDetector(LogitsProcessor):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mwtool.evaluation.harness_model import Model
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
     """The questions of a local file, ready to run."""
 
@@ -98,7 +98,9 @@ def prepare_questions(loaded: Loaded, task: Task, options: Options) -> Questions
     bos, questions = bos_for(loaded, options), read_questions(task)[: options.limit]
     _check_lengths(loaded, task, questions, options)
     setting = {**_setting(bos, options), "delimiter": options.delimiter}
-    return Questions(task, questions, digest_of(repr(questions)), setting, bos_notes(task, bos))
+    return Questions(
+        task=task, questions=questions, digest=digest_of(repr(questions)), setting=setting, notes=bos_notes(task, bos)
+    )
 
 
 def prepare_harness(loaded: Loaded, task: Task, options: Options, name: str | None = None) -> HarnessTask:

@@ -21,7 +21,7 @@ BATCH = 16
 """Questions or prompts per batch if no batch size is given."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One metric of one task.
 

@@ -30,7 +30,7 @@ CACHED = 4096
 """Default size of a batch on a CPU, in bytes at one entry per token: 2,048 tokens in bfloat16, which fit its caches."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
     """A perplexity with its standard error over samples (windows, or documents under `word`).
 
@@ -136,7 +136,9 @@ def summarize(nll: Sequence[float], counts: Sequence[int], seconds: float, notes
     if n > 1 and reason is None:
         squares = math.fsum((one - mean * count) ** 2 for one, count in zip(nll, counts, strict=True))
         stderr = value * math.sqrt(squares * n / (n - 1)) / total
-    return Perplexity(value, stderr, tuple(nll), tuple(counts), seconds, reason, notes)
+    return Perplexity(
+        value=value, stderr=stderr, nll=tuple(nll), counts=tuple(counts), seconds=seconds, nonfinite=reason, notes=notes
+    )
 
 
 def nonfinite(bad: Sequence[int], n: int) -> str | None:

@@ -81,7 +81,16 @@ def evaluate_models(
     check(tasks)
     earlier = read_documents(output) if resume and output is not None and output.exists() else []
     saved = {name: read_documents(Path(name)) for name in models if compare and Path(name).is_file()}
-    run = _Run(config, tasks, attacks, output, compare, command, on_note or _ignored, on_task)
+    run = _Run(
+        config=config,
+        tasks=tasks,
+        attacks=attacks,
+        output=output,
+        compare=compare,
+        command=command,
+        on_note=on_note or _ignored,
+        on_task=on_task,
+    )
     for name in models:
         if name in saved:
             run.add_saved(Path(name), saved[name])
@@ -104,7 +113,7 @@ def _ignored(_: str) -> None:
     pass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Run:
     """What was asked for, and the documents so far."""
 

@@ -110,7 +110,7 @@ class Phase:
             raise BadValue(f"a phase has a share of {self.share}; expected a number between 0 and 1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curriculum:
     """Everything that determines which entries are dropped in which step.
 

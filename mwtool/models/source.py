@@ -29,7 +29,7 @@ SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A model that has been located but not loaded.
 
@@ -138,7 +138,7 @@ def model_class(config: PretrainedConfig) -> Any:
 
 def _find(model: str, revision: str | None) -> Source:
     if model == "demo":
-        return Source("demo", DEMO)
+        return Source(name="demo", folder=DEMO)
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
@@ -156,9 +156,11 @@ def _local(model: str, folder: Path) -> Source:
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
         if _original_format(folder) and (sibling / "config.json").exists():
-            return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
+            return Source(
+                name=str(sibling), folder=sibling, notes=(f"{model} is in the original format; using {sibling}",)
+            )
         raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
-    return Source(model, folder)
+    return Source(name=model, folder=folder)
 
 
 def _instead(folder: Path) -> str:
@@ -203,7 +205,7 @@ def _hub(model: str, revision: str | None) -> Source:
 
 def _snapshot(repo: str, revision: str | None) -> Source:
     folder = fetch_small(repo, revision, SMALL_FILES)
-    return Source(repo, folder, repo=repo, revision=folder.name)
+    return Source(name=repo, folder=folder, repo=repo, revision=folder.name)
 
 
 def _follow_adapter(source: Source) -> Source:

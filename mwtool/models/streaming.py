@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mwtool.models.source import Source
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stream:
     """A model without weights and the checkpoint to take them from.
 
@@ -269,7 +269,14 @@ def open_stream(
     tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
     return Stream(
-        built.model, checkpoint, layers, built.parameters, place, built.load_config, tensors.names, tensors.experts
+        model=built.model,
+        checkpoint=checkpoint,
+        layers=layers,
+        parameters=built.parameters,
+        device=place,
+        load_config=built.load_config,
+        names=tensors.names,
+        experts=tensors.experts,
     )
 
 

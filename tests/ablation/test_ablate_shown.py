@@ -30,7 +30,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def accuracy(value: float) -> Measured:
-    return Measured("mc:x.jsonl", "acc", value, None, 4, 0.0, (1.0, 0.0))
+    return Measured(task="mc:x.jsonl", metric="acc", value=value, stderr=None, n=4, seconds=0.0, samples=(1.0, 0.0))
 
 
 def made_up(loaded: Loaded) -> Ablation:

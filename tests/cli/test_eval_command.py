@@ -362,7 +362,21 @@ def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: P
 
 def test_only_a_ratio_close_to_one_has_more_decimals() -> None:
     figures = [
-        Entry(name, "none", Measured("ppl:x", "perplexity", value, stderr, 4, 0.1, (1.0,) * 4, (1.0,) * 4, digest="d"))
+        Entry(
+            name,
+            "none",
+            Measured(
+                task="ppl:x",
+                metric="perplexity",
+                value=value,
+                stderr=stderr,
+                n=4,
+                seconds=0.1,
+                samples=(1.0,) * 4,
+                weights=(1.0,) * 4,
+                digest="d",
+            ),
+        )
         for name, value, stderr in (("one", 25.74, 1.0058), ("two", 25.76, 0.9921))
     ]
     console = Console(width=200, record=True, file=io.StringIO())

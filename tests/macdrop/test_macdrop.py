@@ -345,7 +345,7 @@ def test_what_the_run_cannot_have_is_refused_before_it_begins() -> None:
     elsewhere = replace(massive(model), indices=(1, 2, 3, 4, 64))
     with pytest.raises(BadValue, match=r"model\.layers\.1\.mlp has rows 0 to 63"):
         MacDrop(model, elsewhere, "step:0.8", steps=3)
-    phases = Curriculum((Phase(Schedule(), steps=20), Phase(Schedule("step", 0.8))))
+    phases = Curriculum(phases=(Phase(Schedule(), steps=20), Phase(Schedule("step", 0.8))))
     with pytest.raises(BadValue, match="do not fit into 10 steps"):
         engine(model, curriculum=phases)
 
