@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+UNDOCUMENTED = {"cli", "demo"}
+"""A command's docstring is its help; the modules of demo are scripts."""
 FOLDERS = (
     "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "finetune", "testing",
     "demo", "cli",
 )  # fmt: skip
 """Every folder of the package; what lies beside them is held to the same."""
 TENSORS = re.compile(r"\b(Tensor|DTensor)\b")
-SHAPE = re.compile(r"\((\.\.\.|[A-Z][A-Za-z']*|\d+[A-Z]?|in|out|len\(\w+\))(,| \*|\))")
+SHAPE = re.compile(r"\((\.\.\.|\d*[A-Z]'?|in|out|\d+)(,| \*|\))")
 """The beginning of a shape: (B, T), (..., H), (I,), (2I, H), (out, in)."""
 LONGEST = 50
 """Lines of a function: it fits on a screen."""
@@ -74,13 +76,13 @@ def takes_tensors(node: Function) -> bool:
     return bool(TENSORS.search(annotations(node)))
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, ""])
+@pytest.mark.parametrize("folder", [one for one in (*FOLDERS, "") if one not in UNDOCUMENTED])
 def test_public_functions_that_raise_say_so(folder: str) -> None:
     found = [(name, ast.get_docstring(node) or "") for name, node in public(folder) if raises(node)]
     assert [name for name, text in found if text and not re.search(r"\b[Rr]aises?\b", text)] == []
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, ""])
+@pytest.mark.parametrize("folder", [one for one in (*FOLDERS, "") if one not in UNDOCUMENTED])
 def test_public_functions_with_tensors_give_shapes(folder: str) -> None:
     found = [(name, ast.get_docstring(node) or "") for name, node in public(folder) if takes_tensors(node)]
     assert [name for name, text in found if text and not SHAPE.search(text)] == []

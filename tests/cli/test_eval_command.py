@@ -151,7 +151,7 @@ def test_a_run_is_not_resumed_under_other_conditions(folder: Path, tmp_path: Pat
     assert evaluated(folder, "-o", output).code == 0
     fault = evaluated(folder, "-o", output, "--resume", "--limit", 2).fault
     assert "a.json was made with options limit None, now it is limit 2; use the same" in fault
-    assert "give the same to go on, or write elsewhere" in fault
+    assert "use the same to resume, or write elsewhere" in fault
     assert "was made with bos" in evaluated(folder, "-o", output, "--resume", "--bos", "w1").fault
     more = evaluated(folder, "-o", output, "--resume", "--attack", "none", "--attack", "zero:2", "--json").document
     assert [one["attack"] for one in more["results"]] == ["none", "zero:2"]

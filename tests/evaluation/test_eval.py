@@ -308,7 +308,7 @@ def test_a_continuation_without_tokens_or_with_too_many_is_refused(loaded: Loade
     with pytest.raises(BadValue, match="question 3: a continuation has 17 tokens; expected at least 1 and at most"):
         measure(loaded, [long], Options(window=16))
     none = rows(tmp_path, "cloze", [{"context": words(1, 3), "continuation": " "}])
-    with pytest.raises(BadValue, match="row 1: a continuation has 0 tokens; expected at least 1"):
+    with pytest.raises(BadValue, match="question 1: a continuation has 0 tokens; expected at least 1"):
         measure(loaded, [none], Options(delimiter=""))
 
 

@@ -124,7 +124,7 @@ def test_a_model_whose_logits_do_not_follow_from_its_hidden_state_runs_whole_and
     model.register_forward_hook(copying, with_kwargs=True)
     found = perplexity(model, cut)
     assert found.value == pytest.approx(by_a_loop(model, cut), rel=1e-6)
-    assert "do not follow from its last hidden state: logits of whole windows are held" in found.notes[0]
+    assert "depend on more than its last hidden state: the logits of whole windows are held" in found.notes[0]
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
