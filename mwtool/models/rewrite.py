@@ -80,7 +80,7 @@ def whole_state(model: Any) -> dict[str, New]:
 def _cast(tensor: Tensor, stored: Tensor) -> Tensor:
     if stored.dtype not in PLAIN or tensor.shape != stored.shape:
         raise UnsupportedModel(
-            "the base model's checkpoint is quantized, so the merged model cannot be saved in it; use the original model"
+            "the base model's checkpoint is quantized, so a merged model cannot be saved in it; use the original model"
         )
     return tensor.to("cpu", stored.dtype)
 
