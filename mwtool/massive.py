@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mwtool.errors import BadCheckpoint, BadValue
 from mwtool.files.text import read_json
 
-SCHEMA = "mwtool.scan/1"
+SCHEMA = "mwtool.scan/2"
+READABLE = ("mwtool.scan/1", SCHEMA)
+"""Schemas whose `massive` and `shape` this version reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,30 @@ class Identity:
     experts: int | None = None
 
 
+class RankedRows(Protocol):
+    """Ranked rows of one FFN: of a scan (`MassiveWeights`), or chosen by the user."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer, from 0."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """The FFN's path."""
+        ...
+
+    @property
+    def expert(self) -> int | None:
+        """The routed expert; None if dense."""
+        ...
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Rows, the first ranked first."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MassiveWeights:
     """The top-k massive weights (paper, section 3): rows of ``W_up`` and ``W_gate`` of one decoder layer.
@@ -37,8 +63,9 @@ class MassiveWeights:
     layer: decoder layer, from 0; module: its FFN's path; expert: routed expert, None if dense.
     indices: k row indices, by falling magnitude; magnitudes: |z| of bos there; median: of |z| over all I.
     shares: each row's part of the bias-free ``down_proj`` output at `dimension`, signed.
-    count: the fewest top-ranked rows that make up 90 % of that output; not capped by k.
-    dimension, value: the massive dimension of the residual stream, and its value where it is settled.
+    count: how many top-ranked rows carry that output: the fewest that make up 90 % of it, without those at the end
+        of the ranking with less than a tenth of the largest share; not capped by k.
+    dimension, value: the massive dimension of the residual stream, and its value after that layer.
     share_of_parameters: entries of the k rows over all parameters, tied ones counted once.
     """
 
@@ -70,8 +97,9 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
         document = read_json(path)
     except BadCheckpoint as fault:
         raise BadValue(str(fault)) from fault
-    if document.get("schema") != SCHEMA:
-        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
+    if document.get("schema") not in READABLE:
+        expected = " or ".join(map(repr, reversed(READABLE)))
+        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {expected}, as `mwtool scan -o` writes")
     try:
         scanned = _identity(document)
         massive = None if document["massive"] is None else _parse(document["massive"], scanned)

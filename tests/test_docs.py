@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +14,18 @@ from typing import Any
 import pytest
 import tiny
 from command import run
+from documented import WIDTH, blocks, words
 from packaging.requirements import Requirement
 from typer.main import get_command
 
 import mwtool
 from mwtool.cli import app
+from mwtool.models.source import DEMO
 from mwtool.scan.document import scan_document
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -68,6 +75,53 @@ def test_every_folder_has_its_line_in_the_readme() -> None:
     assert folders - listed == set()
 
 
+def python_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+# The tutorial's code is the example's, which has tests of its own; the library page shows parts of scripts.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if python_of(page) and page.name not in {"adapters.md", "macdrop.md"}],
+    ids=lambda page: page.name,
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's, without a GPU
+def test_python_in_the_documentation_runs_as_it_stands(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the bundled model, in the place of a path that everybody replaces."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    for code in python_of(page):
+        exec(compile(code.replace("path/to/model", str(DEMO)), page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", ["quickstart.md", "scan.md", "adapters-command.md"])
+def test_commands_in_the_documentation_run_and_print_what_is_shown(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word for word; numbers and drawings differ between machines. Models of the Hub are left out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    ran = 0
+    for block in blocks(DOCS / name):
+        printed = ""
+        for command in block.commands:
+            if "HuggingFaceTB/" in command:
+                break
+            if command.startswith("mwtool "):
+                done = run(*shlex.split(command)[1:])
+                assert done.code == 0, f"{command}\n{done.err}"
+                printed += done.out
+            else:
+                subprocess.run(["bash", "-c", command.replace("python ", f"{sys.executable} ", 1)], check=True)
+            ran += 1
+        else:
+            assert block.output is None or words(block.output) == words(printed)
+    assert ran or name == "scan.md"
+
+
 def test_every_command_is_in_the_readme() -> None:
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined] # Typer gives a group
     assert [name for name in commands if f"`mwtool {name}" not in README] == []
@@ -77,7 +131,15 @@ def test_the_pinned_versions_satisfy_what_the_project_requires() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [line for extra in ("test", "dev", "eval") for line in project["optional-dependencies"][extra]]
+    extras = [line for extra in ("test", "dev", "docs", "eval") for line in project["optional-dependencies"][extra]]
     required = [Requirement(line) for line in (*project["dependencies"], *extras) if not line.startswith("mwtool")]
     pinned = {one.name: pins[one.name.lower().replace("_", "-")] for one in required}
     assert [str(one) for one in required if not one.specifier.contains(pinned[one.name])] == []
+
+
+def test_pre_commit_has_the_pinned_versions() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    used = re.findall(r"additional_dependencies: \[(.+)\]", hooks)
+    assert used
+    assert set(used) - set(pins) == set()

@@ -14,7 +14,7 @@ import torch
 from training import digest, with_adapter
 from transformers import AutoModelForCausalLM
 
-from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
+from mwtool import MacDrop, scan_checkpoint, scan_model
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows
 from mwtool.models.load import load
@@ -22,13 +22,12 @@ from mwtool.models.source import DEMO
 from mwtool.surgery.attack import edited, parse_attack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-WHOLE = Settings(all_layers=True)
 
 
 @pytest.mark.parametrize("model_type", tiny.ALL_TYPES)
 def test_a_scan_from_files_gives_the_states_of_a_cpu(tmp_path: Path, model_type: str) -> None:
     folder = str(tiny.saved(tmp_path, tiny.model(model_type)))
-    ours, theirs = (scan_checkpoint(folder, WHOLE, device=device) for device in ("cuda", "cpu"))
+    ours, theirs = (scan_checkpoint(folder, device=device) for device in ("cuda", "cpu"))
     assert ours.device.startswith("cuda")
     assert len(ours.states) == len(theirs.states)
     for one, other in zip(ours.states, theirs.states, strict=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
+import gc
 import os
 import sys
 from typing import Annotated
@@ -18,8 +21,9 @@ from mwtool.cli.eval import evaluate
 from mwtool.cli.finetune import EXAMPLES as FINETUNE
 from mwtool.cli.finetune import finetune
 from mwtool.cli.scan import EXAMPLES as SCAN
-from mwtool.cli.scan import scan
-from mwtool.errors import MwtoolError
+from mwtool.cli.scan import ScanCommand, scan
+from mwtool.cli.streams import give_up_stdout, prepare
+from mwtool.errors import MwtoolError, line_of
 
 app = typer.Typer(
     cls=Group,
@@ -28,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=Command, epilog=SCAN)(scan)
+app.command(cls=ScanCommand, epilog=SCAN)(scan)
 app.command(cls=Command, epilog=ABLATE)(ablate)
 app.command("eval", cls=Command, epilog=EVAL)(evaluate)
 app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)
@@ -59,18 +63,34 @@ def _mwtool(
 
 def main() -> None:
     """Run a command. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    prepare()
+    # Tearing down torch and transformers, Python would search their 400,000 objects for cycles again and again: 0.5 s.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     try:
         _run()
-    except (MwtoolError, OSError) as fault:  # OSError: stdout on a full disk, a drive that fails to read
+    except (MwtoolError, OSError, MemoryError, ImportError, RecursionError) as fault:
         if os.environ.get("MWTOOL_DEBUG"):
             raise
-        from mwtool.cli.terminal import fail, give_up_stdout
-
-        if isinstance(fault, OSError):
+        if isinstance(fault, OSError):  # stdout on a full disk, a drive that fails to read
             give_up_stdout()
-        if not isinstance(fault, BrokenPipeError):  # whoever read has seen enough
-            fail(str(fault))
+        if not isinstance(fault, BrokenPipeError):  # the reader has left
+            from mwtool.cli.terminal import fail
+
+            fail(_told(fault))
         sys.exit(1)
+
+
+def _told(fault: Exception) -> str:
+    """What went wrong, and what to do where the message of Python or a library does not say."""
+    line = line_of(fault, whole=True)
+    if isinstance(fault, MemoryError) or (isinstance(fault, OSError) and fault.errno == errno.ENOMEM):
+        return f"out of memory ({line}); free some, raise the limit (ulimit -v), or use a smaller model"
+    if isinstance(fault, ImportError):
+        return f"a library cannot be loaded ({line}); install mwtool again, or raise the memory limit (ulimit -v)"
+    if isinstance(fault, RecursionError):
+        return f"a file is nested too deeply ({line})"
+    return str(fault)
 
 
 def _run() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mwtool import __version__
-from mwtool.cli import options
+from mwtool.cli import options, waiting
 from mwtool.cli.command import Command, Group
 from mwtool.errors import BadPlugin
 
@@ -85,6 +85,7 @@ def new(
     from mwtool.architecture.registry import installed
     from mwtool.testing.scaffold import write_package
 
+    waiting.clear()
     for path in write_package(name, folder):
         typer.echo(str(path))
     for plugin in installed():
@@ -114,5 +115,6 @@ def _check(target: str | None, model_type: str | None) -> list[Conformance]:
 
 
 def _print(schema: str, **content: Any) -> None:
+    waiting.clear()
     document = {"schema": schema, "mwtool_version": __version__, **content}
     typer.echo(_json.dumps(document, indent=2))

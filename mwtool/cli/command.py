@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from mwtool.cli import waiting
 from mwtool.cli.spelling import misspelled, respelled
 
 REQUIRED = "Required"
@@ -64,6 +65,14 @@ class _Helpful:
 
 class Command(_Helpful, TyperCommand):
     """One command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; a line on the terminal says so until it writes something."""
+        waiting.begin()
+        try:
+            return super().invoke(ctx)
+        finally:
+            waiting.clear()
 
 
 class Group(_Helpful, TyperGroup):

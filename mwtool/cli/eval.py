@@ -57,11 +57,15 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="ATTACK",
-            help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.",
+            help="none, zero:K, retain:K or scale:FACTOR:K, with @2+11 for rows of these layers; repeatable.",
             show_default=",".join(CONFIG.attacks),
         ),
     ] = None,
     massive: options.Massive = None,
+    event: options.Event = None,
+    layer: options.Layers = None,
+    indices: options.Indices = None,
+    expert: options.Expert = None,
     on: Annotated[
         On, typer.Option(help="With a PEFT adapter: attack the base model below it, or both merged.")
     ] = CONFIG.loading.on,
@@ -109,6 +113,7 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue: skip what the file given with -o already holds.")
     ] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = CONFIG.loading.dtype,
     device: options.Device = CONFIG.loading.device,
@@ -121,7 +126,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and zero-shot tasks of a model, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
-    _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    _usage(models, compare=compare, resume=resume, output=output, of_one=(revision, gguf_file, massive))
     from mwtool.cli.terminal import command_line, note, report_console, run_progress, say_once
     from mwtool.evaluation.document import text_of_results
     from mwtool.evaluation.report import eval_report
@@ -131,7 +136,7 @@ def evaluate(
     wanted = EvalConfig(
         tasks=tuple(task or CONFIG.tasks),
         attacks=tuple(attack or CONFIG.attacks),
-        massive=massive,
+        choice=options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices),
         measuring=Options(
             batch_size=batch_size,
             limit=limit,
@@ -149,6 +154,7 @@ def evaluate(
             device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
+            gguf_file=gguf_file,
         ),
     )
     with run_progress() as on_task:
@@ -175,16 +181,15 @@ def _usage(
     compare: bool,
     resume: bool,
     output: Path | None,
-    revision: str | None,
-    massive: Path | None,
+    of_one: tuple[str | Path | None, ...],
 ) -> None:
     if len(models) > 1 and not compare:
         raise options.WrongUsage(
             f"{len(models)} models are given; expected one, or --compare to show them side by side"
         )
-    if len(models) > 1 and (revision is not None or massive is not None):
+    if len(models) > 1 and any(value is not None for value in of_one):
         raise options.WrongUsage(
-            "--revision and --massive belong to one MODEL; evaluate each with -o FILE, then compare"
+            "--revision, --gguf-file and --massive belong to one MODEL; evaluate each with -o FILE, then compare"
         )
     if resume and output is None:
         raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")

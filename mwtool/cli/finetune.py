@@ -16,10 +16,12 @@ from mwtool.cli.command import MODEL, REQUIRED
 from mwtool.finetune.config import LENGTH, PAPER_STEPS, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
 from mwtool.models.load_options import DType
+from mwtool.scan.settings import Choice
 
 if TYPE_CHECKING:
     from mwtool.finetune.plan import Plan
     from mwtool.finetune.trainer import Telling
+    from mwtool.models.source import Source
 
 
 Format = Literal["auto", "alpaca", "messages", "text"]
@@ -108,6 +110,19 @@ def finetune(
             metavar="FILE", help="Take the rows from a saved scan (mwtool scan -o FILE) instead of scanning the model."
         ),
     ] = ASKED.massive,
+    event: Annotated[
+        str | None,
+        _of_macdrop(metavar="N,...|all|up|down", help="Take the rows of these events of the scan, together."),
+    ] = None,
+    layer: Annotated[
+        str | None, _of_macdrop(metavar="N,...", help="Take the top rows of these layers, together (from 0).")
+    ] = None,
+    expert: Annotated[
+        int | None, _of_macdrop(min=0, metavar="N", help="With one layer or event: rows of this routed expert.")
+    ] = None,
+    indices: Annotated[
+        str | None, _of_macdrop(metavar="I,J,...", help="With one layer or event: these rows, in this order.")
+    ] = None,
     allow_none: Annotated[
         bool,
         _of_macdrop("--allow-none", help="If the model has no massive weights, train it without MacDrop."),
@@ -207,6 +222,7 @@ def finetune(
     show_curriculum: Annotated[
         bool, _of_run("--show-curriculum", help="Draw the dropout probability over the steps and stop.")
     ] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: Annotated[
         DType,
@@ -228,6 +244,7 @@ def finetune(
     if output is None and not dry_run:
         raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
     from mwtool.cli.terminal import quiet_libraries
+    from mwtool.models.source import locate
 
     quiet_libraries()
     place = process.training_device(device)
@@ -254,10 +271,14 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     form = None if format_ == "auto" else format_
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    if curriculum.layers and replace(choice, file=None) != Choice():
+        raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
+    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none, replace(choice, file=None))
     if output is not None and not dry_run and _ended(output, resume=resume):
         return
-    plan = _planned(model, revision, trust_remote_code, recipe, asked)
+    source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    plan = _planned(source, recipe, asked)
     if dry_run or output is None:
         _show_plan(plan, json=json)
         return
@@ -310,12 +331,10 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     return False
 
 
-def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
+def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.finetune.plan import make_plan
-    from mwtool.models.source import locate
 
-    source = locate(model, revision, trust_remote_code=trust)
     note_all(source.notes)
     with layer_progress() as on_layer:
         plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
@@ -355,7 +374,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
         trained = train(
             model,
             (plan.train, plan.held),
-            plan.massive,
+            plan.places,
             plan.recipe,
             folder,
             settings=settings,

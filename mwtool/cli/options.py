@@ -14,6 +14,7 @@ from mwtool.cli.command import MODEL, OUTPUT
 from mwtool.cli.spelling import named_in_file
 from mwtool.errors import BadValue, line_of, nearest
 from mwtool.models.load_options import DeviceMap, DType
+from mwtool.scan.settings import Choice
 
 MAX_SEED = 2**32 - 1
 """The largest seed that every library takes."""
@@ -90,16 +91,61 @@ def _default(path: Path, key: str, value: Any, params: Sequence[Any]) -> tuple[s
     return str(param.name), value
 
 
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """A list like 0,1,3: no duplicates, none negative. Raises WrongUsage."""
+    parts = [part.strip() for part in text.split(",")]
+    bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
+    if bad is not None:
+        raise WrongUsage(f"{name} {text!r}: {bad!r} is not a whole number; expected a list such as 0,1,3")
+    values = [int(part) for part in parts]
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise WrongUsage(f"{name} {text!r} names {twice} twice")
+    return tuple(values)
+
+
+def chosen(
+    *,
+    massive: Path | None,
+    event: str | None,
+    layer: str | None,
+    expert: int | None,
+    indices: str | None,
+    each_layer: bool = False,
+) -> Choice:
+    """Which rows the user chose. Raises WrongUsage."""
+    events: Any = () if event is None else event if event in ("all", "up", "down") else numbers(event, "--event")
+    try:
+        return Choice(
+            file=massive,
+            events=events,
+            layers=() if layer is None else numbers(layer, "--layer"),
+            expert=expert,
+            indices=() if indices is None else numbers(indices, "--indices"),
+            each_layer=each_layer,
+        )
+    except BadValue as fault:
+        raise WrongUsage(str(fault)) from fault
+
+
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hugging Face Hub id, local folder, PEFT adapter folder, or demo for the bundled model.",
+        help="Hugging Face Hub id, local folder, PEFT adapter folder, GGUF file, or demo for the bundled model.",
     ),
 ]
 BaseModel = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Hugging Face Hub id, local folder, or demo for the bundled model."),
+    typer.Argument(
+        metavar="MODEL", help="Hugging Face Hub id, local folder, GGUF file, or demo for the bundled model."
+    ),
+]
+GGUFFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="Which GGUF file of a folder or repository.", rich_help_panel=MODEL
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)
@@ -132,6 +178,23 @@ Massive = Annotated[
     typer.Option(
         metavar="FILE", help="Take the rows from a saved scan (mwtool scan -o FILE) instead of scanning the model."
     ),
+]
+Event = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,...|all|up|down", help="Attack the rows of these events of the scan, together.", show_default=False
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="N,...", help="Attack the top rows of these layers, together (from 0).", show_default=False),
+]
+Expert = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="With one layer or event: rows of this routed expert.")
+]
+Indices = Annotated[
+    str | None,
+    typer.Option(metavar="I,J,...", help="With one layer or event: these rows, in this order.", show_default=False),
 ]
 Trust = Annotated[
     bool,

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mwtool.cli import options
-from mwtool.models.load_options import LoadOptions
-from mwtool.scan.settings import Settings, Thresholds
+from mwtool.cli.command import Command
+from mwtool.cli.options import numbers
+from mwtool.models.load_options import DType, LoadOptions
+from mwtool.scan.settings import ByHand, Settings, Thresholds
 
 if TYPE_CHECKING:
+    from mwtool.ablation.check import Check
     from mwtool.scan.scanner import Scan
 
+
+class ScanCommand(Command):
+    """`--check` may stand alone: the bundled text is then meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a `--check` that ends the line, or comes before another option, its default value."""
+        for at, arg in enumerate(args):
+            if arg == "--check" and (at + 1 == len(args) or args[at + 1].startswith("-")):
+                args = [*args[:at], "--check=demo", *args[at + 1 :]]
+                break
+        return super().parse_args(ctx, args)
+
+
+BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
+"""Panels of `--help`."""
 DEFAULTS = Settings()
 LIMITS, LOADING = DEFAULTS.thresholds, LoadOptions()
 EXAMPLES = """\
@@ -71,12 +90,67 @@ def scan(
             help="Super weights: input and output of down_proj must both exceed this.",
         ),
     ] = LIMITS.spike,
-    all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Scan all layers instead of stopping once the answer has settled.")
-    ] = DEFAULTS.all_layers,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and shares by layer (.png, .svg or .pdf).")
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="0-N", help="Scan up to layer N only.", show_default="all layers"),
     ] = None,
+    event: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this event (from 0, as listed).", rich_help_panel=BY_HAND
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Report the rows of this layer (from 0).", rich_help_panel=BY_HAND),
+    ] = None,
+    indices: Annotated[
+        str | None,
+        typer.Option(metavar="I,J,...", help="Report these rows, in this order (from 0).", rich_help_panel=BY_HAND),
+    ] = None,
+    expert: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Report the rows of this routed expert (from 0).", rich_help_panel=BY_HAND
+        ),
+    ] = None,
+    states: Annotated[
+        bool,
+        typer.Option("--states", help="Show hidden and intermediate states layer by layer.", rich_help_panel=TABLES),
+    ] = False,
+    super_weights: Annotated[
+        bool, typer.Option("--super-weights", help="Show super weights and their events.", rich_help_panel=TABLES)
+    ] = False,
+    protect: Annotated[
+        bool,
+        typer.Option(
+            "--protect",
+            help="Show which parameters and indices to keep in high precision when quantizing.",
+            rich_help_panel=TABLES,
+        ),
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show all layers and all events.", rich_help_panel=TABLES)
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[TEXT]",
+            help="Measure what the model loses without each event's rows, on the bundled text or as in ppl:TEXT.",
+            rich_help_panel=CHECK,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --check: windows of the text to use.", rich_help_panel=CHECK)
+    ] = 8,
+    window: Annotated[
+        int, typer.Option(min=32, metavar="N", help="With --check: tokens in a window.", rich_help_panel=CHECK)
+    ] = 512,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer (.png, .svg or .pdf).")
+    ] = None,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
@@ -95,6 +169,10 @@ def scan(
 
     if prompt is not None and bos != "never":
         raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
+    if event is not None and layer is not None:
+        raise options.WrongUsage("--event and --layer name a place each; give one of them")
+    last = None if layers is None else _last(layers)
+    rows = () if indices is None else numbers(indices, "--indices")
     for file in (output, plot):
         if file is not None:
             check_writable(file)
@@ -103,10 +181,12 @@ def scan(
 
         check_plottable(plot)
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
-    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, all_layers=all_layers)
-    found = _scan(model, settings, revision, dtype, device, trust_remote_code)
+    by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
+    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
+    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
     note_all(found.notes)
-    text = text_of(scan_document(found, command_line()))
+    checked = None if check is None else _checked(found, check, limit, window, dtype, device, trust_remote_code)
+    text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     if output is not None:
         write(output, text)
     if plot is not None:
@@ -116,7 +196,17 @@ def scan(
     if json:
         typer.echo(text, nl=False)
     else:
-        _show(found)
+        _show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
+
+
+def _last(layers: str) -> int:
+    """The end of a range such as 0-15; raises WrongUsage."""
+    found = re.fullmatch(r"\s*0\s*-\s*(\d{1,9})\s*", layers, flags=re.ASCII)
+    if found is None:
+        raise options.WrongUsage(
+            f"--layers {layers!r} is not a range that begins at layer 0; expected one such as 0-15"
+        )
+    return int(found[1])
 
 
 def _scan(
@@ -126,6 +216,7 @@ def _scan(
     dtype: str,
     device: str,
     trust: bool,
+    gguf_file: str | None,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
@@ -138,13 +229,47 @@ def _scan(
             dtype=dtype,
             device=device,
             trust_remote_code=trust,
+            gguf_file=gguf_file,
             on_layer=on_layer,
         )
 
 
-def _show(found: Scan) -> None:
+def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, device: str, trust: bool) -> Check:
+    """Load the scanned model whole and measure on it; on a device that emulates bfloat16, in float32 by default."""
+    from mwtool.ablation.check import check_scan
+    from mwtool.cli.process import training_precision
+    from mwtool.cli.terminal import note_all, run_progress, say_once
+    from mwtool.models.load import load
+
+    say_once()
+    stored = training_precision(dtype, device)
+    wanted = "auto" if dtype == "auto" and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
+    loaded = load(
+        found.identity.model, revision=found.identity.revision, dtype=wanted, device=device, trust_remote_code=trust
+    )
+    with run_progress() as on_run:
+        checked = check_scan(loaded, found, text, limit=limit, window=window, on_progress=on_run(0, 1, "check"))
+    note_all(checked.notes)
+    return checked
+
+
+def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
+    """The report, or in its place the tables asked for."""
     from mwtool.cli.terminal import report_console
-    from mwtool.scan.report import scan_report
+    from mwtool.scan.report import Checked, scan_report
+    from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
     console = report_console()
-    console.print(scan_report(found, console.width))
+    if not (states or super_weights or protect):
+        made = None
+        if checked is not None:
+            from mwtool.ablation.check import cells_of, lines_of
+
+            made = Checked(checked.k, cells_of(checked), lines_of(checked))
+        console.print(scan_report(found, console.width, every=every or made is not None, check=made))
+    if states:
+        console.print(states_table(found, console.width, every=every))
+    if super_weights:
+        console.print(super_weights_table(found))
+    if protect:
+        console.print(protect_table(found))

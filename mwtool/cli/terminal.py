@@ -8,14 +8,14 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mwtool.cli import process
+from mwtool.cli import process, waiting
 
 if TYPE_CHECKING:
     from mwtool.finetune.monitor import Step
@@ -30,6 +30,7 @@ REDIRECTED = 120
 
 def report_console() -> Console:
     """stdout for people: names are shown as they are, whatever Rich would read into their brackets and colons."""
+    waiting.clear()
     terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed
     width = None if terminal or "COLUMNS" in os.environ else REDIRECTED
     return Console(width=width, markup=False, emoji=False)
@@ -37,6 +38,7 @@ def report_console() -> Console:
 
 def note(line: str) -> None:
     """Something decided on the user's behalf, or worth knowing."""
+    waiting.clear()
     _stderr.print(Text.assemble(("note: ", "dim"), line))
 
 
@@ -48,6 +50,7 @@ def note_all(lines: Iterable[str]) -> None:
 
 def fail(line: str) -> None:
     """One line, whatever the message holds."""
+    waiting.clear()
     where = "" if process.first() else f"process {process.rank()}: "
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), where, " ".join(line.split())))
 
@@ -55,16 +58,11 @@ def fail(line: str) -> None:
 def quiet_libraries() -> None:
     """What libraries say to those who program with them is not for those who run a command."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of it
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")  # PEFT: a GGUF has none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it does without
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-
-
-def give_up_stdout() -> None:
-    """Drop what could not be written, or Python tries once more at exit and complains again."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Once(logging.Filter):
@@ -107,6 +105,7 @@ def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
         TextColumn("layers, {task.fields[read]} read"),
         TimeElapsedColumn(),
     )
+    waiting.clear()
     with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
         task = progress.add_task("scanning", total=None, read="0 MB")
 
@@ -126,6 +125,7 @@ def step_progress() -> Iterator[Callable[[Step], None]]:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
+    waiting.clear()
     with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
         task = progress.add_task("training", total=1, said="")
 
@@ -151,6 +151,7 @@ def run_progress() -> Iterator[Callable[[int, int, str], Callable[[int, int], No
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    waiting.clear()
     with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
         task = progress.add_task("measuring", total=None, run=0, runs="?")
 

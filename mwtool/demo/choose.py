@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import load
 from mwtool.scan.definitions import median
 from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.scanner import Scan
-from mwtool.scan.settings import Settings
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import find_targets
 
 KS = (0, 1, 3, 5)
 HEAD = ["run", "lr", "decay", "batch", "shape", "seed", "M tokens", "layer", "rows", "hidden top-1 / median"]
@@ -53,7 +53,7 @@ def figures(folder: Path, device: str) -> dict[str, Any]:
     """What a run was trained with, and what grew in it."""
     record = json.loads((folder / "train.json").read_text())
     loaded = load(str(folder), device=device)
-    scan = scan_loaded(loaded, Settings(all_layers=True))
+    scan = scan_loaded(loaded)
     known = {"run": folder.name, **{key: value for key, value in record.items() if key != "losses"}}
     if scan.massive is None:
         return {**known, "layer": None}

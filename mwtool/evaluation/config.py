@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mwtool.models.load_options import LoadOptions
+from mwtool.scan.settings import Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +32,12 @@ class Options:
 class EvalConfig:
     """What to evaluate.
 
-    tasks, attacks: as the command line spells them (`ppl:demo`, `zero:5`). massive: a saved scan to take the attacked
-    rows from; None: each model is scanned if an attack needs its rows.
+    tasks, attacks: as the command line spells them (`ppl:demo`, `zero:5`). choice: the attacked rows; by default the
+    massive ones, for which each model is scanned if an attack needs them.
     """
 
     tasks: tuple[str, ...] = ("ppl:demo",)
     attacks: tuple[str, ...] = ("none",)
-    massive: Path | None = None
+    choice: Choice = field(default_factory=Choice)
     measuring: Options = field(default_factory=Options)
     loading: LoadOptions = field(default_factory=LoadOptions)

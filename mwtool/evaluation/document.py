@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from mwtool.evaluation.measurement import Measured, bos_for
 from mwtool.files.document import envelope, finite, text_of
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
+from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, parse_attack
 
 SCHEMA = "mwtool.eval/1"
@@ -39,6 +40,7 @@ def eval_document(
     notes: Sequence[str] = (),
     command: str | None = None,
     complete: bool = True,
+    groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> dict[str, Any]:
     """The document of one evaluation. Numbers that are not finite are null, and `nonfinite` gives the reason."""
     head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
@@ -59,6 +61,12 @@ def eval_document(
         "massive": None
         if massive is None
         else {"layer": massive.layer, "expert": massive.expert, "indices": list(massive.indices)},
+        "places": {
+            "+".join(map(str, layers)): [
+                {"layer": one.layer, "expert": one.expert, "indices": list(one.indices)} for one in group
+            ]
+            for layers, group in (groups or {}).items()
+        },
         "attacks": [str(attack) for attack in attacks],
         "tasks": list(tasks),
         "complete": complete,
@@ -164,6 +172,8 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         other = next((key for key in SAME if one[key] != now[key]), None)
         if other is None and not _same_rows(one["massive"], now["massive"]):
             other = "massive"
+        if other is None and _conflicting(one.get("places", {}), now["places"]):
+            other = "places"
         if other is not None:
             was, new = _differing(one[other], now[other])
             raise BadValue(
@@ -171,6 +181,15 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
             )
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
+
+
+def _conflicting(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether layers that both attack have other rows; k may have grown since, which ranks more of them."""
+    return any(
+        len(one[name]) != len(other[name])
+        or not all(_same_rows(*pair) for pair in zip(one[name], other[name], strict=True))
+        for name in one.keys() & other.keys()
+    )
 
 
 def _differing(one: Any, other: Any) -> tuple[str, str]:

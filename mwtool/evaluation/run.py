@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from mwtool.evaluation.tasks import Task, parse_tasks
 from mwtool.files.atomic_write import check_writable, write
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded, load
-from mwtool.scan.loaded import massive_for
-from mwtool.scan.settings import Settings
+from mwtool.scan.loaded import massive_for, scan_loaded
+from mwtool.scan.settings import Choice, Settings
+from mwtool.scan.targets import Group, find_targets
 from mwtool.surgery.attack import Attack, parse_attack
+
+Groups = dict[tuple[int, ...], Group]
+"""By the layers that an attack names, the rows it acts on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,11 @@ def _check_models(models: Sequence[str], config: EvalConfig, *, compare: bool) -
         raise BadValue("no model is given; expected one, or several with compare")
     if len(models) > 1 and not compare:
         raise BadValue(f"{len(models)} models are given; expected one, or compare to show them side by side")
-    if len(models) > 1 and (config.loading.revision is not None or config.massive is not None):
-        raise BadValue("revision and massive belong to one model; evaluate each on its own and compare the results")
+    of_one = (config.loading.revision, config.loading.gguf_file, config.choice.file)
+    if len(models) > 1 and any(value is not None for value in of_one):
+        raise BadValue(
+            "a revision, a GGUF file and a saved scan belong to one model; evaluate each, then compare the results"
+        )
 
 
 def _ignored(_: str) -> None:
@@ -137,20 +145,20 @@ class _Run:
     def evaluate(self, model: str, saved: Sequence[dict[str, Any]]) -> None:
         """Measure one model; `saved` may hold earlier results of it, which are kept."""
         loaded = load(model, **asdict(self.config.loading))
-        massive, notes = self._massive(loaded)
+        massive, groups, notes = self._rows(loaded)
         for line in dict.fromkeys((*loaded.notes, *notes)):
             self.on_note(line)
         before = []
         if self.output is not None:
-            now = self._document(loaded, massive, [], notes, complete=False)
+            now = self._document(loaded, massive, groups, [], notes, complete=False)
             before = earlier_results(self.output, now, saved)
         results: list[Result] = list(before)
-        self.documents.append(self._document(loaded, massive, results, notes, complete=False))
+        self.documents.append(self._document(loaded, massive, groups, results, notes, complete=False))
         self.names.append(model)
 
         def on_results(found: Sequence[Result]) -> None:
             results.extend(found)
-            self.documents[-1] = self._document(loaded, massive, results, notes, complete=False)
+            self.documents[-1] = self._document(loaded, massive, groups, results, notes, complete=False)
             self.write()
 
         def on_note(line: str) -> None:
@@ -166,9 +174,10 @@ class _Run:
             on_results=on_results,
             on_task=self.on_task,
             on_note=on_note,
+            groups=groups,
             done={(str(one.attack), one.measured.task) for one in before},
         )
-        self.documents[-1] = self._document(loaded, massive, results, notes, complete=True)
+        self.documents[-1] = self._document(loaded, massive, groups, results, notes, complete=True)
 
     def write(self) -> None:
         """Bring the output file up to date."""
@@ -178,19 +187,31 @@ class _Run:
         document = so_far.compared(self.command) if self.compare else self.documents[0]
         write(self.output, text_of_results(document))
 
-    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
-        """The massive weights, if an attack needs them, and notes on how they were found."""
-        if all(attack.idle for attack in self.attacks):
-            return None, []
-        most = max(attack.k for attack in self.attacks)
-        settings = Settings(k=max(most, 1), bos=self.config.measuring.bos)
-        massive, notes = massive_for(loaded, self.config.massive, settings)
-        return massive, list(notes)
+    def _rows(self, loaded: Loaded) -> tuple[MassiveWeights | None, Groups, list[str]]:
+        """The massive weights, where an attack needs them, and the rows of layers that are named; one scan for all."""
+        wanted: dict[tuple[int, ...], int] = {}
+        for attack in self.attacks:
+            if not attack.idle:
+                wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
+        settings = Settings(k=max(wanted.values(), default=1), bos=self.config.measuring.bos)
+        massive: MassiveWeights | None = None
+        notes: dict[str, None] = {}
+        groups: Groups = {}
+        scanned = cache(partial(scan_loaded, loaded))
+        for layers, k in wanted.items():
+            if not layers and self.config.choice == Choice(file=self.config.choice.file):
+                massive, said = massive_for(loaded, self.config.choice.file, settings)
+            else:
+                choice = Choice(layers=layers) if layers else self.config.choice
+                (groups[layers],), said = find_targets(loaded, choice, k, settings, scanned=scanned)
+            notes |= dict.fromkeys(said)
+        return massive, groups, list(notes)
 
     def _document(
         self,
         loaded: Loaded,
         massive: MassiveWeights | None,
+        groups: Groups,
         results: Sequence[Result],
         notes: Sequence[str],
         *,
@@ -203,6 +224,7 @@ class _Run:
             tasks=[str(task) for task in self.tasks],
             results=results,
             massive=massive,
+            groups=groups,
             notes=notes,
             command=self.command,
             complete=complete,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mwtool.errors import BadValue
 from mwtool.finetune.data import Form
 from mwtool.macdrop.curriculum import Curriculum, curriculum_of
+from mwtool.scan.settings import Choice
 
 Peft = Literal["lora", "dora"]
 Quantize = Literal["4bit"]
@@ -24,6 +25,7 @@ class Asked:
     """What to train on, and where the rows come from.
 
     massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
+    choice: rows of other places than the massive layer; its `file` is not read, but `massive`.
     """
 
     data: str
@@ -32,6 +34,7 @@ class Asked:
     skip_bad: bool = False
     massive: Path | None = None
     allow_none: bool = False
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,4 +102,5 @@ def curriculum_document(curriculum: Curriculum) -> dict[str, Any]:
         "resample": curriculum.resample,
         "masks": curriculum.masks,
         "seed": curriculum.seed,
+        **({"layers": list(curriculum.layers)} if curriculum.layers else {}),
     }

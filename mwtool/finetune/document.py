@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mwtool.files.document import envelope, finite
 from mwtool.finetune.memory import Footprint
 from mwtool.finetune.plan import Plan
 from mwtool.finetune.trainer import Trained
+from mwtool.massive import MassiveWeights, RankedRows
 
 SCHEMA, PLAN = "mwtool.finetune/1", "mwtool.finetune.plan/1"
 RECORD = "macdrop.json"
@@ -38,7 +40,7 @@ def finetune_document(
 
 def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
     """What `--dry-run --json` prints."""
-    values = () if plan.massive is None else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
+    values = () if not plan.places else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
     return {
         **_beginning(PLAN, plan, device="meta"),
         "processes": plan.processes,
@@ -73,7 +75,8 @@ def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = No
         ),
         "data": data_document(plan),
         "settings": plan.recipe.document(),
-        "massive": None if plan.massive is None else plan.massive.document(),
+        "massive": _place(plan.places[0]) if plan.places else None,
+        "places": [_place(one) for one in plan.places],
     }
 
 
@@ -108,25 +111,22 @@ def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
 def model_card(document: dict[str, Any], base: str) -> str:
     """README.md of the adapter's folder: how to load it, every setting, and what was measured.
 
-    base: as PEFT finds the base model.
+    base: the base model as PEFT finds it. Folders of this machine appear by their last name alone, because a card is
+    published with the adapter.
     """
     peft = document["settings"]["peft"]
     name = {"lora": "LoRA", "dora": "DoRA"}[peft]
     dropped = document["massive"] is not None
-    tags = f"tags: [{peft}{', macdrop' if dropped else ''}]"
     lines = [
-        *("---", f"base_model: {base}", "library_name: peft", "pipeline_tag: text-generation", tags),
+        "---",
+        *([] if _is_local(base) else [f"base_model: {base}"]),  # the Hub takes ids alone
+        *("library_name: peft", "pipeline_tag: text-generation"),
+        f"tags: [{peft}{', macdrop' if dropped else ''}]",
         "---",
         "",
         f"# {name} adapter of {document['model']}, trained {'with' if dropped else 'without'} MacDrop",
         "",
-        "```python",
-        "from peft import AutoPeftModelForCausalLM",
-        "from transformers import AutoTokenizer",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-        "```",
+        *_loading(base),
         "",
         *_macdrop(document),
         "## Measured",
@@ -148,16 +148,59 @@ def model_card(document: dict[str, Any], base: str) -> str:
         f"Written by mwtool {document['mwtool_version']}; `macdrop.json` has p of every step and the whole log.",
         "",
     ]
-    return "\n".join(lines)
+    return _without_folders("\n".join(lines), base, document["model"], document["data"]["name"])
+
+
+def _loading(base: str) -> list[str]:
+    """Code that loads the adapter. PEFT's shortcut needs a base model that others find under the same name."""
+    if not _is_local(base):
+        return [
+            *("```python", "from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer", ""),
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+            "```",
+        ]
+    return [
+        *(
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+        ),
+        f'base = "path/to/{Path(base).name}"  # the model it was trained on',
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "path/to/this/folder")',
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+        "```",
+    ]
+
+
+def _is_local(name: str) -> bool:
+    """Whether a model or data set is a file or folder of this machine."""
+    return Path(name).expanduser().exists()
+
+
+def _without_folders(text: str, *names: str) -> str:
+    """The text with the names that are paths of this machine cut down to their last part."""
+    for name in sorted(filter(_is_local, names), key=len, reverse=True):
+        text = text.replace(name, Path(name).name)
+    return text
+
+
+def _place(one: RankedRows) -> dict[str, Any]:
+    """The massive weights as a scan describes them; of rows chosen otherwise, where they are."""
+    if isinstance(one, MassiveWeights):
+        return one.document()
+    return {"layer": one.layer, "module": one.module, "expert": one.expert, "indices": list(one.indices)}
 
 
 def _macdrop(document: dict[str, Any]) -> list[str]:
     one, curriculum = document["massive"], document["settings"]["curriculum"]
     if one is None:
         return []
+    modules = " and ".join(f"`{place['module']}`" for place in document["places"])
     rows = ", ".join(map(str, document["rows"][:8])) + (" ..." if len(document["rows"]) > 8 else "")  # noqa: PLR2004 # enough for a line
     said = (
-        f"While it was trained, entries of {len(document['rows'])} rows of `{one['module']}` ({rows}) were zero with "
+        f"While it was trained, entries of {len(document['rows'])} rows of {modules} ({rows}) were zero with "
         f"the probability of `{curriculum['schedule']}`; the pre-trained weights themselves are unchanged. Method: "
         f"[House of Cards: Massive Weights in LLMs](https://arxiv.org/abs/2410.01866)."
     )

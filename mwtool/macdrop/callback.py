@@ -19,15 +19,15 @@ from mwtool.macdrop.engine import MacDrop
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from mwtool.massive import MassiveWeights
+    from mwtool.massive import RankedRows
 
 
 class MacDropCallback(TrainerCallback):
     """A Trainer callback that drops entries of the massive rows in every training step (paper, Algorithm 1).
 
-    massive: the rows, as found by a scan. curriculum: a schedule such as ``step:0.8`` (the default, the paper's), the
-    name of a YAML file, or a Curriculum. layers: decoder layers and their FFNs; by default, as described by the
-    architecture adapter installed for the model's type.
+    massive: the rows of one layer or of several, as found by a scan. curriculum: a schedule such as ``step:0.8`` (the
+    default, the paper's), the name of a YAML file, or a Curriculum. layers: decoder layers and their FFNs; by default,
+    as described by the architecture adapter installed for the model's type.
 
     Entries are masked when an optimizer step begins and restored right after `optimizer.step()`, so that logging,
     evaluation and saving see the pre-trained weights whatever the order of the callbacks. Trainer does not notify
@@ -40,7 +40,7 @@ class MacDropCallback(TrainerCallback):
 
     def __init__(
         self,
-        massive: MassiveWeights | None,
+        massive: RankedRows | Sequence[RankedRows] | None,
         curriculum: Curriculum | str = "step:0.8",
         *,
         layers: Sequence[DecoderLayer] | None = None,

@@ -119,6 +119,7 @@ class Curriculum:
     resample: draw a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
     masks: one mask shared by gate and up (the paper), or one for each.
     seed: seed of the masks; the global random state is never used.
+    layers: decoder layers to drop from, counted from 0; empty: the massive layer, or all layers whose rows are given.
     Raises BadValue for k below 1, an unknown choice, and phases whose lengths do not add up to one run.
     """
 
@@ -128,12 +129,15 @@ class Curriculum:
     resample: Resample = "step"
     masks: Masks = "shared"
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise BadValue(f"k is {self.k}; expected 1 row or more")
         for name, value in (("scope", self.scope), ("resample", self.resample), ("masks", self.masks)):
             _refuse_unknown(name, value, CHOICES[name])
+        if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise BadValue(f"layers are {list(self.layers)}; expected distinct numbers of 0 or more")
         lengths = [(phase.steps is not None) + (phase.share is not None) for phase in self.phases]
         if lengths != [1] * (len(lengths) - 1) + [0]:
             raise BadValue(

@@ -28,6 +28,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +41,10 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.interrupts import uninterrupted
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.macdrop.curriculum_yaml import read_curriculum
-from mwtool.macdrop.masked_rows import MatrixRows, masked_rows
+from mwtool.macdrop.masked_rows import MatrixRows, RecomputedRows, WrittenRows, masked_rows
 
 if TYPE_CHECKING:
-    from mwtool.massive import MassiveWeights
+    from mwtool.massive import RankedRows
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +53,14 @@ class MacDrop:
     """Drops entries of the massive rows for one training step and restores them (paper, Algorithm 1).
 
     model: a transformers model, possibly wrapped by PEFT, DDP, FSDP2 or torch.compile; its massive rows must be frozen.
-    massive: the rows, as found by a scan. curriculum: a schedule such as ``step:0.8``, the name of a YAML file, or a
-    Curriculum. steps: optimizer steps of the run, T. per_epoch: optimizer steps of one epoch; by default, T.
+    massive: the rows of one layer (the paper) or of several, as found by a scan. curriculum: a schedule such as
+    ``step:0.8``, the name of a YAML file, or a Curriculum; if it names layers, entries are dropped only there.
+    steps: optimizer steps of the run, T. per_epoch: optimizer steps of one epoch; by default, T.
     layers: decoder layers and their FFNs; by default, as described by the architecture adapter installed for the
     model's type.
 
     Attributes: p, the probability of the current or most recent step; history, p of every step so far, by t; rows,
-    the indices of the R rows dropped from.
+    the indices of the rows dropped from, layer by layer; places, the same for each FFN.
 
     Raises BadValue if there are no massive weights, if rows do not exist or are trained themselves, or if the phases
     do not fit into the steps. Raises UnsupportedModel if the rows cannot be changed: under FSDP1 or ZeRO-3, offloaded,
@@ -68,25 +70,26 @@ class MacDrop:
     def __init__(
         self,
         model: nn.Module,
-        massive: MassiveWeights | None,
+        massive: RankedRows | Sequence[RankedRows] | None,
         curriculum: Curriculum | str,
         *,
         steps: int,
         per_epoch: int | None = None,
         layers: Sequence[DecoderLayer] | None = None,
     ) -> None:
-        if massive is None:
+        if massive is None or (isinstance(massive, Sequence) and not massive):
             raise BadValue("the model has no massive weights for MacDrop to drop; train without MacDrop")
         self.curriculum = read_curriculum(curriculum) if isinstance(curriculum, str) else curriculum
         self.steps, self.per_epoch = steps, per_epoch
         self.curriculum.values(steps, per_epoch)  # raises now if the phases do not fit, not in the middle of the run
         _refuse_wrapper(model)
         self.model, base = model, unwrapped(model)
-        self.ffn = _massive_ffn(base, massive, layers)
-        for place in self.ffn.inputs:
-            MatrixRows(base, place)  # raises if the matrix has no rows that can be changed
-        self.rows = chosen_rows(massive, self.curriculum, self.ffn.width(base))
-        self.matrices = [masked_rows(base, place, self.rows) for place in self.ffn.inputs]
+        self.places = [
+            _dropped_from(base, one, self.curriculum, layers)
+            for one in chosen_places(massive if isinstance(massive, Sequence) else [massive], self.curriculum)
+        ]
+        self.rows = [row for place in self.places for row in place.rows]
+        self.matrices = [matrix for place in self.places for matrix in place.matrices]
         if any(_compiled(module) for module in model.modules()):
             self.refuse_compiled()
         self.p, self.history = 0.0, dict[int, float]()
@@ -94,9 +97,14 @@ class MacDrop:
         log.info("%s", self)
 
     @property
+    def ffn(self) -> FFN:
+        """The FFN of the first place."""
+        return self.places[0].ffn
+
+    @property
     def how(self) -> str:
         """`weights` if the rows are written, `outputs` if their outputs are recomputed (quantized weights)."""
-        return self.matrices[0].how
+        return self.places[0].how
 
     @property
     def kept_bytes(self) -> int:
@@ -105,9 +113,10 @@ class MacDrop:
 
     def refuse_compiled(self) -> None:
         """Raises UnsupportedModel if the dropped entries would have no effect on a compiled model."""
-        if self.how == "outputs":
+        packed = next((place.ffn for place in self.places if place.how == "outputs"), None)
+        if packed is not None:
             raise UnsupportedModel(
-                f"{self.ffn.module} is quantized, and torch.compile ignores hooks registered later; train without "
+                f"{packed.module} is quantized, and torch.compile ignores hooks registered later; train without "
                 f"torch.compile"
             )
 
@@ -148,29 +157,30 @@ class MacDrop:
         if self._dropped:
             uninterrupted(self._restore)
 
-    def mask(self, t: int, microbatch: int = 0) -> Tensor:
+    def mask(self, t: int, microbatch: int = 0, place: int = 0) -> Tensor:
         """The entries to keep: (M, R, H) of bool for M matrices, (1, R, H) if they share the mask.
 
-        It depends on seed, t and micro-batch alone.
+        It depends on the seed and the arguments alone. place: index in `places`, whose masks are independent.
         """
-        key = f"{self.curriculum.seed}:{t}:{microbatch}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest()))
-        count = len(self.matrices) if self.curriculum.masks == "separate" else 1
-        drawn = torch.rand((count, len(self.rows), self.matrices[0].width), generator=generator)
+        key = f"{self.curriculum.seed}:{t}:{microbatch}" + (f":{place}" if place else "")
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()))
+        one = self.places[place]
+        count = len(one.matrices) if self.curriculum.masks == "separate" else 1
+        drawn = torch.rand((count, len(one.rows), one.matrices[0].width), generator=generator)
         return drawn > self.curriculum.p(t, self.steps, self.per_epoch)
 
     def __str__(self) -> str:
-        shown = ", ".join(str(row) for row in self.rows[:5]) + (" ..." if len(self.rows) > 5 else "")  # noqa: PLR2004 - enough for a line
-        return f"MacDrop {self.curriculum} on {self.ffn.module}, {len(self.rows)} rows ({shown}), by {self.how}"
+        return f"MacDrop {self.curriculum} on {'; '.join(map(str, self.places))}"
 
     def _drop(self) -> None:
         if self.p <= 0:
             self.restore()
             return
-        masks = self.mask(self._t, self._microbatch)
+        masks = [self.mask(self._t, self._microbatch, at) for at in range(len(self.places))]
         self._dropped = True
-        for matrix, keep in zip(self.matrices, masks.expand(len(self.matrices), -1, -1), strict=True):
-            matrix.drop(keep)
+        for place, mask in zip(self.places, masks, strict=True):
+            for matrix, keep in zip(place.matrices, mask.expand(len(place.matrices), -1, -1), strict=True):
+                matrix.drop(keep)
         self._gather_again()
 
     def _restore(self) -> None:
@@ -190,7 +200,52 @@ class MacDrop:
                 module.reshard()
 
 
-def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Rows of one FFN to drop from, in its matrices: up, then gate if there is one."""
+
+    ffn: FFN
+    rows: list[int]
+    matrices: list[WrittenRows | RecomputedRows]
+
+    @property
+    def how(self) -> str:
+        """`weights` or `outputs`, as `MacDrop.how`."""
+        return self.matrices[0].how
+
+    def __str__(self) -> str:
+        shown = ", ".join(str(row) for row in self.rows[:5]) + (" ..." if len(self.rows) > 5 else "")  # noqa: PLR2004 - enough for a line
+        return f"{self.ffn.module}, {len(self.rows)} rows ({shown}), by {self.how}"
+
+
+def chosen_places(given: Sequence[RankedRows], curriculum: Curriculum) -> list[RankedRows]:
+    """The rows to drop from: all that are given, or those in the layers of the curriculum.
+
+    Raises BadValue if a layer of the curriculum has no rows, or an FFN is given twice.
+    """
+    lacking = [layer for layer in curriculum.layers if layer not in {one.layer for one in given}]
+    if lacking:
+        has = ", ".join(str(one.layer) for one in given)
+        raise BadValue(f"the curriculum names layer {lacking[0]}, but rows are given only for {has}; scan for it too")
+    places = [one for one in given if not curriculum.layers or one.layer in curriculum.layers]
+    keys = [(one.layer, one.expert) for one in places]
+    if len(set(keys)) < len(keys):
+        layer, _ = next(key for key in keys if keys.count(key) > 1)
+        raise BadValue(f"rows of layer {layer} are given twice; give each FFN once, with all its rows")
+    return places
+
+
+def _dropped_from(
+    base: nn.Module, rows: RankedRows, curriculum: Curriculum, layers: Sequence[DecoderLayer] | None
+) -> Dropped:
+    ffn = _massive_ffn(base, rows, layers)
+    for place in ffn.inputs:
+        MatrixRows(base, place)  # raises if the matrix has no rows that can be changed
+    chosen = chosen_rows(rows, curriculum, ffn.width(base))
+    return Dropped(ffn, chosen, [masked_rows(base, place, chosen) for place in ffn.inputs])
+
+
+def chosen_rows(massive: RankedRows, curriculum: Curriculum, width: int) -> list[int]:
     """The rows in the curriculum's scope. width: rows of the FFN, I.
 
     Raises BadValue if fewer than k rows were ranked, or some of them do not exist.
@@ -208,7 +263,7 @@ def chosen_rows(massive: MassiveWeights, curriculum: Curriculum, width: int) -> 
     return [row for row in range(width) if curriculum.scope == "all" or row not in set(top)]
 
 
-def _massive_ffn(base: nn.Module, massive: MassiveWeights, layers: Sequence[DecoderLayer] | None) -> FFN:
+def _massive_ffn(base: nn.Module, massive: RankedRows, layers: Sequence[DecoderLayer] | None) -> FFN:
     config: Any = base.config
     if layers is None:
         layers = decoder_layers(adapter_for(config.model_type), config)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, read in place: safetensors, one file or sharded, or legacy ``.bin``.
+"""A checkpoint's tensors by name, read in place: safetensors, one file or sharded, GGUF, or legacy ``.bin``.
 
 Tensors are memory-mapped. A file is opened anew for every read and closed after it, so
 that the pages of a layer leave memory together with its tensors.
@@ -16,13 +16,14 @@ from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint
 from mwtool.files.text import read_json
-from mwtool.models.source import Source, gguf_in
+from mwtool.models.gguf_checkpoint import lazy_tensors
+from mwtool.models.gguf_header import LFS_POINTER
+from mwtool.models.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
-LFS_POINTER = b"version https://git-lfs"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -48,12 +49,21 @@ class Checkpoint:
         Raises BadCheckpoint if a file is absent, cut short or lacks the tensor.
         """
         names = list(names)
+        if self.source.gguf is not None:
+            gguf = self.source.gguf
+            with lazy_tensors(gguf.header.tensors, {name: gguf.conversion.tensors[name] for name in names}) as lazy:
+                yield lazy
+            return
         if self.legacy is not None:
             yield {name: self.legacy[name] for name in names}
             return
         with ExitStack() as stack:
             opened = {file: stack.enter_context(self._open(file)) for file in {self.files[name] for name in names}}
             yield {name: _slice(opened[self.files[name]], name, self.files[name]) for name in names}
+
+    def stored_name(self, name: str) -> str:
+        """What the file itself calls a tensor: GGUF has names of its own."""
+        return name if self.source.gguf is None else self.source.gguf.conversion.tensors[name].tensor
 
     def _open(self, file: str) -> Any:
         path = self.source.path(file)
@@ -69,6 +79,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
     Raises BadCheckpoint if there are none or the index is damaged.
     """
+    if source.gguf is not None:
+        entries = source.gguf.header.tensors
+        return Checkpoint(
+            source, {name: entries[one.tensor].file.name for name, one in source.gguf.conversion.tensors.items()}
+        )
     if (source.folder / SAFETENSORS).exists():
         return _single(source)
     if (source.folder / SAFETENSORS_INDEX).exists():
@@ -80,7 +95,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if source.path(LEGACY) is not None:
         return _legacy(source, [LEGACY])
     expected = f"expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
-    raise BadCheckpoint(f"{source.name} has no weights; {gguf_in(source.folder) or expected}")
+    raise BadCheckpoint(f"{source.name} has no weights; {expected}, or --gguf-file NAME for one of its GGUF files")
 
 
 def open_safetensors(path: Path) -> Any:

@@ -40,6 +40,15 @@ def fetch(repo: str, file: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
+    """The paths of a repository's files; of those in the cache, `folder`, where the Hub cannot be asked."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return _asking(repo, revision, lambda: HfApi().list_repo_files(repo, revision=revision))
+
+
 def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
     """Call the Hub and turn its errors into one-line messages."""
     from huggingface_hub import constants, errors

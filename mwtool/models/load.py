@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import Filter, LogRecord
 from pathlib import Path
@@ -63,16 +65,18 @@ def load(
     device: str = "cpu",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     model_options: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Load a Hub id, a folder, a PEFT adapter folder or `demo` whole, in evaluation mode.
+    """Load a Hub id, a folder, a PEFT adapter folder, a GGUF file or `demo` whole, in evaluation mode.
 
-    dtype: ``auto`` (as stored) or a torch dtype's name. device_map: ``auto`` spreads over devices (accelerate).
+    dtype: ``auto`` (as stored; bfloat16 for quantized GGUF) or a torch dtype's name. device_map: ``auto`` spreads over
+    devices (accelerate). gguf_file: which GGUF file of a folder or Hub repository that holds several.
     model_options: further arguments of `from_pretrained`, such as a quantization_config.
     Raises MwtoolError where it cannot be opened, a weight is absent or misshapen, or no device has room for its
-    embedding.
+    embedding; UnsupportedModel for a GGUF file whose positions would be computed wrongly.
     """
-    source = locate(model, revision, trust_remote_code=trust_remote_code)
+    source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     config = source.config()
     layers = tuple(decoder_layers(adapter_for(config.model_type), config))
     options = {"dtype": dtype, "device_map": device_map or {"": device}, **(model_options or {})}
@@ -102,37 +106,19 @@ def load(
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    place = source.folder if source.repo is None else source.repo
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    logger = logging.get_logger("transformers.modeling_utils")
     faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
     stored_plain = getattr(config, "quantization_config", None) is None
-    silence = _NoReport()
-    logger.addFilter(silence)
     try:
-        loaded: Any = model_class(config).from_pretrained(
-            place,
-            config=config,
-            revision=source.revision or "main",
-            trust_remote_code=source.trust_remote_code,
-            local_files_only=source.repo is None,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below, by name
-            **options,
-        )
+        with _quiet():
+            model, info = _filled(source, config, options) if source.gguf else _read(source, config, options)
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {line_of(fault)}") from fault
     except faults as fault:
         _blame_file(source)
         raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
-    finally:
-        logger.removeFilter(silence)
-    model, info = loaded
     _check_whole(source, info)
-    if stored_plain:  # transformers casts whatever it finds, without a word
+    if stored_plain and not source.gguf:  # transformers casts whatever it finds, without a word
         refuse_unscaled_weights(model, open_checkpoint(source))
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
@@ -140,6 +126,54 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> Pr
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _read(source: Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model as `from_pretrained` reads it, and what it says of absent and misshapen tensors."""
+    loaded: tuple[Any, dict[str, Any]] = model_class(config).from_pretrained(
+        source.folder if source.repo is None else source.repo,
+        config=config,
+        revision=source.revision or "main",
+        trust_remote_code=source.trust_remote_code,
+        local_files_only=source.repo is None,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # said below, by name
+        **options,
+    )
+    return loaded
+
+
+def _filled(source: Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The same of a GGUF file, whose tensors are given to `from_pretrained` as they are dequantized, one by one.
+
+    Its own way of reading GGUF depends on the version: 5.17 gets Gemma 3 wrong, 5.23 does not read Q5_0.
+    """
+    assert source.gguf is not None
+    source.gguf.refuse_rotary_fault()
+    checkpoint = open_checkpoint(source)
+    kind = model_class(config)._model_mapping[type(config)]  # noqa: SLF001 - the automatic class insists on a path
+    with checkpoint.tensors(checkpoint.files) as tensors:
+        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    loaded[0].name_or_path = loaded[0].config.name_or_path = source.reference  # PEFT writes it down as the base model
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of absent and misshapen tensors, and its progress bar but on a terminal."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    logger = logging.get_logger("transformers.modeling_utils")
+    silence = _NoReport()
+    logger.addFilter(silence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(silence)
 
 
 def _check_whole(source: Source, info: dict[str, Any]) -> None:
@@ -151,8 +185,9 @@ def _check_whole(source: Source, info: dict[str, Any]) -> None:
     misshapen = sorted(info["mismatched_keys"])
     if misshapen:
         name, found, expected = misshapen[0]
+        where = "config.json" if source.gguf is None else "its metadata"
         raise BadCheckpoint(
-            f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+            f"tensor {name} of {source.name} has shape {tuple(found)}; {where} makes it {tuple(expected)}"
         )
 
 

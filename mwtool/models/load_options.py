@@ -23,3 +23,4 @@ class LoadOptions:
     device: str = "cpu"
     device_map: DeviceMap | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None

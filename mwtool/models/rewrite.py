@@ -20,7 +20,7 @@ from mwtool.architecture.packed import PLAIN
 from mwtool.errors import UnsupportedModel
 from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.files.text import read_json
-from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, open_checkpoint
+from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, Checkpoint, open_checkpoint
 from mwtool.models.load import Loaded
 from mwtool.models.source import Source
 
@@ -103,6 +103,9 @@ def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
 def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> None:
     """Write the weight files, shard by shard, with new values for some tensors."""
     checkpoint = open_checkpoint(source)
+    if source.gguf is not None:
+        _from_gguf(checkpoint, getattr(torch, source.gguf.dtype), new, temporary)
+        return
     if checkpoint.legacy is not None:
         _from_legacy(checkpoint.legacy, new, temporary)
         return
@@ -125,6 +128,17 @@ def _patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def _from_gguf(checkpoint: Checkpoint, dtype: torch.dtype, new: Mapping[str, New], temporary: Path) -> None:
+    """A GGUF file becomes one safetensors file, dequantized: blocks cannot hold changed rows exactly."""
+    from safetensors.torch import save_file
+
+    with checkpoint.tensors(checkpoint.files) as tensors:
+        whole = {name: tensor[...].to(dtype) for name, tensor in tensors.items()}
+    save_file(
+        whole | {name: value(whole[name]) for name, value in new.items()}, temporary / SAFETENSORS, {"format": "pt"}
+    )
+
+
 def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary: Path) -> None:
     """Write a ``.bin`` checkpoint as one safetensors file, since a pickle cannot be changed in place."""
     from safetensors.torch import save_file
@@ -136,6 +150,12 @@ def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary
 
 def copy_small_files(source: Source, temporary: Path) -> None:
     """Copy configuration, tokenizer, chat templates and license, and the modeling code if there is any."""
+    if source.gguf is not None:
+        source.config().save_pretrained(temporary)
+        tokenizer = source.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        return
     patterns = [*KEPT, *(["*.py"] if "auto_map" in read_json(source.folder / "config.json") else [])]
     for file in {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}:
         if file.name not in (LEGACY_INDEX, RECORD):

@@ -1,4 +1,4 @@
-"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, or `demo`.
+"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, a GGUF file, or `demo`.
 
 Everything is turned into a local folder with at least the small files (configuration,
 tokenizer, weight index). Weight files of a Hub repository are fetched when they are
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mwtool.architecture.registry import register
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
 from mwtool.files.text import read_json
-from mwtool.models.hub import fetch, fetch_small
+from mwtool.models.gguf_header import is_gguf
+from mwtool.models.gguf_model import GGUFModel, Vocabulary, models_among, open_gguf
+from mwtool.models.hub import fetch, fetch_small, files_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 DEMO = Path(str(resources.files("mwtool.demo")))
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")
+"""A folder that holds none of these and a GGUF file is that file's, whether it has a config.json or not."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
@@ -39,6 +43,7 @@ class Source:
     revision: commit hash on the Hub; None for a local folder.
     adapter: folder of the PEFT adapter that was asked for, where this is its base model.
     notes: what was decided on the user's behalf, one sentence each.
+    gguf: the model's GGUF file, where it is one; then `folder` need not hold anything else.
     """
 
     name: str
@@ -48,6 +53,19 @@ class Source:
     trust_remote_code: bool = False
     adapter: str | None = None
     notes: tuple[str, ...] = ()
+    gguf: GGUFModel | None = None
+
+    @property
+    def reference(self) -> str:
+        """What a PEFT adapter's configuration calls this model as its base: a Hub id, or where it lies."""
+        if self.gguf is not None:
+            return str(self.gguf.path.absolute())
+        return self.repo or str(self.folder.resolve())
+
+    @property
+    def gguf_file(self) -> str | None:
+        """Which file of a Hub repository it is, to find it again; None where the name says so already."""
+        return None if self.gguf is None or self.repo is None else self.gguf.path.name
 
     def path(self, file: str) -> Path | None:
         """Where a file of the model is, fetched from the Hub if need be; None if the model has no such file.
@@ -63,6 +81,8 @@ class Source:
         """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
         from transformers import AutoConfig
 
+        if self.gguf is not None:
+            return self.gguf.config()
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
         register(raw["model_type"], own_code="auto_map" in raw)
@@ -85,6 +105,9 @@ class Source:
         """
         from transformers import AutoTokenizer
 
+        if self.gguf is not None:
+            with _silent():
+                return self.gguf.tokenizer()
         if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
             return None
         try:
@@ -102,13 +125,20 @@ class Source:
             )
         return tokenizer
 
+    def vocabulary(self) -> PreTrainedTokenizerBase | Vocabulary | None:
+        """What finds bos: the tokenizer, or of a GGUF file as much of it as that takes."""
+        return self.tokenizer() if self.gguf is None else self.gguf.vocabulary()
 
-def locate(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+
+def locate(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Source:
     """Find MODEL and fetch its small files.
 
-    Raises ModelNotFound, naming what was looked for and where.
+    gguf_file: which GGUF file of a folder or Hub repository to take; it may be left out where there is one.
+    Raises ModelNotFound, naming what was looked for and where, and what `open_gguf` raises.
     """
-    return _follow_adapter(replace(_find(model, revision), trust_remote_code=trust_remote_code))
+    return _follow_adapter(replace(_find(model, revision, gguf_file), trust_remote_code=trust_remote_code))
 
 
 def unusable() -> tuple[type[Exception], ...]:
@@ -136,7 +166,7 @@ def model_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
-def _find(model: str, revision: str | None) -> Source:
+def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Source:
     if model == "demo":
         return Source(name="demo", folder=DEMO)
     try:
@@ -144,63 +174,92 @@ def _find(model: str, revision: str | None) -> Source:
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
     if path.is_file():
-        packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
-        raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
-    source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
+        if not is_gguf(path):
+            raise ModelNotFound(f"{model} is a file; expected a GGUF file or a folder with config.json and the weights")
+        source = Source(name=model, folder=path.parent, gguf=open_gguf(path))
+    elif model and path.is_dir():
+        source = _local(model, path, gguf_file)
+    else:
+        source = _hub(model, revision, gguf_file)
     if revision is not None and source.repo is None:
-        return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
+        return _noted(source, f"--revision {revision} is ignored: {model} is local")
     return source
 
 
-def _local(model: str, folder: Path) -> Source:
-    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-        sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
-        if _original_format(folder) and (sibling / "config.json").exists():
-            return Source(
-                name=str(sibling), folder=sibling, notes=(f"{model} is in the original format; using {sibling}",)
-            )
-        raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
-    return Source(name=model, folder=folder)
+def _local(model: str, folder: Path, gguf_file: str | None) -> Source:
+    has_config = (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+    if gguf_file is None and has_config and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return Source(name=model, folder=folder)
+    name = _chosen(model, [path.name for path in folder.glob("*.gguf")], gguf_file)
+    if name is not None:
+        return Source(name=str(Path(model) / name), folder=folder, gguf=open_gguf(folder / name))
+    if has_config:
+        return Source(name=model, folder=folder)
+    sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
+    if _original_format(folder) and (sibling / "config.json").exists():
+        return Source(name=str(sibling), folder=sibling, notes=(f"{model} is in the original format; using {sibling}",))
+    what = "it is in the original format, convert it or use its -hf version"
+    raise ModelNotFound(
+        f"{model} has no config.json; "
+        f"{what if _original_format(folder) else 'expected a model in Hugging Face format or a GGUF file'}"
+    )
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without a configuration is, and what to give instead of it."""
-    if _original_format(folder):
-        return "it is in the original format, convert it or use its -hf version"
-    return gguf_in(folder) or "expected a model in Hugging Face format"
+def _chosen(model: str, names: list[str], wanted: str | None) -> str | None:
+    """Of the GGUF files of a folder or repository the one to open; None where there is none and none was asked for.
 
-
-def gguf_in(folder: Path) -> str:
-    """What to do where the weights are packed for llama.cpp; empty where they are not."""
-    packed = next(folder.glob("*.gguf"), None)
-    advice = "is in GGUF, which is not read: give the model it was made from, whose rows are the same"
-    return "" if packed is None else f"{packed.name} {advice}"
+    Raises ModelNotFound where the one asked for is absent, or several models are there and none was asked for.
+    """
+    models = models_among(names)
+    if wanted is not None:
+        if wanted not in names:
+            there = f"its GGUF files are {', '.join(models)}" if models else "it has no GGUF file"
+            raise ModelNotFound(f"{model} has no {wanted}; {there}")
+        return wanted
+    if len(models) > 1:
+        raise ModelNotFound(f"{model} has {len(models)} GGUF models; say which with --gguf-file: {', '.join(models)}")
+    return models[0] if models else None
 
 
 def _original_format(folder: Path) -> bool:
     return (folder / "params.json").exists() or any(folder.glob("consolidated.*"))
 
 
-def _hub(model: str, revision: str | None) -> Source:
+def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelNotFound(f"no such folder: {model}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
+        raise ModelNotFound(f"no such {'file' if model.endswith('.gguf') else 'folder'}: {model}")
     try:
         validate_repo_id(model)
     except HFValidationError as fault:
         raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
     source = _snapshot(model, revision)
-    if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
+    has_config = (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists()
+    if has_config and gguf_file is None:
         return source
+    name = _chosen(model, files_of(model, source.revision, source.folder), gguf_file)
+    if name is not None:
+        return _fetched(source, name)
     try:
         sibling = _snapshot(f"{model}-hf", revision)
     except ModelNotFound:
         sibling = None
     if sibling is None or not (sibling.folder / "config.json").exists():
-        raise ModelNotFound(f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format")
+        raise ModelNotFound(
+            f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format or a GGUF file"
+        )
     return _noted(sibling, f"{model} is in the original format; using {model}-hf")
+
+
+def _fetched(source: Source, name: str) -> Source:
+    """A repository's GGUF file, fetched whole: its tensors lie in no order that a part of it would serve."""
+    path = source.path(name)
+    if path is None:
+        raise ModelNotFound(f"{source.name} lists {name} and does not give it; get it again")
+    folder = Path(name).parent
+    return replace(source, gguf=open_gguf(path, lambda part: source.path(str(folder / part))))
 
 
 def _snapshot(repo: str, revision: str | None) -> Source:
@@ -210,7 +269,7 @@ def _snapshot(repo: str, revision: str | None) -> Source:
 
 def _follow_adapter(source: Source) -> Source:
     """A PEFT adapter's folder stands for its base model."""
-    if (source.folder / "config.json").exists():
+    if source.gguf is not None or (source.folder / "config.json").exists():
         return source
     base = read_json(source.folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -219,7 +278,7 @@ def _follow_adapter(source: Source) -> Source:
         found = _find(base, None)
     except ModelNotFound as fault:
         raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
-    if not (found.folder / "config.json").exists():
+    if found.gguf is None and not (found.folder / "config.json").exists():
         raise BadCheckpoint(
             f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
         )

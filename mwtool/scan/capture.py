@@ -1,13 +1,12 @@
-"""What a forward of bos leaves behind in each decoder layer, captured with hooks as it runs.
+"""The states of each decoder layer during a forward of one token, captured with hooks.
 
-The walk works on any transformers model, whole in memory or streamed from disk, and can
-stop between layers. Routed experts have no module of their own to hook: their states are
-computed again from the experts' input and their slices.
+Works on any transformers model, whole in memory or streamed from disk. Routed experts have no
+module of their own to hook: their states are recomputed from the experts' input and their slices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -23,10 +22,13 @@ from mwtool.errors import BadCheckpoint, BadPlugin
 
 SUPER_WEIGHT_ROUNDS = 10
 
+KEPT = 4
+"""Rows of ``W_down`` kept of each network: those of the entries the layer writes most to."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SuperWeight:
-    """``down_proj[hidden_dim, ffn_index]``, an entry through which a spike passes (Yu et al. 2024)."""
+    """``down_proj[hidden_dim, ffn_index]``, one weight through which a spike passes (Yu et al. 2024)."""
 
     layer: int
     hidden_dim: int
@@ -35,13 +37,15 @@ class SuperWeight:
     expert: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one feed-forward network of a layer did, in float64 on the CPU.
+    """One feed-forward network of a layer, in float64 on the CPU.
 
-    intermediate: its state, the input of its ``W_down``, (I,).
-    output: what it gives to the layer's sum, (H,); a routed expert's is weighted by the router.
+    intermediate: the input of its ``W_down``, (I,).
+    output: its term of the layer's sum, (H,); a routed expert's is weighted by the router.
     probability, weight: the router's probability for a routed expert, and the weight of its output.
+    down_rows: d -> ``W_down[d]``, (I,), in the model's dtype, for the few d it writes most to: once a streamed layer
+        is gone, its rows can be ranked without reading it again.
     """
 
     ffn: FFN
@@ -49,16 +53,17 @@ class Part:
     output: Tensor
     probability: float | None = None
     weight: float | None = None
+    down_rows: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerState:
     """One decoder layer at the first position, in float64 on the CPU.
 
     hidden: the residual stream after the layer, (H,).
-    intermediate: the input of ``W_down``, (I,); in an MoE layer, of the network that gives the largest output entry.
-    added: what the FFN adds to the residual stream, (H,).
-    parts: its networks one by one: the only one if dense, else those that bos was routed to, and the shared one.
+    intermediate: the input of ``W_down``, (I,); in an MoE layer, of the network with the largest output entry.
+    added: what the FFN adds to the residual stream, (H,): after a norm behind the FFN, router weights and scaling.
+    parts: its networks: the only one if dense, else the experts that bos is routed to and the shared one.
     """
 
     layer: int
@@ -79,54 +84,55 @@ def walk(
     token: int,
     *,
     spike: float,
-    enough: Callable[[Sequence[LayerState]], bool],
     device: torch.device | None = None,
     on_layer: Callable[[LayerState], None] | None = None,
 ) -> list[LayerState]:
-    """Run `token` alone at the first position and keep each layer's state until `enough` says so.
+    """Run `token` alone at the first position and capture the state of each of `layers`, the model's first ones.
+
+    The forward ends after the last of them: the head is never computed.
 
     spike: what an input and an output of ``down_proj`` must exceed to look for super weights.
-    device: where the token goes; None for where the first weight is, which a streamed model does not have yet.
+    device: where the token goes; None for that of the first weight, which a streamed model does not have yet.
     Raises BadCheckpoint where the residual stream is not finite.
     """
     states: list[LayerState] = []
 
-    def seen(state: LayerState) -> None:
+    def captured(state: LayerState) -> None:
         states.append(state)
         if on_layer is not None:
             on_layer(state)
-        if enough(states) or len(states) == len(layers):  # the head is never needed
+        if len(states) == len(layers):
             raise _Stop
 
     device = device or next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    with _capturing(model, layers, spike, seen), torch.no_grad(), suppress(_Stop):
+    with _capturing(model, layers, spike, captured), torch.no_grad(), suppress(_Stop):
         model(input_ids=torch.tensor([[token]], device=device), use_cache=False)
     return states
 
 
 @contextmanager
 def _capturing(
-    model: nn.Module, layers: Sequence[DecoderLayer], spike: float, seen: Callable[[LayerState], None]
+    model: nn.Module, layers: Sequence[DecoderLayer], spike: float, captured: Callable[[LayerState], None]
 ) -> Iterator[None]:
     handles: list[Any] = []
     try:
         for index, layer in enumerate(layers):
-            handles.extend(_Watch(model, index, layer, spike, seen).hooks())
+            handles.extend(_Watch(model=model, index=index, layer=layer, spike=spike, captured=captured).hooks())
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Watch:
-    """The hooks of one decoder layer, and what they have seen of the forward in progress."""
+    """The hooks of one decoder layer, and what they have captured of the forward in progress."""
 
     model: nn.Module
     index: int
     layer: DecoderLayer
     spike: float
-    seen: Callable[[LayerState], None]
+    captured: Callable[[LayerState], None]
     parts: list[Part] = field(default_factory=list)
     supers: list[SuperWeight] = field(default_factory=list)
     caught: dict[str, Tensor] = field(default_factory=dict)
@@ -161,7 +167,7 @@ class _Watch:
 
     def _at_down(self, ffn: FFN) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._take(Part(ffn, first(args[0]), first(output)), ffn)
+            self._take(Part(ffn=ffn, intermediate=first(args[0]), output=first(output)), ffn)
 
         return hook
 
@@ -177,11 +183,22 @@ class _Watch:
         probabilities = self._probabilities()
         for expert, place, weight in zip(self.caught["chosen"].tolist(), places, weights, strict=True):
             z, out = recompute(self.layer.ffns[place], self.model, x)
-            part = Part(self.layer.ffns[expert], wide(z), wide(out), float(probabilities[expert]), weight)
-            self._take(part, self.layer.ffns[place])
+            held, probability = self.layer.ffns[place], float(probabilities[expert])
+            rows = _down_rows(held.down.read(self.model), out)
+            self._take(
+                Part(
+                    ffn=self.layer.ffns[expert],
+                    intermediate=wide(z),
+                    output=wide(out),
+                    probability=probability,
+                    weight=weight,
+                    down_rows=rows,
+                ),
+                held,
+            )
 
     def _probabilities(self) -> Tensor:
-        """The router's, for every expert, (E,)."""
+        """The router's probabilities of all experts, (E,)."""
         assert self.layer.experts is not None
         logits, expected = self._recall("logits", self.layer.experts.router), len(self.layer.ffns)
         expected -= sum(ffn.expert is None for ffn in self.layer.ffns)
@@ -196,12 +213,19 @@ class _Watch:
         """Keep a part, its output not yet weighted. readable: the FFN whose slices hold its weights now."""
         found = super_weights(self.index, readable.down.read(self.model), part.intermediate, part.output, self.spike)
         self.supers += [
-            SuperWeight(one.layer, one.hidden_dim, one.ffn_index, one.value, part.ffn.expert) for one in found
+            SuperWeight(
+                layer=one.layer,
+                hidden_dim=one.hidden_dim,
+                ffn_index=one.ffn_index,
+                value=one.value,
+                expert=part.ffn.expert,
+            )
+            for one in found
         ]
         self.parts.append(part)
 
     def _refuse(self) -> None:
-        """Of a model in memory nobody has looked at the weights yet."""
+        """Raise for a stream that is not finite; the weights of a model in memory have not been checked before."""
         later = f"{self.layer.path.rpartition('.')[0]}.{self.index + 1}."
         for name, parameter in takewhile(lambda one: not one[0].startswith(later), self.model.named_parameters()):
             packed = is_packed(self.model.get_submodule(name.rpartition(".")[0]), parameter)
@@ -220,17 +244,33 @@ class _Watch:
         if not parts:
             raise BadPlugin(f"no `hook` of {self.layer.path} runs before that module ends")
         added = self._recall("added", self.layer.adds) * self.layer.scale
+        parts = tuple(
+            part if part.weight is not None else replace(part, down_rows=self._kept(part, added)) for part in parts
+        )
         self.parts, self.supers, self.caught = [], [], {}
         main = max(parts, key=lambda part: float(part.output.abs().max()))
-        self.seen(LayerState(self.index, hidden, main.intermediate, added, supers, parts))
+        self.captured(
+            LayerState(
+                layer=self.index,
+                hidden=hidden,
+                intermediate=main.intermediate,
+                added=added,
+                super_weights=supers,
+                parts=parts,
+            )
+        )
+
+    def _kept(self, part: Part, added: Tensor) -> dict[int, Tensor]:
+        """Read while the layer still has its weights; of routed experts this is done when they run."""
+        return _down_rows(part.ffn.down.read(self.model), added)
 
     def _recall(self, name: str, path: str) -> Tensor:
         if name not in self.caught:
-            raise BadPlugin(f"module {path} is named for {self.layer.path} but does not run before it is needed there")
+            raise BadPlugin(f"module {path} is named for {self.layer.path} but has not run by the time it is needed")
         return self.caught[name]
 
     def _weighted(self) -> tuple[Part, ...]:
-        """Routed experts by falling weight; the shared one gives what they do not."""
+        """Routed experts by falling weight, then the shared one, whose output is what they do not add up to."""
         if self.layer.experts is None:
             return tuple(self.parts)
         rest = self._recall("block", self.layer.experts.block) - self._recall(
@@ -241,8 +281,14 @@ class _Watch:
         return (*sorted(routed, key=lambda part: -(part.weight or 0)), *shared)
 
 
+def _down_rows(down: Tensor, output: Tensor) -> dict[int, Tensor]:
+    """``W_down[d]`` for the d with the largest |output[d]|. down: (H, I); output: (H,)."""
+    largest = output.abs().topk(min(KEPT, output.numel())).indices.tolist()
+    return {d: down[d].to("cpu", copy=True) for d in largest}
+
+
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """`get_submodule`, blaming the adapter where there is none."""
+    """`get_submodule`; raises BadPlugin, naming the path, where the model has no such module."""
     try:
         return model.get_submodule(path)
     except AttributeError as fault:
@@ -279,6 +325,6 @@ def super_weights(layer: int, down: Tensor, z: Tensor, output: Tensor, spike: fl
         if abs(float(output[dim])) <= spike or any(s.hidden_dim == dim for s in found):
             break
         value = float(down[dim, index])
-        found.append(SuperWeight(layer, dim, index, value))
+        found.append(SuperWeight(layer=layer, hidden_dim=dim, ffn_index=index, value=value))
         output[dim] -= value * z[index]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""A scan as a document of schema mwtool.scan/1; docs/json.md describes every key."""
+"""A scan as a document of schema mwtool.scan/2; docs/json.md describes every key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from mwtool.files.document import envelope
 from mwtool.massive import SCHEMA
 from mwtool.scan.capture import SuperWeight
-from mwtool.scan.definitions import median
+from mwtool.scan.definitions import Event, Trace, Write, median
+from mwtool.scan.protect import Protected
 from mwtool.scan.published import published
-from mwtool.scan.ranking import Protected, Router
+from mwtool.scan.ranking import Router
 from mwtool.scan.scanner import Scan
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ TOP = 3
 """Entries listed for each layer's hidden and intermediate state."""
 
 
-def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
-    """A scan as a document of schema mwtool.scan/1."""
+def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A scan as a document of schema mwtool.scan/2. check: its `check` object, where one was made."""
     one, bos, limits = scan.identity, scan.bos, scan.settings.thresholds
     return {
         **envelope(
@@ -47,13 +48,15 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
         },
         "bos": {"id": bos.id, "token": bos.token, "how": bos.how},
         "massive": None if scan.massive is None else scan.massive.document(),
+        "massive_event": scan.massive_event,
+        "absence": scan.absence,
+        "by_hand": _by_hand(scan),
         "router": None if scan.router is None else _router(scan.router),
-        "settled": scan.settled,
-        "attribution": [{"layer": layer, "share": share} for layer, share in enumerate(scan.attribution)],
-        "growth": None if scan.growth is None else {"layer": scan.growth[0], "value": scan.growth[1]},
-        "intermediate_peak_layer": scan.intermediate_peak_layer,
+        "events": [_event(event, places) for event, places in zip(scan.events, scan.event_protect, strict=True)],
+        "check": check,
+        "dimensions": [_trace(one) for one in scan.dimensions],
         "layers_walked": len(scan.states),
-        "stopped": scan.stopped,
+        "partial": scan.partial,
         "layers": [
             {"layer": state.layer, "hidden": _summary(state.hidden), "intermediate": _summary(state.intermediate)}
             for state in scan.states
@@ -66,6 +69,44 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
         },
         "published": _published(scan),
         "notes": list(scan.notes),
+    }
+
+
+def _event(event: Event, places: tuple[Protected, ...]) -> dict[str, Any]:
+    return {
+        "layer": event.layer,
+        **_write(event),
+        "others": [_write(one) for one in event.others],
+        "rows": event.rows.document(),
+        "weights": [_place(one) for one in places],
+    }
+
+
+def _write(one: Write) -> dict[str, Any]:
+    return {
+        "dimension": one.dimension,
+        "kind": one.kind,
+        "flip": one.flip,
+        "written": one.written,
+        "before": one.before,
+        "after": one.after,
+        "lives": one.lives,
+    }
+
+
+def _trace(one: Trace) -> dict[str, Any]:
+    return {"dimension": one.dimension, "values": list(one.values), "written": list(one.written)}
+
+
+def _by_hand(scan: Scan) -> dict[str, Any] | None:
+    chosen = scan.settings.by_hand
+    if not chosen:
+        return None
+    return {
+        "event": chosen.event,
+        "layer": chosen.layer,
+        "expert": chosen.expert,
+        "indices": list(chosen.indices) or None,
     }
 
 
@@ -91,13 +132,22 @@ def _place(one: Protected) -> dict[str, Any]:
 
 def _published(scan: Scan) -> dict[str, Any] | None:
     known = published(scan.identity.model)
-    if known is None or scan.massive is None:
+    if known is None:
         return None
+    found = {(one.layer, one.hidden_dim, one.ffn_index) for one in scan.super_weights}
+    rows = known.rows
     return {
-        "layer": known.layer,
-        "expert": known.expert,
-        "indices": list(known.indices),
-        "agreement": known.agreement(scan.massive.layer, scan.massive.indices),
+        "layer": None if rows is None else rows.layer,
+        "expert": None if rows is None else rows.expert,
+        "indices": None if rows is None else list(rows.indices),
+        "source": None if rows is None else rows.source,
+        "agreement": None
+        if rows is None or scan.massive is None
+        else rows.agreement(scan.massive.layer, scan.massive.indices),
+        "super_weights": [
+            {"layer": layer, "hidden_dim": dim, "ffn_index": index, "found": (layer, dim, index) in found}
+            for layer, dim, index in known.super_weights
+        ],
     }
 
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def plot_scan(scan: Scan, path: Path) -> None:
-    """The three largest entries and the median of each layer's states (as the paper draws them), and the shares.
+    """The three largest entries and the median of each layer's states, and what each FFN adds to the massive dimension.
 
-    The massive layer is marked; without one there are no shares. Written whole or not at all; raises OutputError
-    where it cannot be.
+    Events and the massive layer are marked; without one the third panel is left out. Raises OutputError, and leaves
+    no file, where it cannot be written.
     """
     pyplot = load_pyplot()
     panels = 2 if scan.massive is None else 3
@@ -35,21 +35,23 @@ def plot_scan(scan: Scan, path: Path) -> None:
     lines, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(lines, labels, frameon=False, fontsize="small", loc="outside right upper")  # beside, it hides none
     if scan.massive is not None:
-        axes[0][2].bar(layers[: len(scan.attribution)], scan.attribution, color="C3")
-        axes[0][2].set(
-            title="written by the FFN", xlabel="layer", ylabel=f"share of dimension {scan.massive.dimension}"
-        )
+        dimension = scan.massive.dimension
+        axes[0][2].bar(layers, [float(state.added[dimension]) for state in scan.states], color="C3")
+        axes[0][2].set(title="written by the FFN", xlabel="layer", ylabel=f"added to dimension {dimension}")
+        axes[0][2].set_yscale("symlog", linthresh=1)
         axes[0][2].axhline(0, color="0.6", linewidth=0.8)
     for panel in axes[0]:
-        _whole_layers(panel, None if scan.massive is None else scan.massive.layer)
+        _mark(panel, scan)
     figure.suptitle(f"{scan.identity.model}, {scan.bos.token or scan.bos.id} alone", parse_math=False)
     save_figure(figure, path)
 
 
-def _whole_layers(panel: Any, marked: int | None) -> None:
-    """Layers are whole numbers; behind the curves a band where the massive one is."""
+def _mark(panel: Any, scan: Scan) -> None:
+    """Layers as whole numbers; behind the curves a band where the massive layer is, and a dotted line at each event."""
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if marked is not None:
-        panel.axvspan(marked - 0.4, marked + 0.4, color="C1", alpha=0.15, zorder=0)
+    for event in scan.events:
+        panel.axvline(event.layer, color="0.7", linewidth=0.8, linestyle=":", zorder=0)
+    if scan.massive is not None:
+        panel.axvspan(scan.massive.layer - 0.4, scan.massive.layer + 0.4, color="C1", alpha=0.15, zorder=0)

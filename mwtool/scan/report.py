@@ -1,9 +1,11 @@
-"""A scan as text for people, with Rich: the layers, the rows, what they carry and where they are stored."""
+"""A scan as text for people, with Rich: levels over depth, the events, the massive rows, and what to type next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -12,28 +14,49 @@ from rich.text import Text
 
 from mwtool.scan.definitions import median
 from mwtool.scan.published import published
+from mwtool.scan.story import build_up, label_of, overflow, peak, ranges, story, told, trace
+from mwtool.scan.tables import number, percent, times
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mwtool.massive import MassiveWeights
     from mwtool.scan.ranking import Router
     from mwtool.scan.scanner import Scan
 
+LEVELS = "▁▂▃▄▅▆▇█"
 
-DRAWN = 70
-"""Columns from which on the bars have room beside the numbers, which are never cut."""
+FOLDED_FROM = 12
+"""With more events than this, neighbours that do the same to the same dimension share a line."""
+
+NARROW, WIDE = 76, 96
+"""Columns from which on the events' table has room for all its columns: alone, and with those of a check."""
 
 
-def scan_report(scan: Scan, width: int) -> RenderableType:
-    """All a scan found: what was fed, the layers, the rows, and what to do with them."""
-    legend = "█ median  ─● top-1, on one log scale a column\n" if width >= DRAWN else ""
-    parts: list[RenderableType] = [_heading(scan), _layers(scan, width), Text(legend, "dim")]
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check adds. cells: event number -> texts for "zero k" and "retain k"; lines: what it concludes."""
+
+    k: int
+    cells: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+def scan_report(scan: Scan, width: int, *, every: bool = False, check: Checked | None = None) -> RenderableType:
+    """The report of a scan. width: columns of the terminal; every: one line for each event, however many there are."""
+    parts: list[RenderableType] = [_heading(scan)]
+    if scan.events:
+        parts += [
+            _levels(scan, width),
+            _events(scan, width, every=every, check=check),
+            _legend(scan, full=_full(width, check)),
+        ]
+        parts += [Text(story(scan, dimension)) for dimension in told(scan)]
+        parts += [Text(line, "yellow") for d in told(scan) if (line := build_up(scan, d)) is not None]
     if scan.massive is None:
-        parts.extend(_nothing(scan))
+        parts += _nothing(scan)
     else:
-        parts.extend([_verdict(scan, scan.massive), _rows(scan.massive), *_consequences(scan, scan.massive)])
-    return Group(*parts)
+        parts += [Text(), _verdict(scan, scan.massive), _rows(scan.massive)]
+    parts += [Text(line) for line in (check.lines if check is not None else ())]
+    return Group(*parts, *_remarks(scan), *_next(scan, check))
 
 
 def _heading(scan: Scan) -> RenderableType:
@@ -44,91 +67,159 @@ def _heading(scan: Scan) -> RenderableType:
         (one.model, "bold"),
         f"{revision}: {one.model_type}, {one.layers} layers, hidden {one.hidden_size:,}, "
         f"FFN {one.intermediate_size:,}, {scan.parameters:,} parameters, {scan.dtype} on {scan.device}\n"
-        f"fed: {bos.token or '(no tokenizer)'} (id {bos.id}, {origin[bos.how]}) alone at the first position\n",
+        f"input: {bos.token or '(no tokenizer)'} (id {bos.id}, {origin[bos.how]}) alone at the first position\n",
     )
 
 
-def _layers(scan: Scan, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    bar = max(6, min(24, (width - 58) // 2))
-    table.add_column("layer", justify="right")
-    for column in ("hidden", "intermediate"):
-        if width >= DRAWN:
-            table.add_column(column, no_wrap=True)
-        table.add_column("top-1" if width >= DRAWN else column, justify="right", no_wrap=True)
-        table.add_column("median", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    hidden = [_measures(state.hidden) for state in scan.states]
-    intermediate = [_measures(state.intermediate) for state in scan.states]
-    for state, h, z in zip(scan.states, hidden, intermediate, strict=True):
-        share = f"{scan.attribution[state.layer]:.1%}" if state.layer < len(scan.attribution) else ""
-        marked = scan.massive is not None and state.layer == scan.massive.layer
-        cells = [f"{'▶ ' if marked else ''}{state.layer}"]
-        for figures, whole in ((h, hidden), (z, intermediate)):
-            cells += [_bar(*figures, whole, bar)] if width >= DRAWN else []
-            cells += map(_number, figures)
-        table.add_row(*cells, share, style="bold yellow" if marked else None)
+def _levels(scan: Scan, width: int) -> Text:
+    """|h_l[d]| of the dimensions worth a sentence, a character a layer, on one log scale."""
+    shown = told(scan)
+    largest = max(peak(scan, dimension)[1] for dimension in shown)
+    text = Text(f"|h| after layers 0 to {len(scan.states) - 1}, log scale\n", "dim")
+    for dimension in shown:
+        at, value = peak(scan, dimension)
+        name = str(dimension).ljust(max(len(str(one)) for one in shown))
+        line = sparkline([abs(v) for v in trace(scan, dimension).values], largest, max(width - 40, 20))
+        text.append(f"dimension {name} {line} max {number(value)} (layer {at})\n")
+    return text
+
+
+def sparkline(values: list[float], largest: float, width: int) -> str:
+    """One character a value from 1 to `largest` on a log scale; neighbours share one, by their maximum, if too many."""
+    each = math.ceil(len(values) / width)
+    joined = [max(values[at : at + each]) for at in range(0, len(values), each)]
+    top = math.log(max(largest, math.e))
+    return "".join(
+        LEVELS[min(len(LEVELS) - 1, max(0, int(math.log(max(value, 1.0)) / top * len(LEVELS))))] for value in joined
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of the events' table: an event, or neighbours that do the same to the same dimension."""
+
+    first: int
+    last: int
+    label: str
+
+
+def _lines(scan: Scan, *, every: bool) -> list[_Line]:
+    lines: list[_Line] = []
+    for at, event in enumerate(scan.events):
+        label = label_of(scan, at)
+        if not every and len(scan.events) > FOLDED_FROM and lines:
+            last = lines[-1]
+            before = scan.events[last.last]
+            marked = scan.massive_event in (at, last.last)
+            joins = (before.dimension, last.label, before.layer) == (event.dimension, label, event.layer - 1)
+            if joins and not marked:
+                lines[-1] = _Line(last.first, at, label)
+                continue
+        lines.append(_Line(at, at, label))
+    return lines
+
+
+def _events(scan: Scan, width: int, *, every: bool, check: Checked | None) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    full = _full(width, check)
+    for name in ("#", "layer"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("event", no_wrap=True)
+    names = ["dim", "before", "after", *(["lives"] if full else []), "row", "|z|", *(["x median"] if full else [])]
+    names += ["share", *([] if check is None else [f"zero {check.k}", f"retain {check.k}"])]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in _lines(scan, every=every):
+        table.add_row(*_cells(scan, line, full=full, check=check), style=_style(scan, line))
     return table
 
 
-def _measures(vector: Tensor) -> tuple[float, float]:
-    return float(vector.abs().max()), median(vector)
+def _full(width: int, check: Checked | None) -> bool:
+    """Whether there is room for how long an event lives and the ratio to the median."""
+    return width >= (NARROW if check is None else WIDE)
 
 
-def _bar(top: float, middle: float, column: list[tuple[float, float]], width: int) -> str:
-    """A log-scaled bar: solid up to the median, a line up to top-1."""
-    present = [value for pair in column for value in pair if value > 0]
-    low, high = math.log10(min(present, default=1.0)), math.log10(max(present, default=1.0))
+def _style(scan: Scan, line: _Line) -> str | None:
+    return "bold yellow" if scan.massive_event == line.first else None
 
-    def cells(value: float) -> int:
-        return 0 if value <= 0 else 1 + round((width - 1) * (math.log10(value) - low) / max(high - low, 1e-9))
 
-    solid, end = min(cells(middle), width - 1), cells(top)
-    return "█" * solid + ("─" * (end - solid - 1) + "●" if end > solid else "")
+def _cells(scan: Scan, line: _Line, *, full: bool, check: Checked | None) -> list[str]:
+    group = scan.events[line.first : line.last + 1]
+    top = max(group, key=lambda event: event.rows.magnitudes[0])
+    mark = "▶ " if scan.massive_event == line.first else ""
+    cells = [f"{mark}{_span(line.first, line.last)}", _span(group[0].layer, group[-1].layer), line.label]
+    cells += [str(top.dimension), number(group[0].before), number(group[-1].after)]
+    lives = "" if top.lives is None else str(top.lives)
+    row = f"{top.rows.indices[0]}" if top.rows.expert is None else f"e{top.rows.expert}:{top.rows.indices[0]}"
+    cells += [*([lives] if full else []), row, number(top.rows.magnitudes[0])]
+    cells += [times(top.rows.magnitudes[0], top.rows.median)] if full else []
+    cells.append(f"{top.rows.shares[0]:.1%}")
+    return cells + ([] if check is None else list(check.cells.get(line.first, ("", ""))))
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _legend(scan: Scan, *, full: bool) -> Text:
+    expert = " (eN:row in expert N)" if any(event.rows.expert is not None for event in scan.events) else ""
+    lives = "" if not full else " lives: layers until |h| is below half of after."
+    return Text(f"row: largest |z| of the FFN{expert}. share: its part of what the FFN adds to dim.{lives}", "dim")
 
 
 def _nothing(scan: Scan) -> Iterator[Text]:
-    largest = max(
-        (state for state in scan.states if state.layer < scan.identity.layers - 1),
-        default=scan.states[-1],
-        key=lambda state: float(state.hidden.abs().max()),
-    )
-    top, middle = _measures(largest.hidden)
-    limits = scan.settings.thresholds
-    yield Text("No massive activations at this token.", "bold")
-    yield Text(
-        f"The largest entry of the residual stream is {_number(top)}, {_times(top, middle)} times the median, after "
+    dimensions = ", ".join(str(one.dimension) for one in scan.dimensions[:5])
+    if scan.absence == "written only in the last layer":
+        yield Text("\nNo massive layer: the only FFN that writes a massive dimension up is in the last layer.", "bold")
+    elif scan.absence == "not written by an FFN":
+        yield Text(
+            f"No massive layer: the stream has massive dimensions ({dimensions}), but no FFN writes them up; they come "
+            f"from the embedding or from attention.",
+            "bold",
+        )
+    else:
+        yield Text("No massive activations at this token.", "bold")
+        yield Text(_largest(scan))
+
+
+def _largest(scan: Scan) -> str:
+    counted = [state for state in scan.states if state.layer < scan.identity.layers - 1] or list(scan.states)
+    largest = max(counted, key=lambda state: float(state.hidden.abs().max()))
+    top, middle, limits = float(largest.hidden.abs().max()), median(largest.hidden), scan.settings.thresholds
+    return (
+        f"The largest entry of the residual stream is {number(top)}, {times(top, middle)} times the median, after "
         f"layer {largest.layer}; massive means above {limits.magnitude:g} and {limits.ratio:g} times the median."
     )
 
 
 def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
-    where = "settles at" if scan.settled is not None else "never settles; it is largest at"
-    at = len(scan.attribution) - 1
+    title = "Chosen by hand: layer" if scan.settings.by_hand else "Massive layer"
     text = Text.assemble(
-        (f"Massive layer {massive.layer}", "bold"),
-        f" ({massive.module}; layer {massive.layer + 1} in the paper's count): "
-        f"its FFN writes {scan.attribution[massive.layer]:.1%} of dimension {massive.dimension}, "
-        f"which {where} layer {at} with {_number(massive.value)}.\n",
-        (f"{massive.count} of {_width(scan, massive):,} rows", "bold"),
-        " make up 90 % of it.",
+        (f"{title} {massive.layer}", "bold"),
+        f" ({massive.module}, the paper's layer {massive.layer + 1})",
+        "." if scan.settings.by_hand else ": largest |z| of the writes up.",
     )
-    if scan.growth is not None and abs(scan.growth[1]) > abs(massive.value):
-        text.append(f" Later layers take it to {_number(scan.growth[1])} (layer {scan.growth[0]}).")
+    verb = "carries" if massive.count == 1 else "carry"
+    text.append(f"\n{massive.count} of {_width(scan, massive):,} rows {verb} it", "bold")
+    k = len(massive.indices)
+    top = f"the {k} rows below are" if k > 1 else "the row below is"
+    text.append(f"; {top} {massive.share_of_parameters:.4%} of all parameters.")
+    if scan.settings.by_hand and scan.predicted is not None:
+        text.append(f"\nBy the definitions it would be layer {scan.predicted.layer}.")
     if scan.router is not None:
         text.append(_routing(scan.router, massive.expert))
     return text
 
 
 def _width(scan: Scan, massive: MassiveWeights) -> int:
-    """I of the network that carries it; in an MoE model it may differ from layer to layer."""
+    """I of the network that holds the rows; in an MoE model it may differ from layer to layer."""
     parts = scan.states[massive.layer].parts
     return next(part.intermediate.numel() for part in parts if part.ffn.expert == massive.expert)
 
 
 def _routing(router: Router, carrier: int | None) -> str:
-    """Which expert carries it, where the router sends bos, and what the shared expert writes."""
-    lines = ["The shared expert carries it." if carrier is None else f"Expert {carrier} carries it."]
+    """Which network the rows belong to, where the router sends bos, and what the shared expert writes."""
+    lines = ["The rows are the shared expert's." if carrier is None else f"The rows are those of expert {carrier}."]
     lines += [
         f"bos goes to expert {c.expert}: probability {c.probability:.1%}, weight {c.weight:.3g}, share {c.share:.1%}"
         for c in router.choices
@@ -140,74 +231,56 @@ def _routing(router: Router, carrier: int | None) -> str:
 
 def _rows(massive: MassiveWeights) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column("rank", justify="right")
-    table.add_column("row", justify="right")
-    table.add_column("|z|", justify="right")
-    table.add_column("x median", justify="right")
-    table.add_column(f"share of output {massive.dimension}", justify="right")
+    for name in ("rank", "row", "|z|", "x median", f"share of dim {massive.dimension}"):
+        table.add_column(name, justify="right")
     ranked = zip(massive.indices, massive.magnitudes, massive.shares, strict=True)
     for rank, (index, magnitude, share) in enumerate(ranked, start=1):
         style = "bold yellow" if rank <= massive.count else None
-        table.add_row(
-            str(rank), str(index), _number(magnitude), _times(magnitude, massive.median), f"{share:.2%}", style=style
-        )
+        cells = (str(rank), str(index), number(magnitude), times(magnitude, massive.median), percent(share))
+        table.add_row(*cells, style=style)
     return table
 
 
-def _consequences(scan: Scan, massive: MassiveWeights) -> Iterator[RenderableType]:
-    k = len(massive.indices)
-    yield Text(f"\nThe {k} row{'s are' if k > 1 else ' is'} {massive.share_of_parameters:.4%} of all parameters.")
+def _remarks(scan: Scan) -> Iterator[Text]:
+    """What is worth knowing beside the answer, a line each."""
+    yield Text()
+    if (warning := overflow(scan)) is not None:
+        yield Text(warning, "yellow")
     layers = sorted({layer for layer, _, _ in scan.sun})
-    passed = f"passed after layers {_ranges(layers)}" if layers else "not passed"
-    yield Text(f"The strict published test (sun, {scan.settings.thresholds.sun_ratio:g} x median) is {passed}.")
-    if scan.super_weights:
-        coordinates = ", ".join(f"({w.layer}; {w.hidden_dim}; {w.ffn_index})" for w in scan.super_weights)
-        yield Text(f"Super weights (layer; hidden dimension; FFN index): {coordinates}.")
-    known = published(scan.identity.model)
-    if known is not None:
-        expert = "" if known.expert is None else f", expert {known.expert}"
-        rows = ", ".join(map(str, known.indices))
+    passed = f"passed after layers {ranges(layers)}" if layers else "not passed"
+    yield Text(f"The stricter published test ({scan.settings.thresholds.sun_ratio:g} x median) is {passed}.")
+    yield from map(Text, _compared(scan))
+    if scan.partial:
+        last = len(scan.states) - 1
         yield Text(
-            f"Published (layer {known.layer}{expert}: {rows}): {known.agreement(massive.layer, massive.indices)}."
+            f"Only layers 0 to {last} of {scan.identity.layers} were run: a later layer may erase this, or write a "
+            f"larger value.",
+            "yellow",
         )
-    yield Text("\nKeep in high precision when quantizing:", "bold")
-    yield _protected(scan)
-    if scan.stopped:
-        read = f"{len(scan.states)} of {scan.identity.layers} layers"
-        yield Text(f"\nRead {read}: the answer had settled (--all-layers goes on).", "dim")
 
 
-def _protected(scan: Scan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("parameter", no_wrap=True)  # a name to copy: the indices give way
-    table.add_column("dim", justify="right")
-    table.add_column("indices")
-    for place in scan.protect:
-        name = place.parameter if place.expert is None else f"{place.parameter}[{place.expert}]"
-        if place.checkpoint_name not in (None, place.parameter):
-            name += f"\n  in the files: {place.checkpoint_name}"
-        table.add_row(name, str(place.dim), ", ".join(map(str, place.indices)))
-    return table
+def _compared(scan: Scan) -> Iterator[str]:
+    known = published(scan.identity.model)
+    if known is None:
+        return
+    if known.rows is not None and scan.massive is not None:
+        expert = "" if known.rows.expert is None else f", expert {known.rows.expert}"
+        rows = ", ".join(map(str, known.rows.indices))
+        said = known.rows.agreement(scan.massive.layer, scan.massive.indices)
+        yield f"Published (layer {known.rows.layer}{expert}: {rows}): {said}."
+    if known.super_weights:
+        found = {(w.layer, w.hidden_dim, w.ffn_index) for w in scan.super_weights}
+        agreed = sum(one in found for one in known.super_weights)
+        yield f"Published super weights: {agreed} of {len(known.super_weights)} found."
 
 
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 5 -> `1-3, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _times(value: float, middle: float) -> str:
-    return f"{value / middle:,.0f}" if middle > 0 else "∞"
-
-
-def _number(value: float) -> str:
-    """Four significant digits, thousands grouped."""
-    magnitude = abs(value)
-    if magnitude >= 1000:  # noqa: PLR2004 - four digits
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
+    """What to type from here."""
+    model = shlex.quote(scan.identity.model)
+    yield Text()
+    if scan.massive is not None and check is None:
+        yield Text("Next: measure what the model loses without these rows", "bold")
+        yield Text(f"  mwtool ablate {model}")
+    flags = ["--states", *(["--super-weights"] if scan.super_weights else [])]
+    flags += ["--protect"] if scan.protect else []
+    yield Text(f"More tables: mwtool scan with {', '.join(flags)}")

@@ -1,9 +1,8 @@
-"""Find a model's massive weights: run bos, see which layer writes the massive dimension, rank its rows.
+"""Find a model's massive weights: run bos, find the layers that write massive dimensions, rank their rows.
 
-Definitions follow the paper (Oh, Shin, Oh, "House of Cards", arXiv 2410.01866v2) with
-the choices it leaves open made explicit; docs/definitions.md has them all. Layers count
-from 0. h_l is the residual stream after layer l, z_l the FFN's intermediate state, w_l
-what the FFN adds to the stream, all for bos at the first position.
+Definitions follow the paper (Oh, Shin, Oh, "House of Cards", arXiv 2410.01866v2) and make the choices it leaves open;
+docs/definitions.md has them all. Layers count from 0. h_l is the residual stream after layer l, z_l the FFN's
+intermediate state, w_l what the FFN adds to the stream, all for bos at the first position.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
 from mwtool.architecture.packed import packed_dtype
@@ -24,17 +23,21 @@ from mwtool.models.bos import Bos, find_bos
 from mwtool.models.identity import identity_of
 from mwtool.models.source import Source, locate
 from mwtool.models.streaming import Stream, open_stream
+from mwtool.scan.by_hand import ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (
-    Origin,
-    attribution,
-    growth,
-    largest_origin,
-    peak_layer,
-    settled_origin,
+    Absence,
+    Event,
+    Trace,
+    absence,
+    massive_dimensions,
+    massive_event,
     sun,
+    traces,
+    writes,
 )
-from mwtool.scan.ranking import Protected, Router, carrier, rank, routing, to_protect
+from mwtool.scan.protect import Protected
+from mwtool.scan.ranking import Ranker, Router, carrier, routing
 from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,14 +48,15 @@ OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scan:
-    """What a scan found. `massive` is None where the model has no massive dimension.
+    """The result of a scan.
 
-    settled: the layer l* where the massive dimension stands; None where it never settles.
-    attribution: share of h_l*[d] that each layer's FFN wrote, for l <= l*.
-    growth: (layer, value) of the largest |h_l[d]| after l*, the last layer excepted.
-    sun: (layer, dimension, value) of each largest entry that passes the strict published test.
+    states: of each layer walked, first layer first. dimensions: each massive dimension over these layers.
+    events: one for each layer that writes a large part of a massive dimension, first layer first.
+    massive: the rows of the massive layer, or those chosen by hand; None where `absence` says why.
+    sun: (layer, dimension, value) of each entry that passes the stricter published test.
+    protect: where the rows in `massive` are stored. event_protect: the same for the rows of each event.
     router: how bos is routed at the massive layer; None where that layer is dense.
     """
 
@@ -62,21 +66,33 @@ class Scan:
     bos: Bos
     settings: Settings
     states: tuple[LayerState, ...]
+    dimensions: tuple[Trace, ...]
+    events: tuple[Event, ...]
     massive: MassiveWeights | None
-    settled: int | None
-    attribution: tuple[float, ...]
-    growth: tuple[int, float] | None
-    intermediate_peak_layer: int | None
+    absence: Absence | None
     sun: tuple[tuple[int, int, float], ...]
     protect: tuple[Protected, ...]
+    event_protect: tuple[tuple[Protected, ...], ...]
     parameters: int
     notes: tuple[str, ...]
     router: Router | None = None
 
     @property
-    def stopped(self) -> bool:
-        """Whether the walk ended before the last layer because the answer had settled."""
+    def partial(self) -> bool:
+        """Whether the walk ended before the model's last layer."""
         return len(self.states) < self.identity.layers
+
+    @property
+    def massive_event(self) -> int | None:
+        """The number of the event at the layer of `massive`; None where there is none."""
+        if self.massive is None:
+            return None
+        return next((n for n, event in enumerate(self.events) if event.layer == self.massive.layer), None)
+
+    @property
+    def predicted(self) -> Event | None:
+        """The event of the massive layer by the definitions, whatever was chosen by hand."""
+        return massive_event(self.events, self.identity.layers)
 
     @property
     def super_weights(self) -> tuple[SuperWeight, ...]:
@@ -92,20 +108,26 @@ def scan_checkpoint(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Scan:
     """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
 
-    model: Hub id, folder, PEFT adapter folder (its base model is scanned) or ``demo``.
-    dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+    model: Hub id, folder, PEFT adapter folder (its base model is scanned), GGUF file or ``demo``.
+    dtype: ``auto`` (as stored; bfloat16 for quantized GGUF), ``float32``, ``bfloat16`` or ``float16``.
+    gguf_file: which GGUF file of a folder or Hub repository that holds several.
     Raises MwtoolError, saying what was found and expected.
     """
     settings = settings or Settings()
-    source = model if isinstance(model, Source) else locate(model, revision, trust_remote_code=trust_remote_code)
+    source = (
+        model
+        if isinstance(model, Source)
+        else locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    )
     config = source.config()
     adapter = adapter_for(config.model_type)
     layers = decoder_layers(adapter, config)
-    bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
+    bos = find_bos(settings.bos, source.vocabulary(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
     paths = [layer.path for layer in layers]
     fits = partial(check_fit, adapter, layers)
@@ -116,7 +138,16 @@ def scan_checkpoint(
             *notes,
             f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
         )
-    subject = _Subject(stream.model, layers, bos, source.name, str(adapter), source.revision, notes, stream)
+    subject = _Subject(
+        model=stream.model,
+        layers=layers,
+        bos=bos,
+        name=source.name,
+        adapter=str(adapter),
+        revision=source.revision,
+        notes=notes,
+        stream=stream,
+    )
     return _scan(subject, settings, on_layer)
 
 
@@ -143,7 +174,7 @@ def scan_model(
     training: bool = base.training
     base.eval()
     try:
-        return _scan(_Subject(base, layers, bos, name, str(adapter)), settings)
+        return _scan(_Subject(model=base, layers=layers, bos=bos, name=name, adapter=str(adapter)), settings)
     finally:
         base.train(training)
 
@@ -169,7 +200,7 @@ def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
     return [ffn for layer in layers for ffn in layer.ffns if not ffn.expert]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Subject:
     """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
 
@@ -185,15 +216,15 @@ class _Subject:
 
 def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
     model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
-    largest = max(ffn.width(model) for ffn in _kinds(subject.layers))
-    if not 1 <= settings.k <= largest:
-        raise BadValue(
-            f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
-        )
-
+    _check(settings, subject)
     states = _walked(subject, settings, on_layer)
-    origin = settled_origin(states, total, thresholds) or largest_origin(states, total, thresholds)
-    massive, router, protect = (None, None, ()) if origin is None else _rows(subject, states, origin, settings.k)
+    ranker = Ranker(
+        model=model, layers=subject.layers, stream=subject.stream, parameters=_parameters(subject), k=settings.k
+    )
+    dimensions = massive_dimensions(states, total, thresholds)
+    written = writes(states, total, dimensions, thresholds)
+    events = tuple(ranker.event(states[layer], large) for layer, large in written.items())
+    massive = _massive(settings, ranker, states, events, dimensions)
     return Scan(
         identity=identity_of(subject.name, subject.revision, model.config, subject.layers, model),
         dtype=_short(model.dtype),
@@ -201,55 +232,65 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
         bos=subject.bos,
         settings=settings,
         states=tuple(states),
+        dimensions=traces(states, dimensions),
+        events=events,
         massive=massive,
-        settled=origin.layer if origin is not None and origin.settled else None,
-        attribution=attribution(states, origin),
-        growth=growth(states, total, origin),
-        intermediate_peak_layer=None if origin is None else peak_layer(states[: origin.layer + 1]),
+        absence=absence(events, dimensions, total) if massive is None else None,
         sun=tuple(sun(states, thresholds)),
-        protect=protect,
-        router=router,
-        parameters=_parameters(subject),
+        protect=() if massive is None else ranker.protect(massive),
+        event_protect=tuple(ranker.protect(event.rows) for event in events),
+        router=None if massive is None else routing(states[massive.layer], massive.dimension),
+        parameters=ranker.parameters,
         notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
     )
 
 
-def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
-    """What bos leaves in each layer, up to the one after which the answer has settled."""
-    stream, total = subject.stream, len(subject.layers)
+def _check(settings: Settings, subject: _Subject) -> None:
+    """Refuse what can be refused before the walk."""
+    total, last = len(subject.layers), settings.last_layer
+    largest = max(ffn.width(subject.model) for ffn in _kinds(subject.layers))
+    if not 1 <= settings.k <= largest:
+        raise BadValue(
+            f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
+        )
+    if last is not None and not 0 <= last < total:
+        raise BadValue(f"the walk is to end at layer {last}; the model has layers 0 to {total - 1}")
+    settings.by_hand.check(total)
 
-    def enough(states: Sequence[LayerState]) -> bool:
-        return not settings.all_layers and settled_origin(states, total, settings.thresholds) is not None
+
+def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
+    """The states bos leaves in each layer, up to the last one asked for."""
+    stream = subject.stream
+    layers = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
 
     def done(state: LayerState) -> None:
         if on_layer is not None:
-            on_layer(state.layer + 1, total, 0 if stream is None else stream.bytes_read)
+            on_layer(state.layer + 1, len(layers), 0 if stream is None else stream.bytes_read)
 
-    place = None if stream is None else stream.device
-    looking: Any = {"spike": settings.thresholds.spike, "enough": enough, "device": place, "on_layer": done}
+    place, spike = None if stream is None else stream.device, settings.thresholds.spike
     with nullcontext(subject.model) if stream is None else stream.flowing() as running:
         try:
-            return walk(running, subject.layers, subject.bos.id, **looking)
+            return walk(running, layers, subject.bos.id, spike=spike, device=place, on_layer=done)
         except BadPlugin as fault:
-            if str(fault).startswith(subject.adapter):  # said already: a callable of its own failed
+            if str(fault).startswith(subject.adapter):  # already named: one of its own callables failed
                 raise
             raise BadPlugin(f"{subject.adapter} does not describe {type(subject.model).__name__}: {fault}") from fault
 
 
-def _rows(
-    subject: _Subject, states: Sequence[LayerState], origin: Origin, k: int
-) -> tuple[MassiveWeights, Router | None, tuple[Protected, ...]]:
-    """Rank the rows of the massive layer, the one with the largest share; a streamed layer is read once more."""
-    shares = attribution(states, origin)
-    at = max(range(len(shares)), key=lambda index: shares[index])
-    layer, part = subject.layers[at], carrier(states[at], origin.dimension)
-    whole = part.intermediate.numel()
-    if k > whole:
-        raise BadValue(f"k is {k}; {part.ffn.module} in layer {at} has {whole} rows: k must be from 1 to {whole}")
-    with nullcontext(part.ffn) if subject.stream is None else subject.stream.holding(layer, part.ffn) as held:
-        massive = rank(part, held, subject.model, origin, layer=at, k=k, parameters=_parameters(subject))
-    protect = to_protect(part.ffn, subject.model, massive.indices, subject.stream)
-    return massive, routing(states[at], origin.dimension), protect
+def _massive(
+    settings: Settings,
+    ranker: Ranker,
+    states: Sequence[LayerState],
+    events: Sequence[Event],
+    dimensions: Sequence[int],
+) -> MassiveWeights | None:
+    """The rows of the massive layer, or of what the user chose in its place."""
+    found = massive_event(events, len(ranker.layers))
+    if settings.by_hand:
+        return ranked_by_hand(settings.by_hand, ranker, states, events=events, massive=found, dimensions=dimensions)
+    if found is not None:
+        ranker.check(found.rows, carrier(states[found.layer], found.dimension))
+    return None if found is None else found.rows
 
 
 def _parameters(subject: _Subject) -> int:

@@ -235,7 +235,7 @@ def _walk(
     model: PreTrainedModel, layers: list[DecoderLayer], last: int | None = None, token: int = BOS
 ) -> list[LayerState]:
     """States of one token, bos by default, up to layer `last`."""
-    return walk(model, layers, token, spike=float("inf"), enough=lambda states: len(states) - 1 == last)
+    return walk(model, layers if last is None else layers[: last + 1], token, spike=float("inf"))
 
 
 def _part(state: LayerState, ffn: FFN) -> Part:

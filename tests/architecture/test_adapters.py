@@ -24,7 +24,6 @@ from mwtool.models.streaming import open_stream
 from mwtool.scan.capture import LayerState, walk
 from mwtool.testing.kit import check_adapter, check_type, tiny_config
 
-WHOLE = Settings(all_layers=True)
 MORE_TYPES = [model_type for model_type in tiny.ALL_TYPES if model_type not in tiny.TYPES]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bloom", {"apply_residual_connection_post_layernorm": True}),
@@ -104,8 +103,8 @@ def test_a_streamed_mixture_routes_as_the_full_model_does(tmp_path: Path, model_
     another order.
     """
     folder = tiny.saved(tmp_path, tiny.model(model_type, dtype))
-    full = scan_model(AutoModelForCausalLM.from_pretrained(folder), settings=WHOLE)
-    streamed = scan_checkpoint(str(folder), WHOLE)
+    full = scan_model(AutoModelForCausalLM.from_pretrained(folder))
+    streamed = scan_checkpoint(str(folder))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     assert any(len(state.parts) > 1 for state in streamed.states)
     for ours, theirs in zip(streamed.states, full.states, strict=True):
@@ -124,7 +123,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
 @pytest.mark.parametrize("model_type", tiny.MOE_TYPES)
 def test_the_hidden_states_of_a_streamed_mixture_are_those_transformers_gives(tmp_path: Path, model_type: str) -> None:
     folder = tiny.saved(tmp_path, tiny.model(model_type))
-    streamed = scan_checkpoint(str(folder), WHOLE).states
+    streamed = scan_checkpoint(str(folder)).states
     with torch.no_grad():
         full = AutoModelForCausalLM.from_pretrained(folder)
         hidden = full(input_ids=torch.tensor([[tiny.BOS]]), output_hidden_states=True).hidden_states
@@ -138,7 +137,7 @@ def test_experts_that_bos_is_not_routed_to_are_never_read(tmp_path: Path, model_
     model = tiny.model(model_type)
     tiny.plant(model, row=11)
     folder = tiny.saved(tmp_path, model)
-    before = scan_checkpoint(str(folder), WHOLE)
+    before = scan_checkpoint(str(folder))
     tensors = load_file(folder / "model.safetensors")
     spoiled = 0
     for state in before.states:
@@ -148,7 +147,7 @@ def test_experts_that_bos_is_not_routed_to_are_never_read(tmp_path: Path, model_
                 spoiled += spoil(tensors, state.layer, ffn.expert)
     assert spoiled
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    after = scan_checkpoint(str(folder), WHOLE)
+    after = scan_checkpoint(str(folder))
     assert after.massive == before.massive
     assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(after.states, before.states, strict=True))
 
@@ -182,7 +181,7 @@ def test_no_more_experts_than_routed_are_in_memory_at_a_time(tmp_path: Path) -> 
 
     with stream.flowing():
         hooks = [stream.model.get_submodule(path).register_forward_pre_hook(look) for path in experts]
-        walk(stream.model, layers, tiny.BOS, spike=50, enough=lambda _: False, on_layer=after)
+        walk(stream.model, layers, tiny.BOS, spike=50, on_layer=after)
     for hook in hooks:
         hook.remove()
     assert set(sizes) == {config.num_experts_per_tok}
@@ -288,7 +287,7 @@ def test_the_command_line_finds_rows_of_one_expert(tmp_path: Path, model_type: s
     assert all(0 < choice["probability"] < 1 for choice in router["probabilities"])
     assert {place["expert"] for place in document["weights"]} == {ffn.expert}
     text = CliRunner().invoke(app, ["scan", str(tmp_path)]).stdout
-    assert f"Expert {ffn.expert} carries it" in text
+    assert f"The rows are those of expert {ffn.expert}." in text
 
 
 def test_probabilities_are_the_routers_own(tmp_path: Path) -> None:
@@ -297,7 +296,7 @@ def test_probabilities_are_the_routers_own(tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     gate = model.model.layers[1].mlp.gate
     hook = gate.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
-    parts = scan_model(model, settings=WHOLE).states[1].parts
+    parts = scan_model(model).states[1].parts
     hook.remove()
     logits = seen[0][0].double() @ gate.weight.detach().double().T  # (E,)
     expected = logits.softmax(-1)

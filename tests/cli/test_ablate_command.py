@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from typer import BadParameter
 from words import planted_folder, with_tokenizer
 
-from mwtool.cli.ablate import numbers
+from mwtool.cli.options import numbers
 from mwtool.files.document import text_of
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
@@ -140,7 +140,10 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
     (tmp_path / "scan.json").write_text(text_of(scanned))
     assert "was made with layers 7" in ablate(folder, "--massive", tmp_path / "scan.json").fault
     (tmp_path / "scan.json").write_text("{}")
-    assert "has schema None; expected 'mwtool.scan/1'" in ablate(folder, "--massive", tmp_path / "scan.json").fault
+    assert (
+        "has schema None; expected 'mwtool.scan/2' or 'mwtool.scan/1'"
+        in ablate(folder, "--massive", tmp_path / "scan.json").fault
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ def test_json_is_one_document_and_output_is_the_same(model: Path, tmp_path: Path
 
 
 def test_a_document_holds_the_command_that_repeats_it(model: Path) -> None:
-    first = run("scan", model, "-k", 3, "--all-layers", "--json").document
-    assert first["command"] == f"mwtool scan {model} -k 3 --all-layers --json"
+    first = run("scan", model, "-k", 3, "--layers", "0-6", "--json").document
+    assert first["command"] == f"mwtool scan {model} -k 3 --layers 0-6 --json"
     assert run(*first["command"].split()[1:]).document == first
 
 
-def test_a_figure_shows_the_states_and_the_shares_of_the_document(
+def test_a_figure_shows_the_states_and_what_the_ffns_add_as_the_document_has_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("scan", model, "--plot", tmp_path / "layers.png").code == 0
@@ -59,14 +59,16 @@ def test_a_figure_shows_the_states_and_the_shares_of_the_document(
     drawn: list[Any] = []
     monkeypatch.setattr(plot, "save_figure", lambda figure, _path: drawn.append(figure))
     document = run("scan", model, "--plot", tmp_path / "again.svg", "--json").document
-    hidden, intermediate, shares = drawn[0].axes
+    hidden, intermediate, added = drawn[0].axes
     for panel, state in ((hidden, "hidden"), (intermediate, "intermediate")):
         ranked = [[abs(entry["value"]) for entry in layer[state]["top"]] for layer in document["layers"]]
         expected = [*map(list, zip(*ranked, strict=True)), [layer[state]["median"] for layer in document["layers"]]]
-        assert [list(line.get_ydata()) for line in panel.get_lines()] == expected
-    assert [bar.get_height() for bar in shares.patches[: len(document["attribution"])]] == pytest.approx(
-        [one["share"] for one in document["attribution"]]
-    )
+        lines = panel.get_lines()
+        assert [list(line.get_ydata()) for line in lines[: len(expected)]] == expected
+        marks = [line.get_xdata()[0] for line in lines[len(expected) :]]
+        assert marks == [event["layer"] for event in document["events"]]
+    (trace,) = [one for one in document["dimensions"] if one["dimension"] == document["massive"]["dimension"]]
+    assert [bar.get_height() for bar in added.patches[: len(trace["written"])]] == pytest.approx(trace["written"])
 
 
 def test_a_figure_that_cannot_be_written_is_told_before_the_scan(model: Path, tmp_path: Path) -> None:
@@ -125,14 +127,14 @@ def test_no_command_shows_the_help() -> None:
 
 def test_a_configuration_file_gives_defaults_and_flags_win(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "scan.yaml"
-    file.write_text(f"model: {model}\nk: 3\nall-layers: true\nsun_ratio: 7\n")
+    file.write_text(f"model: {model}\nk: 3\nlayers: 0-5\nsun_ratio: 7\n")
     from_file = run("scan", "--config", file, "--json").document
     assert len(from_file["massive"]["indices"]) == 3
-    assert from_file["layers_walked"] == tiny.LAYERS
+    assert from_file["layers_walked"] == 6
     assert from_file["thresholds"]["sun_ratio"] == 7
     flagged = run("scan", "-k", "2", "--config", file, "--json").document
     assert len(flagged["massive"]["indices"]) == 2
-    assert flagged["layers_walked"] == tiny.LAYERS
+    assert flagged["layers_walked"] == 6
 
 
 def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Pat
     [
         ("ration: 3", ["'ration'", "did you mean ratio?"]),
         ("sun-ration: 3", ["'sun-ration'", "did you mean sun-ratio?"]),
-        ("zzzz: 3", ["'zzzz'", "known are", "all-layers"]),
+        ("zzzz: 3", ["'zzzz'", "known are", "super-weights"]),
         ("k: many", ["-k"]),
         ("- 1", ["list"]),
         ("a: [", ["cannot be read"]),
@@ -189,7 +191,7 @@ def test_what_a_library_logs_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("mwtool ab", ["ablate"]), ("mwtool scan --all", ["--all-layers"]), ("mwtool scan --dtype bf", ["bfloat16"])],
+    [("mwtool ab", ["ablate"]), ("mwtool scan --sup", ["--super-weights"]), ("mwtool scan --dtype bf", ["bfloat16"])],
 )
 def test_the_shell_completes_commands_options_and_values(
     monkeypatch: pytest.MonkeyPatch, words: str, expected: list[str]
@@ -309,11 +311,13 @@ def test_no_number_and_no_name_is_cut_in_a_narrow_terminal(
     model: Path, columns: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    said = run("scan", model).out
-    assert "…" not in said
-    assert max(map(len, said.splitlines())) <= int(columns)
+    report, tables = run("scan", model).out, run("scan", model, "--states", "--super-weights", "--protect").out
+    assert "…" not in report + tables
+    assert max(map(len, report.splitlines())) <= int(columns)
+    if int(columns) >= 80:
+        assert max(map(len, tables.splitlines())) <= int(columns)
     for place in run("scan", model, "--json").document["weights"]:
-        assert f"{place['parameter']} " in said
+        assert f"{place['parameter']} " in tables
 
 
 def test_redirected_output_is_as_wide_as_its_tables(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from words import planted_folder
 
 from mwtool.files.document import text_of
+from mwtool.finetune.document import model_card
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
 
@@ -53,9 +54,8 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     assert document["data"]["sequences"] + document["data"]["held_out"] == 7
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
-        "base_model:",
         "pipeline_tag: text-generation",
-        f'AutoTokenizer.from_pretrained("{folder}")',
+        f'base = "path/to/{folder.name}"',
         *(f"- {note}" for note in document["notes"]),
         "tags: [lora, macdrop]",
         "linear:0.9-0.1",
@@ -65,6 +65,11 @@ def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Pat
     ):
         assert said in card
     assert f"{document['measured']['last_eval_loss']:.4f}" in card
+    assert str(folder.parent) not in card  # it is published with the adapter; the Hub takes no path as a base model
+    assert "base_model:" not in card
+    public = model_card({**document, "model": "owner/name"}, "owner/name")
+    assert "\nbase_model: owner/name\n" in public
+    assert 'AutoTokenizer.from_pretrained("owner/name")' in public
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     names = {one.name for one in (tmp_path / "out").iterdir() if not one.name.startswith("checkpoint-")}
     assert names == {

@@ -13,6 +13,7 @@ from words import planted_folder
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import EvalConfig, Options
 from mwtool.evaluation.run import evaluate_models
+from mwtool.scan.settings import Choice
 
 
 @pytest.fixture(scope="module")
@@ -84,4 +85,4 @@ def test_contradicting_settings_are_refused_before_a_model_is_opened(
 
 def test_saved_rows_belong_to_one_model(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match="belong to one model"):
-        evaluate_models(["demo", "./other"], EvalConfig(massive=tmp_path / "scan.json"), compare=True)
+        evaluate_models(["demo", "./other"], EvalConfig(choice=Choice(file=tmp_path / "scan.json")), compare=True)

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mwtool.ablation.targets import Target, norm_rows
+from mwtool.ablation.controls import norm_rows
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
 from mwtool.evaluation.chunked_loss import head_of
 from mwtool.models.load import Loaded, load
 from mwtool.scan.loaded import massive_for
 from mwtool.scan.scanner import scan_checkpoint, scan_model
+from mwtool.scan.targets import Target
 from mwtool.surgery.attack import Attack, edited
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3]])
@@ -273,7 +274,7 @@ def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(
         massive_for(loaded)
     with pytest.raises(UnsupportedModel, match=rf"is quantized \(packed {stored}\) in layer 0 and cannot be scanned"):
         scan_model(loaded.base)
-    assert norm_rows(loaded, Target(1, loaded.layers[1].ffns[0], (3,)), 2) is None
+    assert norm_rows(loaded, Target(layer=1, ffn=loaded.layers[1].ffns[0], indices=(3,)), 2) is None
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mwtool import Scan, Settings, scan_checkpoint, scan_model
+from mwtool import Scan, scan_checkpoint, scan_model
 from mwtool.models.load import load
 from mwtool.scan.loaded import massive_for
 
-WHOLE = Settings(all_layers=True)
 BLOCK = 16
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """The values of 4 bits: sign, two of exponent, one of mantissa."""
@@ -82,7 +81,7 @@ def mxfp4_gpt_oss(folder: Path) -> tuple[Path, PreTrainedModel]:
 def test_a_dequantized_scan_equals_that_of_the_plain_model(tmp_path: Path, make: Any) -> None:
     """Bit for bit: the values of both formats, scaled, are rounded to bfloat16 once and then computed with alike."""
     folder, plain = make(tmp_path)
-    streamed, whole = scan_checkpoint(str(folder), WHOLE), scan_model(plain, settings=WHOLE)
+    streamed, whole = scan_checkpoint(str(folder)), scan_model(plain)
     assert streamed.dtype == "bfloat16"
     for ours, theirs in zip(streamed.states, whole.states, strict=True):
         for name in ("hidden", "intermediate", "added"):

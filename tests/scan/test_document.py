@@ -19,10 +19,13 @@ from mwtool.errors import BadValue
 from mwtool.files.document import text_of
 from mwtool.massive import Identity, MassiveWeights, load_massive
 from mwtool.scan.document import scan_document
-from mwtool.scan.published import PUBLISHED, published
+from mwtool.scan.published import ROWS, SUPER_WEIGHTS, published
+from mwtool.scan.settings import ByHand
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
-SCAN = "massive layers attribution growth layers_walked stopped intermediate_peak_layer super_weights weights bos sun"
+SCAN = "massive massive_event absence by_hand events check dimensions layers layers_walked partial"
+SCAN += " super_weights weights bos sun"
+EVENT = "layer dimension kind flip written before after lives others rows weights"
 MASSIVE = "layer module expert indices magnitudes shares median count share_of_parameters"
 
 
@@ -30,7 +33,7 @@ MASSIVE = "layer module expert indices magnitudes shares median count share_of_p
 def scan() -> Scan:
     model = tiny.model("llama")
     tiny.plant(model)
-    return mwtool.scan_model(model, settings=Settings(k=3, all_layers=True))
+    return mwtool.scan_model(model, settings=Settings(k=3))
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +47,20 @@ def keys(value: dict[str, Any], expected: str) -> bool:
 
 
 def test_every_promised_key_is_there(document: dict[str, Any]) -> None:
-    assert document["schema"] == "mwtool.scan/1"
+    assert document["schema"] == "mwtool.scan/2"
     assert keys(document, f"{ENVELOPE} {SCAN}")
     assert keys(document["massive"], MASSIVE)
     assert all(keys(one, "layer hidden intermediate") for one in document["layers"])
     assert all(keys(one[part], "top median") for one in document["layers"] for part in ("hidden", "intermediate"))
     assert all(keys(one, "index value") for layer in document["layers"] for one in layer["hidden"]["top"])
-    assert all(keys(one, "layer share") for one in document["attribution"])
+    assert all(keys(one, EVENT) for one in document["events"])
+    assert all(keys(one["rows"], MASSIVE) for one in document["events"])
+    assert all(keys(one, "dimension values written") for one in document["dimensions"])
     assert all(keys(one, "layer hidden_dim ffn_index value") for one in document["super_weights"])
     assert all(keys(one, "parameter checkpoint_name dim indices") for one in document["weights"])
     assert keys(document["bos"], "id token how")
-    assert document["attribution"]
+    assert document["events"]
+    assert document["dimensions"]
     assert document["super_weights"]
     assert document["weights"]
 
@@ -63,7 +69,12 @@ def test_values_are_those_of_the_scan(scan: Scan, document: dict[str, Any]) -> N
     assert scan.massive is not None
     assert document["massive"]["indices"] == list(scan.massive.indices)
     assert len(document["massive"]["indices"]) == 3
-    assert (document["layers_walked"], document["stopped"]) == (len(scan.states), scan.stopped)
+    assert (document["layers_walked"], document["partial"]) == (len(scan.states), False)
+    assert document["events"][document["massive_event"]]["rows"] == document["massive"]
+    for shown, event in zip(document["events"], scan.events, strict=True):
+        assert (shown["layer"], shown["dimension"], shown["after"]) == (event.layer, event.dimension, event.after)
+    for shown, trace in zip(document["dimensions"], scan.dimensions, strict=True):
+        assert shown["values"] == [float(state.hidden[trace.dimension]) for state in scan.states]
     for shown, state in zip(document["layers"], scan.states, strict=True):
         first = shown["hidden"]["top"][0]
         assert abs(first["value"]) == float(state.hidden.abs().max())
@@ -75,13 +86,14 @@ def test_values_are_those_of_the_scan(scan: Scan, document: dict[str, Any]) -> N
 def test_without_massive_weights_the_whole_object_is_null() -> None:
     document = scan_document(mwtool.scan_model(tiny.model("llama")))
     assert document["massive"] is None
-    assert (document["attribution"], document["weights"], document["growth"]) == ([], [], None)
+    assert (document["events"], document["weights"], document["massive_event"]) == ([], [], None)
+    assert document["absence"] == "no massive dimension"
     assert keys(document, f"{ENVELOPE} {SCAN}")
 
 
 def test_a_number_that_is_not_finite_never_gets_into_a_document(scan: Scan) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        text_of(scan_document(replace(scan, growth=(3, float("nan")))))
+        text_of(scan_document(replace(scan, sun=((3, 1, float("nan")),))))
 
 
 def test_a_document_is_ascii_whatever_the_token(scan: Scan) -> None:
@@ -138,7 +150,7 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": "mwtool.eval/1"}, "schema 'mwtool.eval/1'; expected 'mwtool.scan/1'"),
+        ({"schema": "mwtool.eval/1"}, "schema 'mwtool.eval/1'; expected 'mwtool.scan/2' or 'mwtool.scan/1'"),
         ({"schema": None}, "schema None"),
         ({"massive": {}}, "KeyError"),
         ({"massive": [1]}, "TypeError"),
@@ -222,15 +234,57 @@ def test_any_value_in_any_place_is_read_or_refused(load_with: Load, place: tuple
 
 
 def test_published_rows_are_those_of_the_same_repository_only() -> None:
-    assert published("meta-llama/Llama-2-7b-hf") == PUBLISHED["llama-2-7b-hf"]
+    known = published("meta-llama/Llama-2-7b-hf")
+    assert known is not None
+    assert known.rows == ROWS["llama-2-7b-hf"]
+    assert known.super_weights == ((1, 2533, 7890),)
     assert published("somewhere/else") is None
-    known = PUBLISHED["llama-2-7b-hf"]
-    a, b, *rest = known.indices
-    assert known.agreement(known.layer, known.indices) == "match"
-    assert known.agreement(known.layer, (a, b)) == "match"
-    assert known.agreement(known.layer, (b, a, *rest)) == "same rows in another order"
-    assert known.agreement(known.layer, (a, b, 0)) == "2 of 3 rows shared"
-    assert known.agreement(7, known.indices) == "another layer: 7, published 1"
+    alone = published("google/gemma-7b")
+    assert alone is not None
+    assert alone.rows is None
+    a, b, *rest = known.rows.indices
+    assert known.rows.agreement(known.rows.layer, known.rows.indices) == "match"
+    assert known.rows.agreement(known.rows.layer, (a, b)) == "match"
+    assert known.rows.agreement(known.rows.layer, (b, a, *rest)) == "same rows in another order"
+    assert known.rows.agreement(known.rows.layer, (a, b, 0)) == "2 of 3 rows shared"
+    assert known.rows.agreement(7, known.rows.indices) == "another layer: 7, published 1"
+
+
+def test_published_super_weights_lie_in_the_layer_and_row_of_the_published_rows() -> None:
+    """Two independent papers; where both have a model they agree on layer and first row."""
+    both = set(ROWS) & set(SUPER_WEIGHTS)
+    assert len(both) >= 4
+    for name in both:
+        for layer, _, index in SUPER_WEIGHTS[name]:
+            assert (layer, index) == (ROWS[name].layer, ROWS[name].indices[0])
+
+
+VERSION_1 = json.loads((Path(__file__).parents[1] / "support" / "scan-1.json").read_text())
+"""What version 0.1.0 wrote for the bundled model."""
+
+
+def test_a_document_of_schema_1_is_still_read(tmp_path: Path) -> None:
+    massive = VERSION_1["massive"]
+    identity = Identity(
+        model="demo",
+        revision=None,
+        model_type="llama",
+        layers=10,
+        hidden_size=192,
+        intermediate_size=512,
+    )
+    found, notes = load_massive(saved(tmp_path, VERSION_1), identity)
+    assert found is not None
+    assert (found.layer, list(found.indices), notes) == (massive["layer"], massive["indices"], [])
+
+
+def test_a_choice_by_hand_is_in_the_document() -> None:
+    model = tiny.model("llama")
+    tiny.plant(model)
+    chosen = ByHand(layer=1, indices=(3, 17))
+    document = scan_document(mwtool.scan_model(model, settings=Settings(by_hand=chosen)))
+    assert document["by_hand"] == {"event": None, "layer": 1, "expert": None, "indices": [3, 17]}
+    assert document["massive"]["indices"] == (3, 17)
 
 
 def test_identity_and_weights_cannot_be_changed_by_accident(scan: Scan) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from words import with_tokenizer
 
-from mwtool import MacDrop, Settings, scan_checkpoint, scan_model
+from mwtool import MacDrop, scan_checkpoint, scan_model
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.models.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ def test_a_scan_reads_a_layer_then_the_experts_chosen_and_no_others(tmp_path: Pa
     tiny.plant(model, layer=LAYER, row=ROW)
     saved = tiny.saved(tmp_path, model)
     stored = set(load_file(saved / "model.safetensors"))
-    found = scan_checkpoint(str(saved), Settings(all_layers=True))
+    found = scan_checkpoint(str(saved))
     assert not any("experts." in name for name in model.state_dict() if name in stored)
     for state in found.states:
         block = f"model.layers.{state.layer}.block_sparse_moe"
@@ -74,13 +74,12 @@ def test_of_a_tensor_that_holds_all_experts_the_entries_of_those_chosen_are_read
 ) -> None:
     model = tiny.model("gpt_oss")
     tiny.plant(model, layer=LAYER, row=ROW)
-    found = scan_checkpoint(str(tiny.saved(tmp_path, model)), Settings(all_layers=True))
+    found = scan_checkpoint(str(tiny.saved(tmp_path, model)))
     for state in found.states:
         name = f"model.layers.{state.layer}.mlp.experts.gate_up_proj"
         chosen = sorted(part.ffn.expert for part in state.parts)
         taken = [read for read in reads if read.startswith(f"{name}[")]
-        assert taken[0] == f"{name}{chosen}"
-        assert len(taken) == 1 + (state.layer == LAYER)  # the massive layer's expert once more, to rank its rows
+        assert taken == [f"{name}{chosen}"]
 
 
 def test_a_scan_writes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

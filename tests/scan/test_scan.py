@@ -15,8 +15,6 @@ from mwtool.errors import BadCheckpoint
 from mwtool.scan.capture import LayerState
 from mwtool.testing.kit import random_model
 
-WHOLE = Settings(all_layers=True)
-
 
 def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
     """`from_pretrained` as anyone would call it, and its own hidden states after each layer but the last, (H,)."""
@@ -31,7 +29,7 @@ def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
 def test_streamed_states_equal_the_full_forward(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     folder = tiny.saved(tmp_path, tiny.model(model_type, dtype))
     full, hidden = full_forward(folder)
-    streamed, whole = scan_checkpoint(str(folder), WHOLE), scan_model(full, settings=WHOLE)
+    streamed, whole = scan_checkpoint(str(folder)), scan_model(full)
     assert len(streamed.states) == len(whole.states) == len(hidden) + 1
     for ours, reference in zip(streamed.states, hidden, strict=False):
         assert_equal(ours.hidden, reference, dtype)
@@ -57,33 +55,36 @@ def test_a_planted_row_is_found_at_its_layer_row_and_dimension(tmp_path: Path, m
     assert (found.massive.layer, found.massive.indices[0], found.massive.dimension) == (1, 17, 5)
     assert found.massive.count == 1
     assert found.massive.shares[0] == pytest.approx(1, abs=0.05)
-    assert found.settled == 1
-    assert found.stopped
-    assert len(found.states) == 6  # l* = 1 and four further layers
+    assert [event.layer for event in found.events if event.kind == "up"] == [1]
+    assert found.massive_event is not None
+    assert found.events[found.massive_event].rows == found.massive
+    assert len(found.states) == tiny.LAYERS
 
 
 @pytest.mark.parametrize("model_type", tiny.TYPES)
-def test_walking_on_changes_nothing_but_growth(tmp_path: Path, model_type: str) -> None:
+def test_a_partial_walk_finds_what_a_full_one_finds_in_these_layers(tmp_path: Path, model_type: str) -> None:
+    """Later layers can only change how long a value lives and what its peak is; here they write nothing."""
     model = tiny.model(model_type)
     tiny.plant(model)
     folder = str(tiny.saved(tmp_path, model))
-    stopped, whole = scan_checkpoint(folder), scan_checkpoint(folder, WHOLE)
-    assert stopped.stopped
-    assert not whole.stopped
-    assert stopped.massive == whole.massive
-    assert (stopped.settled, stopped.attribution, stopped.protect) == (whole.settled, whole.attribution, whole.protect)
-    assert stopped.intermediate_peak_layer == whole.intermediate_peak_layer
+    part, whole = scan_checkpoint(folder, Settings(last_layer=4)), scan_checkpoint(folder)
+    assert (part.partial, whole.partial) == (True, False)
+    assert len(part.states) == 5
+    assert part.massive == whole.massive
+    assert part.protect == whole.protect
+    for ours, theirs in zip(part.states, whole.states, strict=False):
+        assert torch.equal(ours.hidden, theirs.hidden)
 
 
 @pytest.mark.parametrize("model_type", tiny.TYPES)
 def test_what_the_ffn_adds_is_the_difference_of_the_streams(tmp_path: Path, model_type: str) -> None:
     """h_l minus everything else: checked by running each layer again with its FFN part silenced."""
     model = tiny.model(model_type)
-    states = scan_model(model, settings=WHOLE).states
+    states = scan_model(model).states
     layers = tiny.layers_of(model)
     for state, layer in zip(states, layers, strict=True):
         hook = model.get_submodule(layer.adds).register_forward_hook(lambda _m, _a, output: torch.zeros_like(output))
-        silenced = scan_model(model, settings=WHOLE).states[state.layer].hidden
+        silenced = scan_model(model).states[state.layer].hidden
         hook.remove()
         torch.testing.assert_close(
             state.hidden - silenced, state.added, rtol=0, atol=1e-5 * float(state.hidden.abs().max())
@@ -102,7 +103,7 @@ def test_parameters_to_protect_hold_the_rows_that_carry_the_massive_dimension(tm
         for index in place.indices:
             parameter.data.select(place.dim, index).zero_()
     rows = list(before.massive.indices)
-    after = scan_model(model, settings=WHOLE).states[1].intermediate[rows]
+    after = scan_model(model).states[1].intermediate[rows]
     ffn = tiny.layers_of(model)[1].ffns[0]
     assert after.abs().max() <= (0 if ffn.up_bias is None else 0.5)
     assert before.states[1].intermediate[rows[0]].abs() > 100
@@ -112,8 +113,8 @@ def test_parameters_to_protect_hold_the_rows_that_carry_the_massive_dimension(tm
 def test_a_model_without_massive_activations_gives_none_and_the_figures(tmp_path: Path) -> None:
     found = scan_checkpoint(str(tiny.saved(tmp_path, tiny.model("llama"))))
     assert found.massive is None
-    assert found.attribution == ()
-    assert found.protect == ()
+    assert found.absence == "no massive dimension"
+    assert (found.events, found.dimensions, found.protect, found.massive_event) == ((), (), (), None)
     assert len(found.states) == 8
 
 
@@ -200,7 +201,7 @@ def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -
         present.append({name for name, p in stream.model.named_parameters() if not p.is_meta})
 
     with stream.flowing() as model:
-        walk(model, layers, tiny.BOS, spike=50, enough=lambda _: False, on_layer=look)
+        walk(model, layers, tiny.BOS, spike=50, on_layer=look)
     for index, names in enumerate(present):
         assert names
         assert all(name.startswith(f"model.layers.{index}.") for name in names)
@@ -221,8 +222,8 @@ def test_a_padding_token_anywhere_in_the_vocabulary_changes_nothing(tmp_path: Pa
     config = tiny.config(model_type)
     config.get_text_config().pad_token_id = 7
     model = random_model(config, dtype=torch.float32, seed=0)
-    found = scan_checkpoint(str(tiny.saved(tmp_path, model)), WHOLE).states
-    for streamed, whole in zip(found, scan_model(model, None, WHOLE).states, strict=True):
+    found = scan_checkpoint(str(tiny.saved(tmp_path, model))).states
+    for streamed, whole in zip(found, scan_model(model).states, strict=True):
         assert_equal(streamed.hidden, whole.hidden, torch.float32)
 
 

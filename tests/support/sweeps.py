@@ -7,11 +7,12 @@ import math
 from words import text_of
 
 from mwtool.ablation.sweep import Ablation, Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded
+from mwtool.scan.settings import Choice
+from mwtool.scan.targets import find_targets
 
 QUICK = Options(window=16)
 

@@ -104,6 +104,34 @@ def plant(made: PreTrainedModel, layer: int = 1, row: int = 17, dim: int = 5, st
     return ffn
 
 
+@torch.no_grad()
+def write(made: PreTrainedModel, layer: int, row: int, values: dict[int, float], *, z: float = 400.0) -> FFN:
+    """Have one row of a layer add `values`, dimension -> value, to the stream at bos, with |z| of about `z`.
+
+    Call it in order of layers, on a model made `quiet`: a layer's input depends on what earlier ones write. In an MoE
+    layer the row is one of the expert that bos goes to first, which adds its router weight's part of `values`.
+    """
+    place = layers_of(made)[layer]
+    x, expert = _input_of(made, place)
+    ffn = next(ffn for ffn in place.ffns if ffn.expert == expert)
+    direction = z**0.5 * x / x.square().sum()
+    for matrix in ffn.inputs:
+        matrix.read(made)[row] = direction
+    state = recompute(ffn, made, x)[0][row]
+    ffn.down.read(made)[:, row] = 0
+    for dim, value in values.items():
+        ffn.down.read(made)[dim, row] = value / state
+    return ffn
+
+
+@torch.no_grad()
+def quiet(made: PreTrainedModel) -> PreTrainedModel:
+    """The same model with small weights, whose own writes stay far below what `write` adds."""
+    for parameter in made.parameters():
+        parameter.mul_(0.2)
+    return made
+
+
 def _input_of(made: PreTrainedModel, place: DecoderLayer) -> tuple[torch.Tensor, int | None]:
     """What the FFN of this layer receives for bos, (H,), and the expert it is sent to first."""
     seen: list[Any] = []

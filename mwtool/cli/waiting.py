@@ -1,0 +1,27 @@
+"""A line on the terminal while libraries are imported, which takes seconds; without any library of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+LINE = "loading libraries ..."
+_shown = False
+
+
+def begin() -> None:
+    """Show the line where stderr is a terminal that can take it back."""
+    global _shown  # noqa: PLW0603 - there is one terminal
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(LINE)
+        sys.stderr.flush()
+        _shown = True
+
+
+def clear() -> None:
+    """Take the line back before anything else is written."""
+    global _shown  # noqa: PLW0603 - likewise
+    if _shown:
+        sys.stderr.write(f"\r{' ' * len(LINE)}\r")
+        sys.stderr.flush()
+        _shown = False
