@@ -14,6 +14,7 @@ from torch import Tensor
 from mwtool.ablation.config import AblateConfig
 from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.verdict import Verdict, judge
+from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
@@ -23,7 +24,6 @@ from mwtool.evaluation.measurement import Measured, OnProgress
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
-from mwtool.layout import FFN
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited_together, parse_mode, rows_of
@@ -307,7 +307,10 @@ def _try(loaded: Loaded, plans: Sequence[_Plan], means: Means) -> None:
 
 
 def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequence[Prepared]) -> Means:
-    """Mean intermediate states over the windows of every perplexity task, where a mode needs them."""
+    """Mean intermediate states, (I,), over the windows of all perplexity tasks; none unless a mode needs them.
+
+    Raises BadValue if there is no perplexity task.
+    """
     if all(mode.mode != "mean" for mode in sweep.modes):
         return {}
     windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]

@@ -49,7 +49,7 @@ class Evaluations:
         return entries_of(self.documents, self.names)
 
     def compared(self, command: str | None = None) -> dict[str, Any]:
-        """One document of schema mwtool.comparison/1: every metric beside the first of its kind."""
+        """One document of schema mwtool.comparison/1: every metric compared with the first of its kind."""
         return comparison_document(self.documents, self.names, command)
 
 

@@ -306,7 +306,7 @@ def first(output: Any) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A copy in float64 on the CPU."""
+    """A float64 copy on the CPU, (...)."""
     return tensor.to("cpu", torch.float64, copy=True)
 
 

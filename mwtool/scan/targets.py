@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from mwtool.architecture.layout import FFN
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadValue
-from mwtool.layout import FFN
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.models.load import Loaded
 from mwtool.scan.capture import LayerState, Part

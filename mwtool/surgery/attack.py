@@ -145,7 +145,7 @@ class Edit:
 def edited(
     model: nn.Module, ffn: FFN, rows: Sequence[int], attack: Attack, *, means: Tensor | None = None
 ) -> Iterator[None]:
-    """The model with `rows` of one `ffn` attacked inside the block, as `edited_together` does it."""
+    """Attack `rows` of one FFN inside the block, as `edited_together` does. means: (I,), for `mean` alone."""
     with edited_together(model, [Edit(ffn, tuple(rows), means)], attack):
         yield
 

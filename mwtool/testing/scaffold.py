@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mwtool.layout import DecoderLayer, gated_mlp
+from mwtool.architecture.layout import DecoderLayer, gated_mlp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
