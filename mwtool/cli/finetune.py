@@ -271,7 +271,7 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
-    if curriculum.layers and replace(choice, file=None) != Choice():
+    if curriculum.layers and own != Choice():
         raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
     asked = Asked(
         data,

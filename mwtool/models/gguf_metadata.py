@@ -33,7 +33,7 @@ class Metadata:
         return self.header.tensors
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer, or the one that an array repeats for every layer. Raises BadCheckpoint or UnsupportedModel."""
+        """A positive integer, also as an array of equal ones. Raises BadCheckpoint, UnsupportedModel if they differ."""
         value = self._value(key, default)
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
