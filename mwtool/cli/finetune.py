@@ -270,18 +270,11 @@ def finetune(
         seed=seed,
         dtype=process.training_precision(dtype, place),
     )
+    form = None if format_ == "auto" else format_
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
-    if curriculum.layers and own != Choice():
+    if curriculum.layers and replace(choice, file=None) != Choice():
         raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
-    asked = Asked(
-        data,
-        None if format_ == "auto" else format_,
-        split,
-        skip_bad_rows,
-        massive,
-        allow_none,
-        replace(choice, file=None),
-    )
+    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none, replace(choice, file=None))
     if output is not None and not dry_run and _ended(output, resume=resume):
         return
     source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
