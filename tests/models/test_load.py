@@ -274,7 +274,7 @@ def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(
         massive_for(loaded)
     with pytest.raises(UnsupportedModel, match=rf"is quantized \(packed {stored}\) in layer 0 and cannot be scanned"):
         scan_model(loaded.base)
-    assert norm_rows(loaded, Target(1, loaded.layers[1].ffns[0], (3,)), 2) is None
+    assert norm_rows(loaded, Target(layer=1, ffn=loaded.layers[1].ffns[0], indices=(3,)), 2) is None
 
 
 @pytest.mark.parametrize(
