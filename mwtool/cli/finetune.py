@@ -20,6 +20,8 @@ from mwtool.models.load_options import DType
 from mwtool.scan.settings import Choice
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mwtool.finetune.plan import Plan
     from mwtool.finetune.trainer import Telling
     from mwtool.models.source import Source
@@ -307,16 +309,32 @@ def finetune(
     if dry_run or output is None:
         _show_plan(_planned(locating(), recipe, asked), json=json)
         return
+    telling = (logging_steps, save_steps, tuple(report_to or ()))
+    _start(locating, recipe, asked, output, place, telling, resume=resume, merge=merge, json=json)
+
+
+def _start(
+    locating: Callable[[], Source],
+    recipe: Recipe,
+    asked: Asked,
+    folder: Path,
+    place: str,
+    telling: tuple[int | None, int | None, tuple[str, ...]],
+    *,
+    resume: bool,
+    merge: bool,
+    json: bool,
+) -> None:
+    """Plan and train while no other process writes to the folder; does nothing where the run has finished."""
     from mwtool.finetune.checkpointing import date_of, locked
 
-    with locked(output) if process.first() else nullcontext():
-        if _ended(output, resume=resume):
+    with locked(folder) if process.first() else nullcontext():
+        if _ended(folder, resume=resume):
             return
-        plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
+        plan = _planned(locating(), recipe, replace(asked, date=date_of(folder) if resume else None))
         from mwtool.finetune.trainer import Telling
 
-        telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
-        _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+        _run(plan, folder, place, Telling(*telling), resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
