@@ -11,7 +11,8 @@ from mwtool.errors import BadCheckpoint, BadValue
 from mwtool.files.text import read_json
 
 SCHEMA = "mwtool.scan/2"
-READABLE = ("mwtool.scan/1", SCHEMA)
+ABLATION = "mwtool.ablate/1"
+READABLE = ("mwtool.scan/1", SCHEMA, ABLATION)
 """Schemas whose `massive` and `shape` this version reads."""
 
 
@@ -87,9 +88,9 @@ class MassiveWeights:
 
 
 def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, list[str]]:
-    """The rows of a saved scan, for this model, and warnings.
+    """The rows of a saved scan, or of an ablation that attacked the rows of one event, for this model, and warnings.
 
-    Raises BadValue if the file is no scan document or belongs to a model of another shape.
+    Raises BadValue if the file is neither, belongs to a model of another shape, or is an ablation of other rows.
     """
     if not path.exists():
         raise BadValue(f"there is no {path}; expected a document that `mwtool scan -o` wrote")
@@ -98,13 +99,22 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
     except BadCheckpoint as fault:
         raise BadValue(str(fault)) from fault
     if document.get("schema") not in READABLE:
-        expected = " or ".join(map(repr, reversed(READABLE)))
-        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {expected}, as `mwtool scan -o` writes")
+        raise BadValue(
+            f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes, "
+            f"or {' or '.join(map(repr, (one for one in READABLE if one != SCHEMA)))}"
+        )
+    if document["schema"] == ABLATION and document.get("massive") is None:
+        raise BadValue(
+            f"{path} is an ablation of rows named by hand, or of several places, or of an older version; expected "
+            f"one of a scan's rows: name the rows with --layer and --indices"
+        )
     try:
         scanned = _identity(document)
         massive = None if document["massive"] is None else _parse(document["massive"], scanned)
     except (KeyError, TypeError, ValueError) as fault:
-        raise BadValue(f"{path} is not a complete scan document: {type(fault).__name__} {fault}") from fault
+        raise BadValue(
+            f"{path} is not a complete {document['schema']} document: {type(fault).__name__} {fault}"
+        ) from fault
     _refuse_other_shape(path, scanned, model)
     return massive, _differences(path, scanned, model)
 

@@ -11,9 +11,10 @@ from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
 from mwtool.evaluation.document import envelope_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.files.document import finite
+from mwtool.massive import ABLATION
 from mwtool.models.load import Loaded
 
-SCHEMA = "mwtool.ablate/1"
+SCHEMA = ABLATION
 
 
 def ablate_document(
@@ -29,6 +30,8 @@ def ablate_document(
     baseline = named(found.baseline)
     return {
         **envelope_of(SCHEMA, loaded, seed=seed, command=command),
+        "shape": _shape(loaded),
+        "massive": _massive(found),
         "tasks": [_task(name, one) for name, one in baseline.items()],
         "baseline": {name: finite(one.value) for name, one in baseline.items()},
         "nonfinite": _nonfinite(baseline),
@@ -38,6 +41,23 @@ def ablate_document(
         "saved": saved,
         "notes": list(dict.fromkeys((*loaded.notes, *found.notes))),
     }
+
+
+def _shape(loaded: Loaded) -> dict[str, int | None]:
+    one = loaded.identity
+    return {
+        "layers": one.layers,
+        "hidden_size": one.hidden_size,
+        "intermediate_size": one.intermediate_size,
+        "experts": one.experts,
+    }
+
+
+def _massive(found: Ablation) -> dict[str, Any] | None:
+    """The ranked rows attacked, where all attacks are on those of one place; what `--massive FILE` reads."""
+    places = {run.targets for run in found.runs}
+    target = next(iter(places))[0] if len(places) == 1 and len(next(iter(places))) == 1 else None
+    return None if target is None or target.ranked is None else target.ranked.document()
 
 
 def _task(name: str, one: Measured) -> dict[str, Any]:

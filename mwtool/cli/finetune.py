@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Format = Literal["auto", "alpaca", "messages", "text"]
 """`auto` and the forms of `mwtool.finetune.data`."""
-DEFAULTS, ASKED = Recipe(), Asked("")
+DEFAULTS, ASKED = Recipe(), Asked(data="")
 CURRICULUM = DEFAULTS.curriculum
 EXAMPLES = """\
 mwtool finetune ./model --data alpaca.json -o adapter
@@ -72,6 +73,14 @@ def finetune(
     skip_bad_rows: Annotated[
         bool, _of_data("--skip-bad-rows", help="Skip records that cannot be read instead of stopping.")
     ] = ASKED.skip_bad,
+    chat_template: Annotated[
+        str | None,
+        _of_data(
+            metavar="NAME|FILE",
+            help="Chat template: one of the tokenizer's by name, or a Jinja file.",
+            show_default="the tokenizer's default",
+        ),
+    ] = ASKED.chat_template,
     train_on_prompt: Annotated[
         bool, _of_data("--train-on-prompt", help="Compute the loss on prompts too, not only on answers.")
     ] = DEFAULTS.on_prompt,
@@ -96,7 +105,15 @@ def finetune(
     ] = str(DEFAULTS.curriculum),
     k: Annotated[
         int | None,
-        _of_macdrop("-k", "--k", min=1, metavar="N", help="How many massive rows.", show_default=str(CURRICULUM.k)),
+        _of_macdrop(
+            "-k",
+            "--k",
+            min=1,
+            max=2**31 - 1,
+            metavar="N",
+            help="How many massive rows.",
+            show_default=str(CURRICULUM.k),
+        ),
     ] = None,
     scope: Annotated[
         Scope | None, _of_macdrop(help="Rows whose entries are dropped.", show_default=CURRICULUM.scope)
@@ -128,9 +145,10 @@ def finetune(
         _of_macdrop("--allow-none", help="If the model has no massive weights, train it without MacDrop."),
     ] = ASKED.allow_none,
     peft: Annotated[Peft, _of_adapter(help="Type of the PEFT adapter.")] = DEFAULTS.peft,
-    rank: Annotated[int, _of_adapter("--lora-r", "--rank", min=1, metavar="N", help="Rank of the adapter.")] = (
-        DEFAULTS.rank
-    ),
+    rank: Annotated[
+        int,
+        _of_adapter("--lora-r", "--rank", min=1, max=1_000_000, metavar="N", help="Rank of the adapter."),
+    ] = (DEFAULTS.rank),
     alpha: Annotated[
         int, _of_adapter("--lora-alpha", "--alpha", min=1, metavar="N", help="The adapter is scaled by alpha / rank.")
     ] = DEFAULTS.alpha,
@@ -173,13 +191,14 @@ def finetune(
             "--num-train-epochs",
             "--epochs",
             min=0.001,
+            max=1_000_000,
             callback=options.finite,
             metavar="X",
             help="Passes over the data.",
         ),
     ] = DEFAULTS.epochs,
     max_steps: Annotated[
-        int | None, _of_training(min=1, metavar="N", help="Optimizer steps; overrides the number of epochs.")
+        int | None, _of_training(min=1, max=10_000_000, metavar="N", help="Optimizer steps; overrides epochs.")
     ] = DEFAULTS.max_steps,
     batch_size: Annotated[
         int, _of_training(min=1, metavar="N", help="Sequences per device in one forward pass.")
@@ -274,18 +293,30 @@ def finetune(
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
     if curriculum.layers and replace(choice, file=None) != Choice():
         raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none, replace(choice, file=None))
-    if output is not None and not dry_run and _ended(output, resume=resume):
-        return
-    source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
-    plan = _planned(source, recipe, asked)
+    asked = Asked(
+        data=data,
+        form=form,
+        split=split,
+        skip_bad=skip_bad_rows,
+        chat_template=chat_template,
+        massive=massive,
+        allow_none=allow_none,
+        choice=replace(choice, file=None),
+    )
+    locating = partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     if dry_run or output is None:
-        _show_plan(plan, json=json)
+        _show_plan(_planned(locating(), recipe, asked), json=json)
         return
-    from mwtool.finetune.trainer import Telling
+    from mwtool.finetune.checkpointing import date_of, locked
 
-    telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
-    _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+    with locked(output) if process.first() else nullcontext():
+        if _ended(output, resume=resume):
+            return
+        plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
+        from mwtool.finetune.trainer import Telling
+
+        telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
+        _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
@@ -316,6 +347,7 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
+    from mwtool.finetune.checkpointing import LOCK
     from mwtool.finetune.document import RECORD
 
     if resume and (folder / RECORD).exists():
@@ -324,7 +356,7 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     if resume or not process.first():  # the first process looks, before it fills the folder
         return False
     try:
-        check_free(folder)
+        check_free(folder, besides=[LOCK])
     except OutputError as fault:
         advice = ", or continue the run in it with --resume" if folder.is_dir() else ""
         raise OutputError(f"{fault}{advice}") from fault

@@ -185,7 +185,8 @@ def scan(
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
     found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
     note_all(found.notes)
-    checked = None if check is None else _checked(found, check, limit, window, dtype, device, trust_remote_code)
+    opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
     text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     if output is not None:
         write(output, text)
@@ -234,7 +235,7 @@ def _scan(
         )
 
 
-def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, device: str, trust: bool) -> Check:
+def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, opening: dict[str, Any]) -> Check:
     """Load the scanned model whole and measure on it; on a device that emulates bfloat16, in float32 by default."""
     from mwtool.ablation.check import check_scan
     from mwtool.cli.process import training_precision
@@ -242,11 +243,11 @@ def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, devi
     from mwtool.models.load import load
 
     say_once()
-    stored = training_precision(dtype, device)
+    stored = training_precision(dtype, opening["device"])
     wanted = "auto" if dtype == "auto" and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
-    loaded = load(
-        found.identity.model, revision=found.identity.revision, dtype=wanted, device=device, trust_remote_code=trust
-    )
+    if found.identity.revision is None:  # a local file or folder, which the name of what was scanned says
+        opening = {**opening, "gguf_file": None}
+    loaded = load(found.identity.model, revision=found.identity.revision, dtype=wanted, **opening)
     with run_progress() as on_run:
         checked = check_scan(loaded, found, text, limit=limit, window=window, on_progress=on_run(0, 1, "check"))
     note_all(checked.notes)

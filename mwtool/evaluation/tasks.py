@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadValue, nearest
-from mwtool.files.text import json_object, keys_of, read_lines, shown
+from mwtool.files.text import json_object, keys_of, read_lines, refuse_half_pairs, shown
 
 if TYPE_CHECKING:
     from mwtool.evaluation.config import Options
@@ -124,7 +124,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt per line, or records of `prompt` in a .jsonl file. Raises BadValue."""
     if path.suffix == ".jsonl":
         return tuple(_string(where, record, "prompt") for where, record in read_records(path))
-    return tuple(line for _, line in read_lines(path))
+    lines = list(read_lines(path))
+    for where, line in lines:
+        refuse_half_pairs(where, line)
+    return tuple(line for _, line in lines)
 
 
 def _choice(where: str, record: dict[str, Any]) -> Choice:

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -96,9 +96,23 @@ def _umask() -> int:
     return mask
 
 
-def check_free(folder: Path) -> None:
-    """Check, before any work is done, that `folder` can be created, or is empty. Raises OutputError."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def permissions(folder: Path) -> None:
+    """Give all files and folders in a folder the permissions of new files, as the umask determines them.
+
+    Libraries that write to a temporary file and rename it leave a file that only its owner can read.
+    """
+    mask = _umask()
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def check_free(folder: Path, besides: Collection[str] = ()) -> None:
+    """Check, before any work is done, that `folder` can be created, or is empty. Raises OutputError.
+
+    besides: names of files that it may contain.
+    """
+    if folder.exists() and (not folder.is_dir() or any(path.name not in besides for path in folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
     parent = folder.absolute().parent
     if not parent.is_dir():
@@ -129,6 +143,7 @@ def _made(folder: Path) -> Iterator[Path]:
 def _filled(temporary: Path, target: Path) -> Iterator[Path]:
     try:
         yield temporary
+        permissions(temporary)
         for file in (*temporary.rglob("*"), temporary):  # flushed to disk before it gets its final name
             _sync(file)
         temporary.replace(target)

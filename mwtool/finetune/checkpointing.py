@@ -1,7 +1,7 @@
-"""Which checkpoints of a run are whole, and whether they belong to the run that wants to go on from them.
+"""The folder of a run: which of its checkpoints are complete, whether a run may continue from them, and its lock.
 
 Trainer writes a checkpoint file by file. The mark is written last and lists the files with their sizes, so that a
-folder a killed process left half-written is told from a whole one. It also holds the settings.
+checkpoint that a killed process left incomplete is recognized. It also holds the settings of the run.
 """
 
 from __future__ import annotations
@@ -10,18 +10,59 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue
+from filelock import FileLock, Timeout
+
+from mwtool.errors import BadValue, OutputError
+from mwtool.files.atomic_write import permissions
 
 MARK = "mwtool_checkpoint.json"
+LOCK = ".mwtool.lock"
+"""Name of the lock in the folder of a run. It disappears with the run, or stays, unlocked, if that is killed."""
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep the folder of a run, which is made if need be, for this process until the block ends.
+
+    Raises OutputError if another run has it, or it cannot be made.
+    """
+    made = not run.exists()
+    lock = FileLock(run / LOCK, timeout=0)
+    try:
+        if made:
+            run.mkdir()
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{run} is being written by another run; wait until that ends, or train into another folder (-o)"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    except FileNotFoundError:
+        raise OutputError(f"{run.absolute().parent} does not exist; make it, or save elsewhere") from None
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise OutputError(f"{str(run)!r} cannot be written: {reason}; train into another folder (-o)") from fault
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (run / LOCK).unlink()
+        lock.release()
+        if made:
+            with suppress(OSError):  # not empty, as it should be
+                run.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint. settings: of the run that made it; history: p of every step until then, by step."""
+    """A complete checkpoint. settings: of the run that made it; history: p of every step until then, by step."""
 
     folder: Path
     step: int
@@ -30,7 +71,11 @@ class Checkpoint:
 
 
 def mark(folder: Path, settings: Mapping[str, Any], history: Mapping[int, float]) -> None:
-    """Say of a checkpoint whose files are all there that it is whole."""
+    """Mark a checkpoint all of whose files are there as complete, and give them the permissions of any new file.
+
+    safetensors makes its files readable by their owner alone.
+    """
+    permissions(folder)
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MARK}
     said = {"files": files, "settings": dict(settings), "history": {str(t): p for t, p in history.items()}}
     temporary = folder / f".{MARK}"
@@ -39,7 +84,7 @@ def mark(folder: Path, settings: Mapping[str, Any], history: Mapping[int, float]
 
 
 def newest(run: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The whole checkpoint of the highest step, and what to say of those passed over; None where there is none.
+    """The complete checkpoint of the highest step, or None, and a note on each incomplete one of a higher step.
 
     Raises BadValue if it was made with other settings, naming the first that differs.
     """
@@ -47,15 +92,27 @@ def newest(run: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint | None, t
     for folder in _folders(run):
         found = _read(folder)
         if found is None:
-            notes.append(f"{folder} is half-written and passed over")
+            notes.append(f"{folder} is incomplete and is not used")
             continue
         _refuse_other(found, settings)
         return found, tuple(notes)
     return None, tuple(notes)
 
 
+def date_of(run: Path) -> datetime | None:
+    """The day that the chat template wrote into the data of a run, if one did, as its newest checkpoint has it."""
+    for folder in _folders(run):
+        found = _read(folder)
+        if found is not None:
+            try:
+                return datetime.fromisoformat(found.settings["date"])
+            except (KeyError, TypeError, ValueError):
+                return None
+    return None
+
+
 def clear(run: Path, after: int) -> None:
-    """Remove what was left half-written: checkpoints of later steps than the one gone on from."""
+    """Remove incomplete checkpoints: those of later steps than the one the run continues from."""
     for folder in _folders(run):
         if _step(folder) > after:
             shutil.rmtree(folder)
@@ -85,8 +142,8 @@ def _refuse_other(found: Checkpoint, settings: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(settings))
     for name, value, other in _differences(found.settings, ours):
         raise BadValue(
-            f"{found.folder} was made with {name} {_shown(value)}, and {name} is now {_shown(other)}: go on with what "
-            f"it was made with, or train into another folder (-o)"
+            f"{found.folder} was made with {name} {_shown(value)}, and {name} is now {_shown(other)}: use what it "
+            f"was made with, or train into another folder (-o)"
         )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from mwtool.errors import BadValue
-from mwtool.finetune.data import Form
+from mwtool.finetune.records import Form
 from mwtool.macdrop.curriculum import Curriculum, curriculum_of
 from mwtool.scan.settings import Choice
 
@@ -20,24 +21,29 @@ LENGTH = 1024
 """Tokens of a sequence where neither the user nor the model says less."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What to train on, and where the rows come from.
+    """What to train on, and where the massive rows come from.
 
-    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
-    choice: rows of other places than the massive layer; its `file` is not read, but `massive`.
+    data: a file, a folder or a Hub dataset. form: how its records are read; None: as their keys say. split: of a
+    dataset. skip_bad: leave out records that cannot be read. chat_template: the name of one of the tokenizer's
+    templates, or a file; None: the tokenizer's default. date: what chat templates take for today; None: today.
+    massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop if there are no massive rows.
+    choice: rows of other places than the massive layer; its `file` is not read, `massive` is.
     """
 
     data: str
     form: Form | None = None
     split: str = "train"
     skip_bad: bool = False
+    chat_template: str | None = None
+    date: datetime | None = None
     massive: Path | None = None
     allow_none: bool = False
     choice: Choice = field(default_factory=Choice)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What decides the trained adapter, besides the model, the data and the massive rows.
 

@@ -15,6 +15,8 @@ from mwtool.massive import MassiveWeights, RankedRows
 SCHEMA, PLAN = "mwtool.finetune/1", "mwtool.finetune.plan/1"
 RECORD = "macdrop.json"
 """The document's name beside the adapter; where it is, the run has ended."""
+NAMED = 1000
+"""Records that a document names at most, of those that were read and left out and of those that could not be read."""
 _LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "macdrop_p")
 
 
@@ -81,14 +83,18 @@ def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = No
 
 
 def data_document(plan: Plan) -> dict[str, Any]:
-    """What was trained on."""
+    """What was trained on, and what was not."""
+    records = plan.records
     return {
         "name": plan.data.name,
         "form": plan.data.form,
         "digest": plan.digest,
-        "rows": len(plan.data.examples),
-        "unreadable": plan.unreadable,
-        "too_long": plan.too_long,
+        **records.counts(),
+        "left_out": [
+            *({"record": one.where, "reason": one.reason} for one in records.left_out[:NAMED]),
+            *({"record": why, "reason": "unreadable"} for why in records.unreadable[:NAMED]),
+        ],
+        "date": None if plan.date is None else f"{plan.date:%Y-%m-%d}",
         "sequences": len(plan.train),
         "held_out": 0 if plan.held is None else len(plan.held),
         "trained_tokens": plan.train.trained_tokens,
@@ -137,7 +143,7 @@ def model_card(document: dict[str, Any], base: str) -> str:
         "",
         "## Data",
         "",
-        *_table(("", ""), document["data"].items()),
+        *_table(("", ""), ((key, value) for key, value in document["data"].items() if key != "left_out")),
         "",
         *(f"- {note}" for note in document["notes"]),
         *([""] if document["notes"] else []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.finetune.config import LENGTH, Asked, Recipe
 from mwtool.finetune.data import Data, read_data
-from mwtool.finetune.tokenize import Encoded, encode, split
+from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
+from mwtool.finetune.tokenize import encode, named
 from mwtool.massive import RankedRows, load_massive
 from mwtool.models.identity import identity_of
 from mwtool.models.load import Loaded
@@ -26,14 +28,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """What became of the records of the training data.
+
+    read: how many could be read; trained: how many of them are trained on, at least in part; cut: how many of those
+    lose their last messages. left_out: those that were read and are not trained on. unreadable: those that could not
+    be read, or that the chat template does not write; each with its file, line and reason.
+    """
+
+    read: int
+    trained: int
+    cut: int
+    left_out: tuple[LeftOut, ...]
+    unreadable: tuple[str, ...]
+
+    def counts(self) -> dict[str, int]:
+        """How many records there are of each kind, by the keys of `data` in docs/json.md."""
+        return {
+            "rows": self.read,
+            "trained_rows": self.trained,
+            "cut": self.cut,
+            "unreadable": len(self.unreadable),
+            **{reason: sum(one.reason == reason for one in self.left_out) for reason in REASONS},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """All that is known before training.
 
-    skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
-    too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
-    places: the rows to drop from, of one layer or of several; empty where MacDrop is not wanted, or there is nothing
-        to drop from and that was allowed.
+    skeleton: the model without memory for its weights. data: what was read. digest: of the sequences: the same if they
+    are. records: what became of the records. places: the rows to drop from, of one layer or of several; empty if
+    MacDrop is not wanted, or if there are no massive rows and that was allowed. date: the day that the chat template
+    writes, if it writes one.
     """
 
     source: Source
@@ -43,11 +71,11 @@ class Plan:
     train: Encoded
     held: Encoded | None
     digest: str
-    too_long: int
-    unreadable: int
+    records: Records
     places: tuple[RankedRows, ...]
     processes: int
     notes: tuple[str, ...]
+    date: datetime | None = None
 
     @property
     def steps(self) -> int:
@@ -60,7 +88,7 @@ class Plan:
         return self.recipe.steps(len(self.train), self.processes)[1]
 
     def settings(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with to be gone on from."""
+        """What a checkpoint must have been made with for the run to continue from it."""
         places = [[one.module, one.expert, list(one.indices)] for one in self.places]
         rows: Any = None if not places else places[0] if len(places) == 1 else places
         return {
@@ -69,6 +97,7 @@ class Plan:
             "data": self.digest,
             "rows": rows,
             "processes": self.processes,
+            **({} if self.date is None else {"date": self.date.isoformat()}),
             **self.recipe.document(),
         }
 
@@ -95,30 +124,45 @@ def make_plan(
         on_prompt=recipe.on_prompt,
         packing=recipe.packing,
         skip_bad=asked.skip_bad,
+        chat_template=asked.chat_template,
+        date=asked.date,
     )
     trained, held = split(encoded, recipe.eval_share, recipe.seed)
     notes += encoded.notes
-    unreadable = (*data.unreadable, *encoded.refused)
-    if unreadable:
-        more = f", and {len(unreadable) - 1:,} more" if len(unreadable) > 1 else ""
-        notes += (f"rows that cannot be read are left out: {unreadable[0].why}{more}",)
+    records = _records(data, encoded)
+    if records.unreadable:
+        shown = named(records.unreadable)
+        notes += (f"{len(records.unreadable):,} records that cannot be read are left out: {shown}",)
+    if encoded.date is not None:
+        notes += (f"the chat template writes the date, {encoded.date:%Y-%m-%d}: it stays that of this run",)
     places, found = _rows(source, skeleton, recipe, asked, on_layer)
     plan = Plan(
-        source,
-        skeleton,
-        recipe,
-        data,
-        trained,
-        held,
-        _digest(encoded),
-        encoded.too_long,
-        len(unreadable),
-        places,
-        processes,
-        notes + found,
+        source=source,
+        skeleton=skeleton,
+        recipe=recipe,
+        data=data,
+        train=trained,
+        held=held,
+        digest=_digest(encoded),
+        records=records,
+        places=places,
+        processes=processes,
+        notes=notes + found,
+        date=encoded.date,
     )
     recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
     return plan
+
+
+def _records(data: Data, encoded: Encoded) -> Records:
+    read = len(data.examples) - len(encoded.refused)
+    return Records(
+        read=read,
+        trained=read - len(encoded.left_out),
+        cut=encoded.cut,
+        left_out=encoded.left_out,
+        unreadable=tuple(one.why for one in (*data.unreadable, *encoded.refused)),
+    )
 
 
 def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -53,6 +53,9 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
     """What a finished run shows."""
     found, steps = document["measured"], document["steps"]
     lines = [f"{steps:,} step{'s' if steps > 1 else ''}; the adapter is in {folder}"]
+    data = document["data"]
+    if data["trained_rows"] < data["rows"] + data["unreadable"] or data["cut"]:
+        lines.append(f"records        {records_line(data)}")
     if found["first_loss"] is not None:
         lines.append(f"loss           {found['first_loss']:.4f} -> {found['last_loss']:.4f}")
     if found["last_eval_loss"] is not None:
@@ -65,9 +68,7 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
 def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
     lengths = [len(ids) for ids in plan.train.ids]
-    left_out = plan.too_long + plan.unreadable
-    examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
-    examples = "one text" if plan.data.stream else examples
+    examples = "one text" if plan.data.stream else f"{records_line(plan.records.counts())} ({plan.data.form})"
     rows = "none: trained without MacDrop"
     if plan.places:
         shown = "; ".join(
@@ -84,6 +85,23 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
         ("rows", rows),
         ("memory", f"about {_bytes(footprint.total)} a device: {footprint.parts}"),
     ]
+
+
+def records_line(counts: Mapping[str, int]) -> str:
+    """What became of the records: how many are trained on, and how many are not, by reason.
+
+    counts: as `Records.counts` gives them.
+    """
+    reasons = {
+        "too_long": "too long",
+        "too_short": "too short",
+        "untrained": "without an answer to train on",
+        "unreadable": "unreadable",
+        "cut": "cut off after the last answer",
+    }
+    parts = [f"{counts[key]:,} {words}" for key, words in reasons.items() if counts.get(key)]
+    trained, read = counts["trained_rows"], counts["rows"] + counts["unreadable"]
+    return ", ".join([f"{trained:,} of {read:,} records are trained on", *parts])
 
 
 def _batch(plan: Plan) -> str:

@@ -30,7 +30,9 @@ def explained(recipe: Recipe, folder: Path, watch: Watch) -> Iterator[None]:
         if _says(fault, "can't allocate memory", "out of memory"):
             raise _out_of_memory(recipe, watch.step) from fault
         if (reason := _disk(fault)) is not None:
-            raise OutputError(f"{folder} cannot be written: {reason}; make room, then go on with --resume") from fault
+            raise OutputError(
+                f"{folder} cannot be written: {reason}; make room, then continue with --resume"
+            ) from fault
         raise
 
 
@@ -45,7 +47,11 @@ def _disk(fault: BaseException) -> str | None:
     for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         if _says(fault, os.strerror(number).lower()):
             return os.strerror(number)
-    return "the disk takes no more" if _says(fault, "pytorchstreamwriter", "inline_container", "ioerror") else None
+    return (
+        "the disk does not take all of it"
+        if _says(fault, "pytorchstreamwriter", "inline_container", "ioerror", "iostream error")
+        else None
+    )
 
 
 def _out_of_memory(recipe: Recipe, step: int) -> MwtoolError:

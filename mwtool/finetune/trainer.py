@@ -1,24 +1,28 @@
-"""A LoRA or DoRA run with MacDrop: transformers' Trainer trains, PEFT holds the adapter, nothing is done twice."""
+"""A LoRA or DoRA run with MacDrop: transformers' Trainer trains it, PEFT holds it."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mwtool.errors import BadValue, UnsupportedModel, line_of
+from mwtool.files.atomic_write import permissions
 from mwtool.finetune.checkpointing import Checkpoint, clear
 from mwtool.finetune.config import Recipe
-from mwtool.finetune.monitor import Step, Watch
+from mwtool.finetune.monitor import NothingLeft, Step, Watch
 from mwtool.finetune.resource_errors import explained
+from mwtool.finetune.sequences import IGNORED, Encoded, collate
 from mwtool.finetune.signals import StopAtStepEnd
-from mwtool.finetune.tokenize import Encoded, collate
 from mwtool.macdrop.callback import MacDropCallback, guard
 from mwtool.massive import RankedRows
 from mwtool.models.load import load
@@ -26,16 +30,17 @@ from mwtool.models.source import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers.trainer_utils import EvalLoopOutput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     """What a run gave.
 
-    step: the last one done; less than `steps` where a signal (`stopped_by`, its number) ended it.
-    history: p of every step, by step. log: Trainer's, an entry each of loss or eval_loss.
-    step_seconds: median of this process's steps. how: as MacDrop reached the rows, `weights` or `outputs`, and rows:
-    which; None and empty without it.
+    step: the last one done; less than `steps` if a signal (`stopped_by`, its number) ended it. history: p of every
+    step, by step. log: Trainer's, with an entry for each logged loss and held-out loss. step_seconds: median over the
+    steps of this process; None if it did none. how: the way MacDrop masked the rows, `weights` or `outputs`, and rows:
+    which rows; None and empty without MacDrop.
     """
 
     model: PeftModel
@@ -71,10 +76,11 @@ def train(
     telling: Telling | None = None,
     processes: int = 1,
 ) -> Trained:
-    """Train the adapter, which goes to `folder` with its checkpoints. Without massive weights: without MacDrop.
+    """Train the adapter and save it to `folder`, with its checkpoints; without massive weights, without MacDrop.
 
-    data: what to train on, and what to hold out. settings: what the checkpoints must be gone on with.
-    Raises OutputError where they cannot be written, MwtoolError where memory ends or the loss is not finite.
+    data: what to train on, and what to hold out. settings: what a run that continues from the checkpoints must have.
+    resume: the checkpoint to continue from. If that is of the last step, the adapter is taken from it.
+    Raises OutputError if they cannot be written, MwtoolError if memory runs out or the loss is not finite.
     """
     telling = telling or Telling()
     macdrop = None if not massive or recipe.curriculum.idle else MacDropCallback(massive, recipe.curriculum)
@@ -88,35 +94,73 @@ def train(
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
     with guard(trainer), stop.listening(), explained(recipe, folder, watch):
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+        with suppress(NothingLeft):
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         done = trainer.state.global_step
         if done >= counts[0]:
             _save_adapter(trainer, folder)
     engine = None if macdrop is None else macdrop.engine
     return Trained(
-        model,
-        done,
-        counts[0],
-        watch.history,
-        tuple(trainer.state.log_history),
-        watch.step_seconds,
-        None if engine is None else engine.how,
-        () if engine is None else tuple(engine.rows),
-        stop.received if done < counts[0] else None,
+        model=model,
+        step=done,
+        steps=counts[0],
+        history=watch.history,
+        log=tuple(trainer.state.log_history),
+        step_seconds=watch.step_seconds,
+        how=None if engine is None else engine.how,
+        rows=() if engine is None else tuple(engine.rows),
+        stopped_by=stop.received if done < counts[0] else None,
     )
+
+
+class _Trainer(Trainer):
+    """Trainer with a held-out loss that is the mean over tokens.
+
+    Trainer's own is the mean over examples of the mean over the tokens of their batch, which depends on the batch size.
+    """
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        found = super().evaluation_loop(*args, **options)
+        metrics = found.metrics or {}
+        if "eval_token_loss" in metrics:
+            metrics["eval_loss"] = metrics.pop("eval_token_loss")
+        return found
+
+
+def _sum_and_count(outputs: Any, labels: Tensor) -> Tensor:
+    """The summed loss of each example and how many tokens it is of, (B, 2) float64, from logits (B, T, V)."""
+    logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    shifted = labels[:, 1:]
+    rows = zip(logits[:, :-1], shifted, strict=True)
+    # one example after the other: float32 copies of the logits of a batch would not fit beside them
+    sums = [
+        torch.nn.functional.cross_entropy(one.float(), label.long(), ignore_index=IGNORED, reduction="none")
+        .double()
+        .sum()
+        for one, label in rows
+    ]
+    return torch.stack([torch.stack(sums), (shifted != IGNORED).sum(1).double()], dim=1)
+
+
+def _token_mean(found: EvalPrediction) -> dict[str, float]:
+    """The loss over all tokens that are held out; NaN if there is none."""
+    total, count = np.asarray(found.predictions, dtype=np.float64).sum(0)
+    return {"token_loss": float(total / count) if count else math.nan}
 
 
 def _trainer(
     model: PeftModel, arguments: TrainingArguments, data: tuple[Any, Any], callbacks: list[TrainerCallback]
 ) -> Trainer:
     try:
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=data[0],
             eval_dataset=data[1],
             data_collator=collate,
             callbacks=callbacks,
+            compute_metrics=_token_mean,
+            preprocess_logits_for_metrics=_sum_and_count,
         )
     except (ValueError, RuntimeError, ImportError) as fault:  # a logger that is unknown, or not installed
         if not arguments.report_to:
@@ -210,10 +254,11 @@ def _four_bit(recipe: Recipe) -> Any:
 
 
 def _save_adapter(trainer: Trainer, folder: Path) -> None:
-    """The adapter as PEFT writes it, gathered where it is sharded; every file whole or not there at all."""
+    """The adapter as PEFT writes it, gathered if it is sharded; every file is complete or absent."""
     temporary = folder / ".adapter.incomplete"
     trainer.save_model(str(temporary))  # in all processes
     if trainer.args.should_save:
+        permissions(temporary)
         for file in temporary.iterdir():
             if file.name != "training_args.bin":  # a pickle nobody needs to load the adapter
                 file.replace(folder / file.name)

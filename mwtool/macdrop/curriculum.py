@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mwtool.errors import BadSyntax, BadValue, nearest
+from mwtool.files.text import shown
 
 Kind = Literal["step", "linear", "epoch-before", "epoch-after", "exp", "constant", "none"]
 Scope = Literal["massive", "others", "all"]
@@ -203,6 +204,10 @@ def parse_schedule(text: str) -> Schedule:
     return _Reader(text).schedule()
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."  # noqa: PLR2004 # as much as a message has room for
+
+
 class _Reader:
     """A recursive-descent parser of schedules."""
 
@@ -229,18 +234,20 @@ class _Reader:
             if name == kind:
                 self.at = len(name)
                 return kind
-        raise self._fault(0, f"unknown schedule {name!r}; {nearest(name, KINDS)}")
+        raise self._fault(0, f"unknown schedule {shown(name)}; {nearest(name, KINDS)}")
 
     def _probability(self) -> float:
         position, value = self.at, self._number("a number between 0 and 1")
         if value > 1:
-            raise self._fault(position, f"p is {self.text[position : self.at]}; expected a number between 0 and 1")
+            raise self._fault(
+                position, f"p is {_cut(self.text[position : self.at])}; expected a number between 0 and 1"
+            )
         return value
 
     def _rate(self) -> float:
         position, value = self.at, self._number("a rate above 0")
         if not 0 < value < math.inf:
-            raise self._fault(position, f"alpha is {self.text[position : self.at]}; expected a rate above 0")
+            raise self._fault(position, f"alpha is {_cut(self.text[position : self.at])}; expected a rate above 0")
         return value
 
     def _number(self, expected: str) -> float:
@@ -265,4 +272,4 @@ class _Reader:
         return self._fault(self.at, f"found {found}; expected {expected}")
 
     def _fault(self, position: int, message: str) -> BadSyntax:
-        return BadSyntax(f"schedule {self.text!r}, character {position + 1}: {message}", self.text, position)
+        return BadSyntax(f"schedule {shown(self.text)}, character {position + 1}: {message}", self.text, position)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from mwtool.errors import BadSyntax, BadValue, line_of, nearest
+from mwtool.files.text import shown
 from mwtool.macdrop.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
 
 _KEYS = ("k", "scope", "resample", "masks", "seed", "layers", "schedule", "phases")
@@ -37,8 +38,9 @@ def read_curriculum(text: str) -> Curriculum:
         return curriculum_of(text)
     try:
         content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise BadValue(f"curriculum {text} cannot be read: {line_of(fault, whole=True)}") from fault
+    except (OSError, ValueError) as fault:  # ValueError: not UTF-8, or a NUL in the name
+        named = text if text.isprintable() else repr(text)
+        raise BadValue(f"curriculum {named} cannot be read: {line_of(fault, whole=True)}") from fault
     return parse_curriculum(content, text)
 
 
@@ -118,7 +120,7 @@ class _File:
         for key, value in node.value:
             name = str(key.value)
             if name not in known:
-                raise self._fault(key, f"unknown key {name!r}; {nearest(name, known)}")
+                raise self._fault(key, f"unknown key {shown(name)}; {nearest(name, known)}")
             if name in found:
                 raise self._fault(key, f"{name} is given twice")
             found[name] = value
@@ -137,7 +139,7 @@ class _File:
     def _choice(self, node: yaml.Node, name: str) -> str:
         value = str(node.value)
         if value not in CHOICES[name]:
-            raise self._fault(node, f"{name} is {value!r}; {nearest(value, CHOICES[name])}")
+            raise self._fault(node, f"{name} is {shown(value)}; {nearest(value, CHOICES[name])}")
         return value
 
     def _number(self, node: yaml.Node, name: str, kind: type[Any], expected: str, fits: Callable[[Any], bool]) -> Any:
@@ -147,7 +149,7 @@ class _File:
             value = None
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (kind is float and isinstance(value, float))) or not fits(value):
-            raise self._fault(node, f"{name} is {node.value!r}; expected {expected}")
+            raise self._fault(node, f"{name} is {shown(node.value)}; expected {expected}")
         return kind(value)
 
     def _fault(self, node: yaml.Node, message: str, offset: int = 0) -> BadValue:

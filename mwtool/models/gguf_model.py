@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ class GGUFModel:
                 f"anything that reads text give the model it was made from"
             )
 
+    @property
+    def _bos_before_texts(self) -> bool:
+        """Whether bos is put before a text: as stated, else as llama.cpp does with SentencePiece's vocabularies."""
+        metadata = self.header.metadata
+        return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama"))
+
     def vocabulary(self) -> Vocabulary | None:
         """The special tokens, without the vocabulary; None where the file has no tokenizer."""
         tokens = self.header.metadata.get(TOKENS)
@@ -79,16 +86,25 @@ class GGUFModel:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, as transformers builds it from the file; None where it has none.
 
-        Raises BadCheckpoint if there is one that transformers cannot build.
+        Raises BadCheckpoint if there is one that transformers cannot build, UnsupportedModel before transformers 5.18,
+        which cuts some texts in the wrong places.
         """
         if not isinstance(self.header.metadata.get(TOKENS), StringArray):
             return None
+        if find_spec("transformers.integrations.gguf") is None:
+            raise UnsupportedModel(
+                f"the tokenizer in {self.path} needs transformers 5.18 or later; pip install -U transformers (a scan "
+                f"does without)"
+            )
         from transformers import PreTrainedTokenizerFast
 
         try:
             # not AutoTokenizer, which reads the whole file for its configuration first
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-                self.path.parent, gguf_file=self.path.name, local_files_only=True
+                self.path.parent,
+                gguf_file=self.path.name,
+                local_files_only=True,
+                add_bos_token=self._bos_before_texts,  # which transformers 5.18 does not read from the file
             )
         except UNBUILDABLE as fault:
             raise BadCheckpoint(f"the tokenizer in {self.path} cannot be built: {line_of(fault)}") from fault

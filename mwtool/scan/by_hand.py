@@ -23,7 +23,7 @@ def ranked_by_hand(
 ) -> MassiveWeights:
     """The rows the user asked for. massive: the event the definitions choose, where nothing else is said.
 
-    Raises BadValue where there is no such event, expert or row, or the walk ended before the layer.
+    Raises BadValue where there is no such event, expert or row.
     """
     layer, write = _place(by_hand, states, events, massive, dimensions)
     state = states[layer]
@@ -54,11 +54,6 @@ def _place(
         if massive is None:
             raise BadValue("the scan found no massive layer to take rows of; name one with --layer or --event")
         return massive.layer, massive
-    if by_hand.layer >= len(states):
-        raise BadValue(
-            f"layer {by_hand.layer} was not reached: the walk ended at layer {len(states) - 1}; expected a layer "
-            f"within --layers"
-        )
     own = next((event for event in events if event.layer == by_hand.layer), None)
     return by_hand.layer, own or write_at(states, by_hand.layer, dimensions)
 

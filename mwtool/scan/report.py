@@ -280,7 +280,17 @@ def _next(scan: Scan, check: Checked | None) -> Iterator[Text]:
     yield Text()
     if scan.massive is not None and check is None:
         yield Text("Next: measure what the model loses without these rows", "bold")
-        yield Text(f"  mwtool ablate {model}")
+        place = _place(scan, scan.massive)
+        yield Text(f"  mwtool ablate {model}{place}" if place else f"  mwtool scan {model} --check")
     flags = ["--states", *(["--super-weights"] if scan.super_weights else [])]
     flags += ["--protect"] if scan.protect else []
     yield Text(f"More tables: mwtool scan with {', '.join(flags)}")
+
+
+def _place(scan: Scan, massive: MassiveWeights) -> str:
+    """The options that name these rows, where a plain scan would choose others."""
+    if not (scan.settings.by_hand or scan.partial):
+        return ""
+    expert = "" if massive.expert is None else f" --expert {massive.expert}"
+    rows = f" --indices {','.join(map(str, massive.indices))}" if scan.settings.by_hand.indices else ""
+    return f" --layer {massive.layer}{expert}{rows}"

@@ -254,8 +254,8 @@ def _check(settings: Settings, subject: _Subject) -> None:
             f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
         )
     if last is not None and not 0 <= last < total:
-        raise BadValue(f"the walk is to end at layer {last}; the model has layers 0 to {total - 1}")
-    settings.by_hand.check(total)
+        raise BadValue(f"--layers ends at layer {last}, which does not exist; the model has layers 0 to {total - 1}")
+    settings.by_hand.check(total, total - 1 if last is None else last)
 
 
 def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:

@@ -41,12 +41,17 @@ class ByHand:
     def __bool__(self) -> bool:
         return self != NOTHING
 
-    def check(self, total: int) -> None:
-        """Raise BadValue for what can be refused before the walk. total: decoder layers of the model."""
+    def check(self, total: int, last: int) -> None:
+        """Raise BadValue for what can be refused before the walk.
+
+        total: decoder layers of the model; last: the layer where the walk ends.
+        """
         if self.event is not None and self.layer is not None:
             raise BadValue("both an event and a layer are given; expected one of them, as an event has its layer")
         if self.layer is not None and not 0 <= self.layer < total:
             raise BadValue(f"layer {self.layer} does not exist; the model has layers 0 to {total - 1}")
+        if self.layer is not None and self.layer > last:
+            raise BadValue(f"layer {self.layer} is behind the end of the walk, layer {last}; raise --layers")
         twice = next((row for row in self.indices if self.indices.count(row) > 1), None)
         if twice is not None:
             raise BadValue(f"row {twice} is named twice; expected different rows")

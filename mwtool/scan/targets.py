@@ -28,6 +28,7 @@ class Target:
         among them, as far as they were ranked.
     count: how many of them are truly massive; None where that is not known.
     avoided: rows that are no random control either: truly massive ones that are not among `indices`.
+    ranked: what the scan says of these rows; None where they are not those of an event.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class Target:
     indices: tuple[int, ...]
     count: int | None = None
     avoided: tuple[int, ...] = ()
+    ranked: MassiveWeights | None = None
 
     @property
     def module(self) -> str:
@@ -135,7 +137,13 @@ def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int
         raise BadValue(f"k is {k}; {choice.file or massive.module} ranks {len(massive.indices)} rows: scan with -k {k}")
     notes = (_unranked(massive),) if massive.count > len(massive.indices) else ()
     indices = massive.indices[: max(k, massive.count)]
-    return Target(layer=massive.layer, ffn=loaded.ffn(massive), indices=indices, count=massive.count), notes
+    return Target(
+        layer=massive.layer,
+        ffn=loaded.ffn(massive),
+        indices=indices,
+        count=massive.count,
+        ranked=massive,
+    ), notes
 
 
 def _at_layer(loaded: Loaded, scan: Scan, layer: int, expert: int | None, k: int) -> Target:

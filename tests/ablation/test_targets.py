@@ -150,3 +150,49 @@ def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(t
     fixed, plain = (swept(one, Sweep((Attack("mean"),), (1,), draws=1)) for one in (loaded, here))
     assert fixed.runs[0].measured[0].value == plain.runs[0].measured[0].value
     assert [run.control for run in fixed.runs] == [None, "random:0"]  # norms cannot be read
+
+
+def test_layers_and_events_are_attacked_together(loaded: Loaded) -> None:
+    ((one, two),), _ = find_targets(loaded, Choice(layers=(1, 3)), 2)
+    assert (one.layer, two.layer, one.indices[0]) == (1, 3, 17)
+    scan = mwtool.scan_model(loaded.base)
+    for events in ("all", "up", (0,)):
+        (group,), _ = find_targets(loaded, Choice(events=events), 1)  # type: ignore[arg-type] # one of the three forms
+        kept = [event for event in scan.events if events != "up" or event.kind == "up"]
+        assert [target.layer for target in group] == [event.layer for event in kept]
+        assert [target.indices[0] for target in group] == [event.rows.indices[0] for event in kept]
+    found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=2), Choice(layers=(1, 3)))
+    assert [run.control for run in found.runs] == [None, "random:0", "random:1", "norm"]
+    assert {run.place for run in found.runs} == {"1+3"}
+    assert all(len(rows) == 2 for run in found.runs for rows in run.rows)
+    assert found.runs[1].rows[0] != found.runs[1].rows[1]  # drawn for each layer
+    assert "in each of layers 1 and 3" in found.verdicts[0].text
+
+
+@pytest.mark.parametrize(
+    ("choice", "fault"),
+    [
+        ({"events": (7,)}, "there is no event 7; the scan of .* found events 0 to 0"),
+        ({"events": "down"}, "--event down: the scan of .* found no such event"),
+        ({"layers": (1, 8)}, "layer 8 does not exist"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(loaded: Loaded, choice: Any, fault: str) -> None:
+    with pytest.raises(BadValue, match=fault):
+        find_targets(loaded, Choice(**choice), 1)
+
+
+@pytest.mark.parametrize(
+    ("choice", "fault"),
+    [
+        ({"events": (0,), "layers": (1,)}, "--event and --layer are given; expected one of them"),
+        ({"layers": (1, 2), "indices": (3,)}, "--indices and --expert name rows of one layer"),
+        ({"events": "all", "expert": 1}, "--indices and --expert name rows of one layer"),
+        ({"each_layer": True, "indices": (3,)}, "--each-layer finds its own rows"),
+        ({"file": Path("scan.json"), "layers": (1,)}, "--massive FILE names its layers; leave out --layer"),
+        ({"expert": 1}, "--expert goes with --layer, --event or --indices"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(choice: Any, fault: str) -> None:
+    with pytest.raises(BadValue, match=fault):
+        Choice(**choice)

@@ -132,13 +132,13 @@ def run(args: argparse.Namespace, scan: Path, peft: str, schedule: str, seed: in
         effective_batch=args.batch,
         dtype=args.dtype,
     )
-    plan: Plan = make_plan(locate(args.model), recipe, Asked(args.data, massive=scan))
+    plan: Plan = make_plan(locate(args.model), recipe, Asked(data=args.data, massive=scan))
     recipe = replace(plan.recipe, seed=seed)  # the held-out part was drawn before, with the same seed for all
     folder = args.out / name(peft, schedule, seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     model = with_adapter(plan.source, recipe, args.device)
-    trained = train(model, (plan.train, plan.held), plan.massive, recipe, folder)
+    trained = train(model, (plan.train, plan.held), plan.places, recipe, folder)
     figures = measured(list(trained.log), trained)
     ratios = {way: zeroed(args, str(folder), scan, way) for way in WAYS}
     if not args.keep:

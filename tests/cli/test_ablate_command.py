@@ -140,10 +140,19 @@ def test_a_saved_scan_gives_what_scanning_gives_and_other_shapes_are_refused(fol
     (tmp_path / "scan.json").write_text(text_of(scanned))
     assert "was made with layers 7" in ablate(folder, "--massive", tmp_path / "scan.json").fault
     (tmp_path / "scan.json").write_text("{}")
-    assert (
-        "has schema None; expected 'mwtool.scan/2' or 'mwtool.scan/1'"
-        in ablate(folder, "--massive", tmp_path / "scan.json").fault
-    )
+    assert "has schema None; expected 'mwtool.scan/2'" in ablate(folder, "--massive", tmp_path / "scan.json").fault
+
+
+def test_the_document_of_an_ablation_gives_the_rows_it_attacked(folder: Path, tmp_path: Path) -> None:
+    first = tmp_path / "ablation.json"
+    options = ("--mode", "zero", "-k", "2", "--draws", 1, "--json")
+    made = ablate(folder, *options, "-o", first).document
+    again = ablate(folder, *options, "--massive", first).document
+    assert again["runs"] == made["runs"]
+    assert again["massive"] == made["massive"]
+    assert made["massive"]["indices"][:2] == made["runs"][0]["indices"]
+    assert ablate(folder, *options, "--layer", 3, "--indices", "4,7", "-o", first).document["massive"] is None
+    assert "an ablation of rows named by hand" in ablate(folder, "--massive", first).fault
 
 
 @pytest.mark.parametrize(
@@ -182,7 +191,7 @@ def test_a_model_without_massive_weights_offers_indices(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.data.mul_(0.1)
     folder = with_tokenizer(tmp_path, model)
-    assert "has no massive weights to attack; name rows yourself with --layer N --indices I,J" in ablate(folder).fault
+    assert "has no massive weights; name rows yourself with --layer N --indices I,J" in ablate(folder).fault
     assert ablate(folder, "--layer", 1, "--indices", "3,4", "--draws", 1).code == 0
 
 

@@ -109,6 +109,13 @@ def test_a_model_without_massive_activations_is_no_failure(tmp_path: Path) -> No
         (["scan", "--ratio", "nan"], "--ratio"),
         (["scan", "--magnitude", "inf"], "--magnitude"),
         (["scan", "--prompt", "Apple"], "--prompt"),
+        (["scan", "--layers", "3-9"], "'3-9'"),
+        (["scan", "--layers", "0-"], "'0-'"),
+        (["scan", "--layers", "nine"], "'nine'"),
+        (["scan", "--event", "-1"], "--event"),
+        (["scan", "--event", "0", "--layer", "1"], "--event and --layer"),
+        (["scan", "--indices", "1,x"], "'x'"),
+        (["scan", "--indices", "1,1"], "names 1 twice"),
         (["scan", "--config", "nosuch.yaml"], "nosuch.yaml"),
         (["adapters", "nosuch"], "nosuch"),
     ],
@@ -341,3 +348,25 @@ def test_the_many_options_of_a_run_are_grouped() -> None:
     assert panels[:2] == ["Arguments", "Required"]
     assert {"Data", "PEFT adapter", "MacDrop", "Training", "Run"} < set(panels)
     assert panels[-2:] == ["Configuration and output", "Examples"]
+
+
+def test_tables_asked_for_take_the_place_of_the_report(model: Path) -> None:
+    report = run("scan", model).out
+    assert "Massive layer 1" in report
+    for flag, words in (("--states", "max |z|"), ("--super-weights", "FFN index"), ("--protect", "down_proj.weight")):
+        shown = run("scan", model, flag)
+        assert (shown.code, shown.err) == (0, "")
+        assert words in shown.out
+        assert words not in report
+        assert "Massive layer" not in shown.out
+
+
+def test_another_event_or_layer_can_be_chosen(model: Path) -> None:
+    chosen = run("scan", model, "--layer", 3, "--indices", "5,2", "--json").document
+    assert (chosen["massive"]["layer"], chosen["massive"]["indices"]) == (3, [5, 2])
+    assert chosen["by_hand"] == {"event": None, "layer": 3, "expert": None, "indices": [5, 2]}
+    shown = " ".join(run("scan", model, "--layer", 3, "--indices", "5,2").out.split())
+    assert "Chosen by hand: layer 3" in shown
+    assert "--layer 3 --indices 5,2" in shown
+    first = run("scan", model, "--event", 0, "--json").document
+    assert first["massive"] == first["events"][0]["rows"]

@@ -193,7 +193,7 @@ def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_
     said = [(tmp_path / f"cut.{number}.log").read_text() for number in range(4)]
     assert "has no complete checkpoint; starting at step 1" in said[0]
     assert "resuming from" in said[1]
-    assert re.search(r"checkpoint-\d is half-written and passed over", said[2])
+    assert re.search(r"checkpoint-\d is incomplete and is not used", said[2])
     last = run(*command)
     assert last.code == 0
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_other_settings_is_refused(folder: Path, tmp_path: Path)
     finetune(folder, "-o", tmp_path / "out", "--max-steps", 2)
     (tmp_path / "out" / "macdrop.json").unlink()
     ran = finetune(folder, "-o", tmp_path / "out", "--max-steps", 2, "--resume", "--alpha", 8)
-    assert re.search(r"checkpoint-2 was made with alpha 16, and alpha is now 8: go on with what it was made", ran.err)
+    assert re.search(r"checkpoint-2 was made with alpha 16, and alpha is now 8: use what it was made", ran.err)
     assert ran.code == 1
 
 
@@ -300,10 +300,10 @@ def test_bad_rows_stop_the_run_unless_they_are_to_be_skipped(folder: Path, tmp_p
     rows = [json.dumps({"instruction": "w1 w2", "output": "w3 w4 w5"})] * 6
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"instruction": "w1"}']))
     data = ("--data", tmp_path / "rows.jsonl", "--eval-share", 0, "--max-steps", 1, "-o", tmp_path / "out")
-    assert "1 of 7 rows of" in (fault := finetune(folder, *data).fault)
+    assert "1 of 7 records of" in (fault := finetune(folder, *data).fault)
     assert "rows.jsonl, line 7: has no output (but instruction)" in fault
     ran = finetune(folder, *data, "--skip-bad-rows", "--json")
-    assert "note: rows that cannot be read are left out:" in ran.err
+    assert "note: 1 records that cannot be read are left out:" in ran.err
     assert (ran.document["data"]["rows"], ran.document["data"]["unreadable"]) == (6, 1)
 
 
@@ -331,7 +331,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder: Path
         ran = finetune(folder, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(r"out cannot be written: .*; make room, then go on with --resume", ran.err), ran.err
+    assert re.search(r"out cannot be written: .*; make room, then continue with --resume", ran.err), ran.err
     assert ran.code == 1
     assert finetune(folder, *options, "--resume").code == 0
 

@@ -126,7 +126,7 @@ def test_the_defaults_of_the_command_line_are_those_of_the_library() -> None:
         assert default("scan", name) == getattr(scan, name)
     for name in ("magnitude", "ratio", "sun_ratio", "spike"):
         assert default("scan", name) == getattr(thresholds, name)
-    recipe, asked = Recipe(), Asked("")
+    recipe, asked = Recipe(), Asked(data="")
     for name in (
         "peft rank alpha dropout lr warmup epochs max_steps batch_size effective_batch max_length packing "
         "gradient_checkpointing quantize eval_share seed"

@@ -30,7 +30,7 @@ def test_a_byte_order_mark_is_part_of_no_text_and_no_row(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "book.txt"])
 def test_a_file_of_nothing_but_a_byte_order_mark_is_empty(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(MARK)
-    with pytest.raises(BadValue, match=f"{name} is empty; expected text or rows to train on"):
+    with pytest.raises(BadValue, match=f"{name} is empty; expected text or records to train on"):
         read_data(str(tmp_path / name))
     with pytest.raises(BadValue, match=f"{name} is empty; expected text$"):
         read_text(tmp_path / name)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mwtool.errors import BadValue, ModelNotFound
-from mwtool.finetune.data import Example, Turn, read_data
+from mwtool.finetune.data import read_data
+from mwtool.finetune.records import Example, Turn
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3"},
@@ -70,7 +71,7 @@ def test_parquet_and_a_folder_of_files_give_the_same_rows(tmp_path: Path) -> Non
     expected = [turns(one) for one in read_data(written(tmp_path, ALPACA)).examples]
     parquet = read_data(str(tmp_path / "folder" / "rows.parquet"))
     assert [turns(one) for one in parquet.examples] == expected
-    assert parquet.examples[1].where.endswith("rows.parquet, row 2")
+    assert parquet.examples[1].where.endswith("rows.parquet, record 2")
     assert [turns(one) for one in read_data(str(tmp_path / "folder")).examples] == expected
     with pytest.raises(ModelNotFound, match="split test"):
         read_data(str(tmp_path / "folder"), split="test")
@@ -93,7 +94,7 @@ def test_a_form_that_is_asked_for_is_taken_over_what_the_keys_say(tmp_path: Path
 def test_bad_rows_are_counted_and_named_by_file_and_line(tmp_path: Path) -> None:
     rows = [json.dumps(ALPACA[0]), "{", "[1]", json.dumps({"instruction": "x"}), json.dumps({**ALPACA[0], "output": 3})]
     path = written(tmp_path, "\n".join(rows))
-    with pytest.raises(BadValue, match="4 of 5 rows of") as fault:
+    with pytest.raises(BadValue, match="4 of 5 records of") as fault:
         read_data(path)
     said = str(fault.value)
     assert f"{path}, line 2: not JSON" in said
@@ -107,7 +108,7 @@ def test_bad_rows_are_counted_and_named_by_file_and_line(tmp_path: Path) -> None
 
 def test_rows_of_a_json_array_are_named_by_the_line_they_begin_at(tmp_path: Path) -> None:
     path = written(tmp_path, '\n[\n{"text": "a\\nb"},\n\n{"text":\n 7}, {"text": "c"}\n]\n', "rows.json")
-    with pytest.raises(BadValue, match="line 5, row 2: text is 7"):
+    with pytest.raises(BadValue, match="line 5, record 2: text is 7"):
         read_data(path, "text")
 
 
@@ -116,14 +117,18 @@ def test_rows_of_a_json_array_are_named_by_the_line_they_begin_at(tmp_path: Path
     [
         ("", "rows.jsonl", "is empty"),
         (" \n", "book.txt", "is empty"),
-        ("[]", "rows.json", "has no rows"),
+        ("[]", "rows.json", "has no records"),
         ('{"a": 1, "b": 2}', "rows.jsonl", "the keys are a, b; expected instruction and output"),
-        ("[1, 2]", "rows.json", "2 of 2 rows of .* holds a int"),
-        ('[{"text": "a"} {"text": "b"}]', "rows.json", "line 1: found '{' after a row"),
-        ('[{"text": "a"}', "rows.json", "line 1: found '' after a row"),
+        ("[1, 2]", "rows.json", "2 of 2 records of .* holds a int"),
+        ('[{"text": "a"} {"text": "b"}]', "rows.json", "line 1: found '{' after a record"),
+        ('[{"text": "a"}', "rows.json", "line 1: found '' after a record"),
         ('[{"text": "a"},\n{"text": }]', "rows.json", "line 2: not JSON"),
-        ('{"messages": [{"role": "judge", "content": "x"}]}', "rows.jsonl", "the keys are messages"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "rows.jsonl", "the keys are messages"),
+        (
+            '{"messages": [{"role": "judge", "content": "x"}]}',
+            "rows.jsonl",
+            "message 1: role is 'judge'; expected system",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "rows.jsonl", "line 1: no message of the assistant"),
     ],
 )
 def test_a_file_without_rows_to_train_on_is_refused(tmp_path: Path, content: str, name: str, message: str) -> None:

@@ -41,13 +41,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(folder: Path, recipe: Recipe = QUICK, **asked: Any) -> Plan:
-    return make_plan(locate(str(folder)), recipe, Asked(asked.pop("data", str(folder / "text.txt")), **asked))
+    return make_plan(locate(str(folder)), recipe, Asked(**{"data": str(folder / "text.txt"), **asked}))
 
 
 def trained(plan: Plan, into: Path, **options: Any) -> Trained:
     into.mkdir(exist_ok=True)
     model = with_adapter(plan.source, plan.recipe, "cpu")
-    return train(model, (plan.train, plan.held), plan.massive, plan.recipe, into, settings=plan.settings(), **options)
+    return train(model, (plan.train, plan.held), plan.places, plan.recipe, into, settings=plan.settings(), **options)
 
 
 @pytest.mark.parametrize("peft", ["lora", "dora"])
@@ -57,7 +57,7 @@ def test_the_adapter_is_trained_the_model_is_not_and_peft_alone_can_load_it(
     plan = planned(folder, replace(QUICK, peft=peft))
     model = with_adapter(plan.source, plan.recipe, "cpu")
     before = digest(model)
-    done = train(model, (plan.train, plan.held), plan.massive, plan.recipe, tmp_path)
+    done = train(model, (plan.train, plan.held), plan.places, plan.recipe, tmp_path)
     assert digest(model) == before
     assert done.steps == plan.steps == done.step
     assert list(done.history.values()) == pytest.approx(plan.recipe.curriculum.values(plan.steps, plan.per_epoch))
@@ -96,7 +96,7 @@ def test_the_plan_counts_steps_parameters_and_rows_as_the_run_finds_them(folder:
     assert needed.parameters + needed.trainable == sum(p.numel() for p in model.parameters())
     assert needed.weights == 4 * needed.parameters
     assert needed.kept == 4 * 2 * 5 * 32
-    assert train(model, (plan.train, plan.held), plan.massive, plan.recipe, tmp_path).step == plan.steps
+    assert train(model, (plan.train, plan.held), plan.places, plan.recipe, tmp_path).step == plan.steps
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -168,7 +168,7 @@ def test_an_adapter_a_model_without_massive_rows_or_without_tokenizer_are_refuse
     with pytest.raises(BadValue, match="nothing for MacDrop to drop: give --massive FILE, or train without"):
         planned(other)
     plan = planned(other, allow_none=True)
-    assert plan.massive is None
+    assert plan.places == ()
     assert "trained without MacDrop" in plan.notes[-1]
     assert trained(plan, tmp_path / "plain").history == {}
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -220,8 +220,8 @@ def test_steps_come_in_whole_accumulations(rows: int, batch: int, processes: int
         (torch.OutOfMemoryError("CUDA out of memory."), MwtoolError, r"out of memory in step 1: lower --batch-size "),
         (MemoryError(), MwtoolError, r"lower --batch-size \(now 2; the effective batch stays 4\) or --max-length"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MwtoolError, "--gradient-checkpointing or --qua"),
-        (OSError(28, "No space left on device"), OutputError, "No space left on device; make room, then go on with"),
-        (RuntimeError("PytorchStreamWriter failed writing file"), OutputError, "the disk takes no more"),
+        (OSError(28, "No space left on device"), OutputError, "No space left on device; make room, then continue with"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), OutputError, "the disk does not take all of it"),
         (RuntimeError("something else"), RuntimeError, "something else"),
     ],
 )
@@ -237,7 +237,7 @@ def test_an_end_of_memory_or_disk_says_what_to_do(
 
     model.get_base_model().model.layers[7].register_forward_pre_hook(fail)
     with pytest.raises(kind, match=message):
-        train(model, (plan.train, plan.held), plan.massive, plan.recipe, tmp_path)
+        train(model, (plan.train, plan.held), plan.places, plan.recipe, tmp_path)
     assert digest(model) == before  # also the rows that were masked
 
 
@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(folder: Path, tmp_p
     model = with_adapter(plan.source, plan.recipe, "cpu")
     model.get_base_model().lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(MwtoolError, match="the loss is nan at step 1: lower --lr"):
-        train(model, (plan.train, plan.held), plan.massive, plan.recipe, tmp_path)
+        train(model, (plan.train, plan.held), plan.places, plan.recipe, tmp_path)
 
 
 def test_an_unknown_logger_is_refused_by_name(folder: Path, tmp_path: Path) -> None:

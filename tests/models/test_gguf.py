@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf_files
 import pytest
 import torch
-from gguf_files import ARCHITECTURES, Kind
+from gguf_files import ARCHITECTURES, TEXTS, Kind
 
 from mwtool.models.load import load
 from mwtool.scan.scanner import Scan, scan_checkpoint
@@ -45,6 +45,7 @@ def test_a_file_of_each_kind_of_block_has_the_states_of_its_checkpoint(kind: str
     assert_same(found, scan_checkpoint(str(same), WALK))
 
 
+@TEXTS
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_file_loaded_whole_is_its_checkpoint(model_type: str, tmp_path: Path) -> None:
     made = gguf_files.small(model_type)

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from command import run
-from gguf_files import Kind
+from gguf_files import TEXTS, Kind
 from huggingface_hub import constants, utils
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -57,6 +57,7 @@ def test_the_vocabulary_is_not_read_to_find_bos(demo: Path, monkeypatch: pytest.
     ]
 
 
+@TEXTS
 def test_the_tokenizer_of_a_file_is_the_model_s(demo: Path) -> None:
     mine, theirs = locate(str(demo)).tokenizer(), AutoTokenizer.from_pretrained(DEMO)
     assert mine is not None
@@ -65,6 +66,7 @@ def test_the_tokenizer_of_a_file_is_the_model_s(demo: Path) -> None:
     assert (mine.bos_token, mine.eos_token) == (theirs.bos_token, theirs.eos_token)
 
 
+@TEXTS
 @pytest.mark.parametrize("bos", ["never", "<s>", "7"])
 def test_every_choice_of_bos_is_that_of_the_checkpoint(bos: str, demo: Path) -> None:
     chosen = [run("scan", model, "--bos", bos, "--json").document["bos"] for model in (demo, "demo")]
@@ -201,6 +203,7 @@ ROTARY: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any], dict[str, Any
 }
 
 
+@TEXTS
 @pytest.mark.parametrize("name", ROTARY)
 def test_rotary_scaling_is_that_of_the_checkpoint(name: str, tmp_path: Path) -> None:
     model_type, change, parameters, options = ROTARY[name]
@@ -217,6 +220,7 @@ def test_rotary_scaling_is_that_of_the_checkpoint(name: str, tmp_path: Path) -> 
     assert not torch.equal(logits, unscaled)
 
 
+@TEXTS
 def test_an_attack_on_a_file_is_measured_and_saved_as_a_checkpoint(demo: Path, tmp_path: Path) -> None:
     asked = ("--layer", 1, "--indices", "148", "-k", 1, "--mode", "zero", "--no-controls", "--limit", 2, "--json")
     ran = run("ablate", demo, *asked, "--save", tmp_path / "saved")
@@ -228,6 +232,7 @@ def test_an_attack_on_a_file_is_measured_and_saved_as_a_checkpoint(demo: Path, t
     assert AutoConfig.from_pretrained(tmp_path / "saved").model_type == "llama"
 
 
+@TEXTS
 def test_an_adapter_is_trained_on_a_file_and_evaluated_over_it(demo: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"Once there was a number {n}."}) for n in range(8)))

@@ -150,7 +150,10 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema": "mwtool.eval/1"}, "schema 'mwtool.eval/1'; expected 'mwtool.scan/2' or 'mwtool.scan/1'"),
+        (
+            {"schema": "mwtool.eval/1"},
+            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2', as `mwtool scan -o` writes, or",
+        ),
         ({"schema": None}, "schema None"),
         ({"massive": {}}, "KeyError"),
         ({"massive": [1]}, "TypeError"),
@@ -278,13 +281,16 @@ def test_a_document_of_schema_1_is_still_read(tmp_path: Path) -> None:
     assert (found.layer, list(found.indices), notes) == (massive["layer"], massive["indices"], [])
 
 
-def test_a_choice_by_hand_is_in_the_document() -> None:
+def test_a_choice_by_hand_is_in_the_document_and_is_what_other_commands_read(tmp_path: Path) -> None:
     model = tiny.model("llama")
     tiny.plant(model)
-    chosen = ByHand(layer=1, indices=(3, 17))
-    document = scan_document(mwtool.scan_model(model, settings=Settings(by_hand=chosen)))
+    found = mwtool.scan_model(model, settings=Settings(by_hand=ByHand(layer=1, indices=(3, 17))))
+    document = json.loads(text_of(scan_document(found)))
     assert document["by_hand"] == {"event": None, "layer": 1, "expert": None, "indices": [3, 17]}
-    assert document["massive"]["indices"] == (3, 17)
+    massive, _ = load_massive(saved(tmp_path, document), found.identity)
+    assert massive is not None
+    assert massive == found.massive
+    assert massive.indices == (3, 17)
 
 
 def test_identity_and_weights_cannot_be_changed_by_accident(scan: Scan) -> None:

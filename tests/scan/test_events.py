@@ -218,9 +218,9 @@ def test_what_does_not_exist_is_refused_in_one_line(
 
 
 def test_a_layer_behind_the_end_of_a_partial_walk_is_refused(erased: PreTrainedModel) -> None:
-    with pytest.raises(BadValue, match="layer 5 was not reached: the walk ended at layer 3"):
+    with pytest.raises(BadValue, match="layer 5 is behind the end of the walk, layer 3; raise --layers"):
         scan_model(erased, settings=replace(by_hand(layer=5), last_layer=3))
-    with pytest.raises(BadValue, match="the walk is to end at layer 8; the model has layers 0 to 7"):
+    with pytest.raises(BadValue, match="--layers ends at layer 8, which does not exist; the model has layers 0 to 7"):
         scan_model(erased, settings=Settings(last_layer=8))
 
 

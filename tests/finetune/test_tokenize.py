@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.finetune.data import Data, Example, Form, Turn
-from mwtool.finetune.tokenize import IGNORED, Encoded, collate, encode, split
+from mwtool.finetune.data import Data
+from mwtool.finetune.records import Example, Form, Turn
+from mwtool.finetune.sequences import IGNORED, Encoded, collate, split
+from mwtool.finetune.tokenize import encode
 from mwtool.finetune.trainer import refuse_mixing
 from mwtool.models.source import DEMO
 
@@ -47,11 +49,11 @@ def templated(template: str) -> Any:
 
 
 def data(*examples: Example, form: Form = "messages", stream: bool = False) -> Data:
-    return Data("rows.jsonl", form, examples, stream=stream)
+    return Data(name="rows.jsonl", form=form, examples=examples, stream=stream)
 
 
 def talk(*turns: Turn) -> Example:
-    return Example("rows.jsonl, line 1", turns)
+    return Example(where="rows.jsonl, line 1", turns=turns)
 
 
 def learned(encoded: Encoded, tokenizer: Any, at: int = 0) -> str:
@@ -66,7 +68,7 @@ def whole(encoded: Encoded, tokenizer: Any, at: int = 0) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 def test_windows_of_a_text_begin_with_bos_and_lose_nothing(plain: Any, *, stream: bool) -> None:
     text = "The house stood on a hill. " * 20
-    encoded = encode(data(Example("", text=text), form="text", stream=stream), plain, 16)
+    encoded = encode(data(Example(where="", text=text), form="text", stream=stream), plain, 16)
     assert all(ids[0] == plain.bos_token_id and len(ids) <= 16 for ids in encoded.ids)
     joined = [token for ids in encoded.ids for token in ids[1:].tolist()]
     assert joined == plain(text, add_special_tokens=False)["input_ids"] + ([] if stream else [plain.eos_token_id])
@@ -99,7 +101,9 @@ def test_where_answers_are_written_differently_later_the_last_one_is_learned_and
 
 def test_a_conversation_the_template_refuses_is_a_row_that_cannot_be_read() -> None:
     tokenizer = templated(STRICT)
-    with pytest.raises(BadValue, match=r"1 of 1 rows .* line 1: the chat template refuses it \(roles must alternate"):
+    with pytest.raises(
+        BadValue, match=r"1 of 1 records .* line 1: the chat template refuses it \(roles must alternate"
+    ):
         encode(data(talk(*TALK)), tokenizer, 200)
     half = templated("{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML)
     rows = data(talk(*TALK), talk(Turn("user", "no"), Turn("assistant", "yes")))
@@ -111,21 +115,23 @@ def test_without_a_template_the_headings_are_told_and_text_has_none(plain: Any) 
     (said,) = encode(data(talk(*TALK)), plain, 200).notes
     assert "no chat template" in said
     assert "### Instruction: ... ### Response: ..." in said
-    assert encode(data(Example("a.txt, line 1", text="plain words")), plain, 200).notes == ()
+    assert encode(data(Example(where="a.txt, line 1", text="plain words")), plain, 200).notes == ()
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted(plain: Any) -> None:
     long = talk(Turn("user", "why " * 90), Turn("assistant", "so"))
     encoded = encode(data(talk(*TALK), long), plain, 64)
-    assert (len(encoded), encoded.too_long) == (1, 1)
-    assert encoded.notes[0] == "1 of 2 examples are longer than 64 tokens and left out (--max-length)"
+    assert (len(encoded), [one.reason for one in encoded.left_out]) == (1, ["too_long"])
+    assert (
+        encoded.notes[0] == "1 of 2 examples are longer than 64 tokens (--max-length) and left out: rows.jsonl, line 1"
+    )
     with pytest.raises(BadValue, match=r"all 2 examples of rows\.jsonl are longer than 8 tokens: raise --max-length"):
         encode(data(talk(*TALK), long), plain, 8)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_what_is_held_out_and_what_is_trained_on_are_all_and_apart(plain: Any, share: float) -> None:
-    encoded = encode(data(Example("", text="word " * 400), form="text"), plain, 8)
+    encoded = encode(data(Example(where="", text="word " * 400), form="text"), plain, 8)
     trained, held = split(encoded, share, 3)
     count = 0 if held is None else len(held)
     assert (len(trained) + count, count) == (len(encoded), round(share * len(encoded)))
