@@ -138,11 +138,7 @@ def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int
     notes = (_unranked(massive),) if massive.count > len(massive.indices) else ()
     indices = massive.indices[: max(k, massive.count)]
     return Target(
-        layer=massive.layer,
-        ffn=loaded.ffn(massive),
-        indices=indices,
-        count=massive.count,
-        ranked=massive,
+        layer=massive.layer, ffn=loaded.ffn(massive), indices=indices, count=massive.count, ranked=massive
     ), notes
 
 
