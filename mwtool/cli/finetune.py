@@ -257,10 +257,7 @@ def finetune(
     if show_curriculum:
         _show_curriculum(curriculum, max_steps, epochs)
         return
-    if data is None:
-        raise options.WrongUsage("--data DATA is required: the records to train on")
-    if output is None and not dry_run:
-        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
+    data = _needed(data, output, dry_run=dry_run)
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.models.source import locate
 
@@ -310,6 +307,15 @@ def finetune(
             plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
             reporting = (logging_steps, save_steps, tuple(report_to or ()))
             _run(plan, output, place, reporting, resume=resume, merge=merge, json=json)
+
+
+def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
+    """The data, which is required, as is an output folder to train. Raises WrongUsage."""
+    if data is None:
+        raise options.WrongUsage("--data DATA is required: the records to train on")
+    if output is None and not dry_run:
+        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
+    return data
 
 
 def _without_layers(choice: Choice, curriculum: Curriculum, macdrop: str) -> Choice:
