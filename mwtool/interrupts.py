@@ -1,4 +1,4 @@
-"""Restore weights to the end although Ctrl-C arrives, once or several times."""
+"""Finish restoring weights even if Ctrl-C is pressed, once or several times."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 
 def uninterrupted(restore: Callable[[], None]) -> None:
-    """Run to its end; each Ctrl-C that comes in the meantime starts it over, and the last is raised after it."""
+    """Call `restore` until it finishes: Ctrl-C in the meantime starts it over.
+
+    Raises KeyboardInterrupt after it has finished, if Ctrl-C was pressed.
+    """
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:

@@ -16,7 +16,7 @@ READABLE = ("mwtool.scan/1", SCHEMA, ABLATION)
 """Schemas whose `massive` and `shape` this version reads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What a scan must share with the model its rows are applied to.
 
@@ -57,7 +57,7 @@ class RankedRows(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MassiveWeights:
     """The top-k massive weights (paper, section 3): rows of ``W_up`` and ``W_gate`` of one decoder layer.
 
@@ -126,7 +126,10 @@ def _identity(document: Mapping[str, Any]) -> Identity:
         if not isinstance(document[name], str) and not (name == "revision" and document[name] is None):
             raise TypeError(f"{name} is {document[name]!r}; expected a text")
     return Identity(
-        document["model"], document["revision"], document["model_type"], **{name: shape[name] for name in names}
+        model=document["model"],
+        revision=document["revision"],
+        model_type=document["model_type"],
+        **{name: shape[name] for name in names},
     )
 
 

@@ -48,7 +48,9 @@ def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: st
     source = torch.Generator().manual_seed(0)
     ids = tuple(torch.randint(3, 60, (length,), generator=source) for length in (24, 24, 17, 24, 9))
     counts = tuple(len(one) - 1 for one in ids)
-    cut = Windows(ids, counts, tuple(range(5)), counts, "sun-4096", 24, None)
+    cut = Windows(
+        ids=ids, scored=counts, sample=tuple(range(5)), units=counts, protocol="sun-4096", metric=24, length=None
+    )
     ffn = tiny.layers_of(model)[1].ffns[0]
     values = []
     for device in ("cpu", "cuda"):

@@ -1,1 +1,1 @@
-"""mwtool's own adapters, one module a family, registered as any third party's would be."""
+"""The adapters that come with mwtool, one module per family, registered through entry points as plugins are."""

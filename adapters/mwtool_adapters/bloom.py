@@ -1,4 +1,4 @@
-"""BLOOM and MPT: the MLP adds the residual itself, so what the stream receives is its last matrix's output."""
+"""BLOOM and MPT: the MLP itself adds the residual, so the FFN's contribution is the output of its last matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 and those built alike: first layers dense, then routed experts beside a shared one."""
+"""DeepSeek-V2, V3 and similar types: dense layers first, then routed experts with a shared expert."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATENT = {
 
 
 class Deepseek:
-    """scores: what makes probabilities of the router's logits; shared: whether there is a shared expert."""
+    """scores: turns the router's logits into probabilities. shared: whether there is a shared expert."""
 
     tiny: ClassVar[dict[str, dict[str, Any]]] = {
         "deepseek_v2": {**DENSE_FIRST, **LATENT},
@@ -46,14 +46,14 @@ class Deepseek:
         if _dense(config, index):
             return DecoderLayer(path, (gated_mlp(mlp, act),), adds=mlp)
         experts = Experts(f"{mlp}.experts", router=f"{mlp}.gate", scores=self.scores)
-        count = getattr(config, "num_local_experts", None) or config.num_experts  # V2 has the second name alone
+        count = getattr(config, "num_local_experts", None) or config.num_experts  # V2 has only the second name
         routed = fused_experts(experts.module, count, config.moe_intermediate_size, act)
         shared = (gated_mlp(f"{mlp}.shared_experts", act),) if self.shared else ()
         return DecoderLayer(path, (*routed, *shared), adds=mlp, experts=experts)
 
 
 def _dense(config: PretrainedConfig, index: int) -> bool:
-    """Some name the kind of every layer, some count the dense ones at the start; Solar has none."""
+    """Some types list the kind of every layer, some count the dense layers at the start; Solar has no dense ones."""
     kinds = getattr(config, "mlp_layer_types", None)
     return index < getattr(config, "first_k_dense_replace", 0) if kinds is None else kinds[index] == "dense"
 

@@ -1,4 +1,4 @@
-"""ERNIE 4.5's mixture: MoE layers at intervals between two bounds, with a shared expert."""
+"""ERNIE 4.5 MoE: MoE layers at an interval between two bounds, with a shared expert."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ErnieMoe:
             "moe_k": 2,
             "moe_intermediate_size": 16,
             "moe_num_shared_experts": 1,
-            "moe_layer_start_index": 1,  # else all: none is dense
+            "moe_layer_start_index": 1,  # by default every layer is MoE
         }
     }
 

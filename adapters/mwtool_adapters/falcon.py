@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Falcon:
-    tiny: ClassVar = {"falcon": {"head_dim": None}}  # it computes its own and takes none
+    tiny: ClassVar = {"falcon": {"head_dim": None}}  # it computes head_dim itself and does not accept the option
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"transformer.h.{index}"

@@ -1,7 +1,7 @@
-"""Gemma, Gemma 2, and Gemma 3 as text and as multimodal model.
+"""Gemma, Gemma 2, and Gemma 3, text-only and multimodal.
 
-From Gemma 2 on a norm stands behind the FFN: it rescales what `down_proj` gives before
-the residual stream receives it, which is why these models hardly react to losing rows.
+From Gemma 2 on, a norm follows the FFN: it rescales the output of `down_proj` before it is
+added to the residual stream.
 """
 
 from __future__ import annotations

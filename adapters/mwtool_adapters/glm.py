@@ -1,4 +1,4 @@
-"""GLM and GLM-4: gate and up fused as in Phi-3; GLM-4 has a norm behind the FFN."""
+"""GLM and GLM-4: gate and up fused as in Phi-3; GLM-4 has a norm after the FFN."""
 
 from __future__ import annotations
 

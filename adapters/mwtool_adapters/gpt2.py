@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Gpt2:
-    """up, down: names of the two modules; transposed: they are Conv1D."""
+    """up, down: names of the two modules. transposed: whether they are Conv1D."""
 
     tiny: ClassVar = {
         "gpt2": {"n_inner": 48},

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia), attention and MLP in parallel unless configured otherwise, and Persimmon: biases, no gate."""
+"""GPT-NeoX (Pythia), with attention and MLP in parallel by default, and Persimmon: biases and no gate."""
 
 from __future__ import annotations
 

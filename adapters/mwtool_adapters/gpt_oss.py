@@ -15,7 +15,7 @@ GATE, UP, ALL = slice(None, None, 2), slice(1, None, 2), slice(None)
 
 
 def clamped_glu(gate: Tensor, up: Tensor, *, limit: float, alpha: float) -> Tensor:
-    """(up + 1) * gate * sigmoid(alpha * gate), with gate cut off above `limit` and up on both sides."""
+    """(up + 1) * gate * sigmoid(alpha * gate), with gate clamped above at `limit` and up on both sides."""
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * (gate * (gate * alpha).sigmoid())
 
@@ -39,7 +39,7 @@ class GptOss:
 
 
 def _stated(config: PretrainedConfig, name: str, otherwise: float) -> float:
-    """Earlier versions of transformers have both numbers in the model's code."""
+    """Earlier versions of transformers hard-code both numbers in the model."""
     return float(getattr(config, name, otherwise))
 
 

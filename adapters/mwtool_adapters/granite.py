@@ -1,4 +1,4 @@
-"""Granite: Llama's decoder layer, whose parts are scaled before the residual stream receives them."""
+"""Granite: Llama's decoder layer, with outputs scaled before they are added to the residual stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jamba and Bamba: state-space and attention layers in turn, each with an FFN behind it; Jamba's may be mixtures."""
+"""Jamba and Bamba: state-space and attention layers, each followed by an FFN, which in Jamba may be MoE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LFM2: convolutions and attention in turn, then a gated FFN under names of its own; its mixture under usual ones."""
+"""LFM2: convolution and attention layers, with its own names for the gated FFN; its MoE layers use the usual names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ["conv", "full_attention", "conv"]
 
 
 class Lfm2:
-    """Three layers, as many as a tiny model has unless it is asked for more: `layer_types` names each."""
+    """`layer_types` lists every layer: three, the default of a tiny model."""
 
     tiny: ClassVar = {
         "lfm2": {"block_auto_adjust_ff_dim": False},

@@ -1,4 +1,4 @@
-"""Llama and the many families that share its decoder layer, or differ in the norm behind the FFN alone."""
+"""Llama and the many families that share its decoder layer, or differ only in the norm after the FFN."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 VISION = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 4, "out_hidden_size": 32}
-"""Of tiny Qwen models with linear attention, and with images; its mixtures have the same."""
+"""Options of tiny Qwen models with linear attention or image input, MoE or dense."""
 
 
 class Llama:
-    """`adds` is what the residual stream receives: the MLP's output, or that of the norm behind it.
+    """`adds`: the module whose output is added to the residual stream: the MLP, or the norm after it.
 
     Where attention runs beside the MLP (Cohere, some StableLM), each is added by itself: nothing changes here.
     """
@@ -36,7 +36,7 @@ class Llama:
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"
-        config = config.get_text_config()  # Qwen3.5 with images is opened as its text model
+        config = config.get_text_config()  # Qwen3.5 with image input is loaded as its text model
         ffn = gated_mlp(f"{path}.mlp", config.hidden_act, bias=_biased(config))
         return DecoderLayer(path, (ffn,), adds=f"{path}.{self.adds}")
 

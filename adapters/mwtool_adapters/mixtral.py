@@ -1,4 +1,4 @@
-"""Mixtral and those whose every layer is a mixture of experts: Phi-3.5-MoE, OLMoE, MiniMax-M2, Hunyuan."""
+"""Mixtral and other types in which every layer is MoE: Phi-3.5-MoE, OLMoE, MiniMax-M2, Hunyuan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Mixtral:
-    """router, shared: names in the block; scores, proportional: as in `Experts`."""
+    """router, shared: module names in the MoE block. scores, proportional: as in `Experts`."""
 
     tiny: ClassVar[dict[str, dict[str, Any]]] = {
         "hunyuan_v1_moe": {
@@ -49,4 +49,4 @@ class Mixtral:
 HUNYUAN = Mixtral(shared="shared_mlp")
 MINIMAX_M2 = Mixtral(scores="sigmoid")
 MIXTRAL = Mixtral()
-PHIMOE = Mixtral(router="router", proportional=False)  # each expert is weighted without those chosen before
+PHIMOE = Mixtral(router="router", proportional=False)  # each weight is normalized without the experts chosen before

@@ -1,4 +1,4 @@
-"""OPT, XGLM and BioGPT: two matrices in the decoder layer itself, without a module around them."""
+"""OPT, XGLM and BioGPT: two matrices in the decoder layer itself, with no MLP module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Opt:
 
 
 class Xglm:
-    """layers: path of the list of decoder layers; act: the option that names the activation."""
+    """layers: path of the list of decoder layers. act: the option that names the activation."""
 
     tiny: ClassVar = {"xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": None, "attention_heads": 4}}
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Phi:
-    """Attention and MLP run side by side on the same normalised input; each is added by itself."""
+    """Attention and MLP run in parallel on the same normalized input; each output is added separately."""
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
         path = f"model.layers.{index}"

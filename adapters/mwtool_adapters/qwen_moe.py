@@ -1,4 +1,4 @@
-"""Qwen's mixtures of experts: dense and MoE layers mixed; all but Qwen3-MoE's with a gated shared expert."""
+"""Qwen MoE: dense and MoE layers mixed; all but Qwen3-MoE have a gated shared expert."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class QwenMoe:
         self.shared = shared
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        config = config.get_text_config()  # Qwen3.5 with images is opened as its text model
+        config = config.get_text_config()  # Qwen3.5 with image input is loaded as its text model
         path, act = f"model.layers.{index}", config.hidden_act
         mlp = f"{path}.mlp"
         if _dense(config, index):
@@ -39,7 +39,7 @@ class QwenMoe:
 
 
 def _dense(config: PretrainedConfig, index: int) -> bool:
-    """Qwen3.5 has no such options: all of its layers are mixtures."""
+    """Qwen3.5 has no such options: all of its layers are MoE."""
     if not hasattr(config, "mlp_only_layers"):
         return False
     return bool(index in config.mlp_only_layers or (index + 1) % config.decoder_sparse_step or not config.num_experts)

@@ -1,4 +1,4 @@
-"""Models of images and text whose language model is a Llama, Qwen or Mistral within: its layers, no others."""
+"""Vision-language models that contain a Llama, Qwen or Mistral: only its decoder layers are described."""
 
 from __future__ import annotations
 

@@ -33,11 +33,11 @@ from mwtool.scan.targets import Target
 from mwtool.surgery.attack import Attack, Edit, edited_together
 
 WINDOWS, LENGTH = 8, 512
-"""How much text is read by default: windows, and tokens of each, bos included."""
+"""Text used by default: number of windows, and tokens in each, bos included."""
 SHORTEST = 32
-"""Tokens of a window at least; a text that is too short for full windows is cut into shorter ones."""
+"""Fewest tokens in a window; a text too short for full windows is cut into shorter ones."""
 PASSES = 16
-"""What a check costs at most, in evaluations of the unchanged model on the same windows."""
+"""Highest cost of a check, in evaluations of the unchanged model on the same windows."""
 BREAKS = 1.5
 """A model leans on an event whose rows, when zeroed, multiply the perplexity by more than this."""
 
@@ -64,7 +64,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What a check measured.
+    """The result of a check.
 
     text: what it was measured on; windows, tokens: how many, the latter scored in all. dtype: computed in.
     perplexity: of the unchanged model. together: the rows of all `up` events zeroed, None where there are fewer than
@@ -129,7 +129,7 @@ def check_scan(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Check:
-    """Measure what the rows of each event of `scan` carry for the model.
+    """Measure how much the model depends on the rows of each event of `scan`.
 
     loaded: the scanned model, without a PEFT adapter. text: as in ``ppl:TEXT``. limit, window: how much of it is read,
     in windows and tokens of a window. seed: of the random rows. on_progress: called with what is done and how much
@@ -219,7 +219,7 @@ def _attacks(loaded: Loaded, scan: Scan, k: int, seed: int) -> list[_Attack]:
         found.append(_Attack(("together", 0), zero, edits, tuple(one.layer for one in up)))
     if scan.predicted is not None:
         massive = scan.predicted.rows
-        target = Target(massive.layer, loaded.ffn(massive), massive.indices, massive.count)
+        target = Target(layer=massive.layer, ffn=loaded.ffn(massive), indices=massive.indices, count=massive.count)
         drawn = random_rows(target, target.ffn.width(loaded.base), k, seed)
         if drawn is not None:
             found.append(_Attack(("random", 0), zero, (Edit(target.ffn, drawn),), (massive.layer,)))
@@ -235,7 +235,7 @@ def _applied(loaded: Loaded, one: _Attack) -> Any:
 
 
 def _windows(loaded: Loaded, scan: Scan, text: str, limit: int, window: int) -> Windows:
-    """The first windows of the text, shorter ones where it has fewer tokens than they take."""
+    """The first windows of the text, or shorter windows if it has too few tokens."""
     if loaded.tokenizer is None:
         raise BadValue(f"{loaded.source.name} has no tokenizer; --check needs one to read text")
     bos = None if scan.bos.how == "none" else scan.bos.id
@@ -256,7 +256,7 @@ def _windows(loaded: Loaded, scan: Scan, text: str, limit: int, window: int) -> 
 
 
 def _fitted(cut: Windows, attacks: Sequence[_Attack], total: int) -> tuple[Windows, tuple[str, ...]]:
-    """As much of the windows as keeps the check within `PASSES`, and what was left out.
+    """The part of the windows that keeps the check within `PASSES`, and what is left out.
 
     A forward costs the head, for the tokens that are scored, and the layers that run. Scoring a part of each window
     bounds the former, running a part of the windows the latter.
@@ -282,7 +282,7 @@ def _predicted(scan: Scan) -> int | None:
 
 
 def _conclusion(check: Check, plain: Measured) -> tuple[str, ...]:
-    """What the model leans on, beside what the scan predicts."""
+    """Which event the model leans on, compared with the prediction of the scan."""
     if plain.nonfinite:
         return (f"The check says nothing: the unchanged model's perplexity is not finite ({plain.nonfinite}).",)
     measured = [one for one in check.events if one.zero is not None]
@@ -320,12 +320,12 @@ def _beside(check: Check) -> list[str]:
 
 
 def cells_of(check: Check) -> dict[int, tuple[str, str]]:
-    """Event -> its zeroing and its retaining ratio, as a table shows them."""
+    """Event -> its ratios under zeroing and retaining, formatted for a table."""
     return {one.event: (_cell(one.zero), _cell(one.retain)) for one in check.events}
 
 
 def lines_of(check: Check) -> tuple[str, ...]:
-    """What a report says under its table: the conclusion, and how it was measured."""
+    """The lines of a report below its table: the conclusion and how it was measured."""
     how = (
         f"Perplexity {figure(check.perplexity)} over {check.windows} windows of {check.text}, {check.tokens:,} tokens "
         f"scored, in {check.dtype}; brackets are paired 95 % intervals."

@@ -1,4 +1,4 @@
-"""How a model goes on after a prompt, as it is and attacked: the paper's Figure 1b."""
+"""Continuations of a prompt by the unchanged and the attacked model: the paper's Figure 1b."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def continuations(
     bos: str = "auto",
     new_tokens: int = 48,
 ) -> list[tuple[str, str]]:
-    """What the model says after `prompt`, by greedy decoding: as it is, and under each mode at the largest k.
+    """Continue `prompt` by greedy decoding: without an attack, and under each mode at the largest k.
 
     new_tokens: at most; fewer where the model has no more positions. Raises BadValue as `prompt_ids` does.
     """

@@ -1,4 +1,4 @@
-"""Rows an attack is compared with: as many drawn at random, and those of largest norm."""
+"""Control rows for an attack: the same number drawn at random, and those of largest norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mwtool.scan.targets import Target
 
 
 def random_rows(target: Target, width: int, k: int, seed: int) -> tuple[int, ...] | None:
-    """k rows that are not among the ranked ones, drawn with `seed`; None where there are not that many.
+    """k random rows that are not among the ranked ones, drawn with `seed`; None if there are too few.
 
     The draws of one seed are nested: k = 3 takes the first three of what k = 5 takes.
     """

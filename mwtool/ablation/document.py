@@ -1,4 +1,4 @@
-"""An ablation as a document of schema mwtool.ablate/1; docs/json.md describes every key."""
+"""The document of an ablation, schema mwtool.ablate/1. docs/json.md describes every key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ablate_document(
     generated: Sequence[tuple[str, str]] = (),
     saved: str | None = None,
 ) -> dict[str, Any]:
-    """The document. A number that is not finite is null, and `nonfinite` says why."""
+    """The document. Numbers that are not finite are null, and `nonfinite` gives the reason."""
     baseline = named(found.baseline)
     return {
         **envelope_of(SCHEMA, loaded, seed=seed, command=command),

@@ -1,4 +1,4 @@
-"""The ablation as a figure."""
+"""The plot of an ablation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plot_ablation(found: Ablation, path: Path) -> None:
-    """Ratio over k, or over the layers, one panel a task (the paper's Figure 4); of an accuracy the points lost.
+    """Perplexity ratio, or accuracy points lost, against k or layer, with one panel per task (the paper's Figure 4).
 
     Random rows are dashed, with their range, and rows of largest norm dotted.
 
@@ -33,7 +33,7 @@ def plot_ablation(found: Ablation, path: Path) -> None:
 
 
 def _curves(panel: Any, found: Ablation, task: str) -> None:
-    """Over k, a line a mode; where several layers were attacked over them, a line an attack."""
+    """Against k, one line per mode; if several layers were attacked, against the layer, one line per attack."""
     several = len({run.targets for run in found.runs}) > 1
     lines = dict.fromkeys(run.attack if several else run.attack.at(0) for run in found.runs)
     for at, line in enumerate(lines):
@@ -58,7 +58,7 @@ def _curves(panel: Any, found: Ablation, task: str) -> None:
 
 
 def _readable(panel: Any) -> None:
-    """k and layers in whole numbers; ratios on a log axis where they span more than a decade, and never as powers."""
+    """Integer ticks for k and layers; a log axis, without powers of ten, for ratios over more than a decade."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = panel.dataLim.intervaly  # of what is drawn: the axis has margins, which may reach below zero
@@ -69,7 +69,7 @@ def _readable(panel: Any) -> None:
 
 
 def _points(runs: list[Run], found: Ablation, task: str, *, layers: bool) -> dict[int, list[float]]:
-    """k, or the layer -> the ratios, or differences of accuracies in points, that are finite."""
+    """k or layer -> the finite ratios, or differences of accuracies in percentage points."""
     plain = named(found.baseline)[task]
     points: dict[int, list[float]] = {}
     for run in sorted(runs, key=lambda one: (one.layers, one.attack.k)):

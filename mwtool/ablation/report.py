@@ -1,4 +1,4 @@
-"""An ablation as text for people, with Rich: the paper's Table 1, beside the controls."""
+"""The report of an ablation, with Rich: the paper's Table 1 with controls."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mwtool.evaluation.numbers import figure, short
 from mwtool.scan.targets import Target
 
 BESIDE, WIDE = 26, 46
-"""Columns that name the attack, and those that one task with its controls takes."""
+"""Width of the columns that name the attack, and of those for one task with its controls."""
 PANEL = 24
-"""Columns that a continuation takes at least."""
+"""Smallest width of a continuation."""
 SHOWN = 8
-"""Row indices listed before the rest is counted."""
+"""How many row indices are listed."""
 
 
 def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), width: int = 80) -> RenderableType:
-    """The table, cut into pieces that fit the width; the verdicts; and the continuations side by side."""
+    """The table, split into parts that fit the width, the verdicts, and the continuations side by side."""
     step = max(1, (width - BESIDE) // WIDE)
     pieces = [range(start, min(start + step, len(found.baseline))) for start in range(0, len(found.baseline), step)]
     parts: list[RenderableType] = [_where(found)]
@@ -57,7 +57,7 @@ def _ranked(target: Target) -> str:
 
 
 def _table(found: Ablation, tasks: Sequence[int]) -> Table:
-    """A line for each attack; for each task its value, its ratio, and that of as many rows chosen otherwise."""
+    """One line for each attack; for each task the value, its ratio to the baseline, and the ratios of the controls."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     layers = len({run.targets for run in found.runs}) > 1
     controls = any(run.control for run in found.runs)
@@ -89,7 +89,7 @@ def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -
 
 
 def _spread(controls: Sequence[Measured], plain: Measured) -> str:
-    """Mean and spread (standard deviation) of the controls' ratios, or of their differences in points."""
+    """Mean and standard deviation of the controls' ratios, or of their differences in percentage points."""
     if not controls:
         return ""
     points = [points for one in controls if (points := points_of(one, plain)) is not None]
@@ -112,7 +112,7 @@ def _change(one: Measured, plain: Measured) -> str:
 
 
 def _foremost(found: Ablation) -> Iterator[Verdict]:
-    """For each mode the verdict at the largest k, and at the truly massive rows' number if that was tried."""
+    """For each mode, the verdicts at the largest k, and at the number of truly massive rows if it was tried."""
     groups = {run.targets for run in found.runs}
     if len(groups) > 1:
         return  # a line a layer is enough
@@ -124,7 +124,7 @@ def _foremost(found: Ablation) -> Iterator[Verdict]:
 
 
 def _nonfinite(found: Ablation) -> Iterator[str]:
-    """Why figures are missing."""
+    """Why values are missing."""
     measured = [("without an attack", found.baseline)]
     measured += [(f"{run.attack} in layer {run.place}", run.measured) for run in found.runs if not run.control]
     for under, several in measured:

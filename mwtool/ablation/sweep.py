@@ -1,4 +1,4 @@
-"""A sweep of attacks on one loaded model: modes times k, beside controls that tell "massive" from "important"."""
+"""A sweep of attacks on one loaded model: modes times k, with controls that tell "massive" from "important"."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DEFAULTS = AblateConfig()
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What to try.
+    """The attacks of a sweep.
 
     modes: attacks without their k; ks: how many of the ranked rows.
     draws: random controls for each, seeded from `seed` on; 0 leaves out both kinds of controls.
@@ -55,7 +55,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One attack and what was measured under it.
+    """One attack and the results measured under it.
 
     control: None for the ranked rows, ``random:SEED`` or ``norm``. targets: the places attacked together.
     rows: of each place the rows the attack is named for.
@@ -80,7 +80,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """A whole sweep: the baseline, every run, the verdicts, and what the user should know."""
+    """The results of a sweep: the baseline, every run, the verdicts, and notes for the user."""
 
     baseline: tuple[Measured, ...]
     runs: tuple[Run, ...]
@@ -89,7 +89,7 @@ class Ablation:
 
 
 OnRun = Callable[[int, int, str], OnProgress | None]
-"""Called before a run with runs done, runs in all, and its name; may return what to call on progress."""
+"""Called before each run with the runs done, their total, and its name; may return a progress callback."""
 
 
 def ablate(
@@ -101,7 +101,7 @@ def ablate(
     *,
     on_run: OnRun | None = None,
 ) -> Ablation:
-    """Measure every task on the model as it is, under every attack, and under its controls.
+    """Measure every task on the unchanged model, under every attack, and under its controls.
 
     groups: rows to attack, those of one group together, one group after the other.
     The model is attacked in place and put back after each run. A perplexity is measured under all attacks batch by
@@ -117,7 +117,14 @@ def ablate(
     for plan in plans:
         if not plan.attack.idle:
             distinct.setdefault(plan.same, plan)
-    measuring = _Measuring(loaded, list(distinct.values()), means, ready, options, on_run)
+    measuring = _Measuring(
+        loaded=loaded,
+        plans=list(distinct.values()),
+        means=means,
+        tasks=ready,
+        options=options,
+        on_run=on_run,
+    )
     baseline, *under = measuring.all()
     found = dict(zip(distinct, under, strict=True))
     runs = [
@@ -143,7 +150,7 @@ def ablated(
     k: int = 5,
     windows: Iterable[Tensor] | None = None,
 ) -> Iterator[None]:
-    """A transformers model, wrapped by PEFT or not, with its massive rows attacked inside the block.
+    """Attack the massive rows of a transformers model, wrapped by PEFT or not, inside the block.
 
     massive: rows of one layer, or of several, which are attacked together.
     mode: ``zero``, ``retain``, ``scale:X`` or ``mean``. windows: token ids, each (T,), over which ``mean`` averages.
@@ -192,12 +199,12 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
 
 
 def controls_of(run: Run, runs: Sequence[Run]) -> list[Run]:
-    """The same attack on as many rows chosen otherwise."""
+    """The controls of a run: the same attack on as many other rows."""
     return [one for one in runs if one.control and (one.attack, one.targets) == (run.attack, run.targets)]
 
 
 def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verdict]:
-    """One for each attack on ranked rows and each perplexity."""
+    """A verdict for each attack on ranked rows and each perplexity."""
     for run in runs:
         if run.control is not None or run.attack.idle or run.attack.k == 0:
             continue
@@ -224,7 +231,7 @@ def _shared(run: Run, other: Run) -> int:
 
 
 class _Stop(Exception):
-    """Ends a forward after the layer that was asked for."""
+    """Ends a forward after the requested layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +243,7 @@ class _Plan:
 
     @property
     def same(self) -> tuple[Attack, frozenset[tuple[int, int | None, frozenset[int]]]]:
-        """Equal where the same is done to the same rows: those of largest norm may be the massive ones."""
+        """Equal for the same attack on the same rows: rows of largest norm may be the massive ones."""
         places = zip(self.targets, self.rows, strict=True)
         return self.attack, frozenset((one.layer, one.ffn.expert, frozenset(rows)) for one, rows in places)
 
@@ -293,14 +300,17 @@ def edits_of(targets: Group, rows: Sequence[tuple[int, ...]], means: Means) -> l
 
 
 def _try(loaded: Loaded, plans: Sequence[_Plan], means: Means) -> None:
-    """Every mode in every place once, changing nothing: a refusal comes before hours of measuring, not after."""
+    """Enter every mode in every place once, so that what is unsupported raises now and not after hours."""
     for plan in {(plan.targets, plan.attack.name): plan for plan in plans}.values():
         with edited_together(loaded.base, edits_of(plan.targets, plan.rows, means), plan.attack):
             pass
 
 
 def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequence[Prepared]) -> Means:
-    """Mean intermediate states over the windows of every perplexity task, where a mode needs them."""
+    """Mean intermediate states, (I,), over the windows of all perplexity tasks; none unless a mode needs them.
+
+    Raises BadValue if there is no perplexity task.
+    """
     if all(mode.mode != "mean" for mode in sweep.modes):
         return {}
     windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]
@@ -314,9 +324,9 @@ def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequ
     }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Measuring:
-    """All tasks on the model as it is and under every plan: perplexities batch by batch, other tasks plan by plan."""
+    """All tasks on the unchanged model and under every plan: perplexities batch by batch, other tasks plan by plan."""
 
     loaded: Loaded
     plans: Sequence[_Plan]
@@ -328,7 +338,7 @@ class _Measuring:
     measured: list[list[Measured]] = field(default_factory=list)
 
     def all(self) -> list[tuple[Measured, ...]]:
-        """Of the baseline, then of each plan, the figures of all tasks in order."""
+        """The metrics of all tasks in order, for the baseline and then for each plan."""
         others = [one for one in self.tasks if not isinstance(one, PerplexityTask)]
         found: dict[int, list[list[Measured]]] = {}
         for one in self.tasks:

@@ -1,4 +1,4 @@
-"""Attack against baseline and against its controls, on the same windows: ratios, their intervals, and words."""
+"""The verdict on an attack: its ratios to the baseline and to its controls on the same windows, and a sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mwtool.surgery.attack import Attack
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One attack beside its controls, on one perplexity task.
+    """One attack compared with its controls, on one perplexity task.
 
     layers, experts: where its rows are, attacked together.
     ratio: over the baseline. random: of each seed. norm: of the rows of largest norm, of which `norm_shared` are
@@ -45,7 +45,7 @@ def judge(
     layers: tuple[int, ...],
     experts: tuple[int | None, ...],
 ) -> Verdict | None:
-    """The verdict in words; None where it is no perplexity or not finite."""
+    """The verdict on an attack; None unless both are finite perplexities."""
     if not comparable(attacked, baseline):
         return None
     drawn = [one for one in random if comparable(one, baseline)]
@@ -109,7 +109,7 @@ def _largest(k: int) -> str:
 
 
 def _same(shared: int, k: int) -> str:
-    """Rows of largest norm may be the attacked ones, which makes them no control."""
+    """Says how many rows of largest norm are the attacked ones, for which they are not a control."""
     if not shared:
         return ""
     if shared == k:

@@ -1,4 +1,4 @@
-"""Whether a weight's entries are stored as they act and where the adapter says, or packed by quantization."""
+"""Whether a weight is stored plainly, as the architecture adapter describes it, or packed by quantization."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from mwtool.architecture.layout import WeightSlice
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Other types are packed, or scaled by a factor kept elsewhere."""
+"""Weights of any other dtype are packed, or scaled by a factor stored elsewhere."""
 
 
 def is_packed(layer: nn.Module, weight: Tensor) -> bool:
-    """Whether this parameter of `layer` is packed: by its type, its dtype, or a size other than the layer's.
+    """Whether `weight`, a parameter of `layer` of shape (out, in) or (out,), is packed.
 
-    4 bit may be stored as floats, which FSDP needs: the dtype alone does not show it.
+    Decided by its type, its dtype, and a size other than the layer's: for FSDP, 4-bit weights are stored as floats,
+    so the dtype alone is not enough.
     """
     plain = type(weight) in {Tensor, nn.Parameter} or _is_sharded(weight)
     if not plain or weight.dtype not in PLAIN:
@@ -29,21 +30,21 @@ def is_packed(layer: nn.Module, weight: Tensor) -> bool:
 
 
 def _is_sharded(weight: Tensor) -> bool:
-    """Whether it is a DTensor. Where none was made its module is not loaded, which would take a third of a second."""
+    """Whether it is a DTensor. If none was made, the module is not imported, which would take a third of a second."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and type(weight) is module.DTensor
 
 
 def packed_dtype(model: nn.Module, place: WeightSlice) -> str | None:
-    """What the parameter at `place` is packed in, such as ``uint8``; None where it is not packed."""
+    """The dtype in which the parameter at `place` is packed, such as ``uint8``; None if it is not packed."""
     path, _, name = place.param.rpartition(".")
-    module = bare_module(model, path)  # PEFT's layers have sizes of their own
+    module = bare_module(model, path)  # PEFT's layers have in_features and out_features of their own
     weight: Tensor = getattr(module, name)
     return str(weight.dtype).removeprefix("torch.") if is_packed(module, weight) else None
 
 
 def bare_module(model: nn.Module, path: str) -> Any:
-    """The module at `path`, out of the layers PEFT has put around it."""
+    """The module at `path` without the PEFT layers that wrap it."""
     module: Any = model.get_submodule(path)
     while hasattr(module, "base_layer"):
         module = module.base_layer

@@ -1,4 +1,4 @@
-"""The feed-forward network by its formula, computed from an adapter's weight slices."""
+"""A reference implementation of the FFN, computed from the weight slices of an architecture adapter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def recompute(ffn: FFN, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The FFN by its formula, from its slices: the intermediate state, (..., I), and the output, (..., H).
+    """Compute the FFN from its weight slices: the intermediate state, (..., I), and the output, (..., H).
 
-    x: (..., H), in the model's dtype.
+    x: input of the FFN, (..., H), in the model's dtype.
     """
     from torch.nn.functional import linear
     from transformers.activations import ACT2FN

@@ -1,4 +1,4 @@
-"""Model type -> adapter, through entry points, importing only the one that is asked for."""
+"""Architecture adapters by model type, found through entry points; only the requested one is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP = "mwtool.adapters"
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """One entry point: a model type, the object that serves it, and the distribution it came with."""
+    """One entry point: a model type, the adapter object for it, and the distribution that provides it."""
 
     model_type: str
     value: str
@@ -34,31 +34,31 @@ class Plugin:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """An adapter and where it came from; whatever it raises is reported with that."""
+    """An adapter and the plugin that provides it, which is named in every error the adapter raises."""
 
     adapter: Adapter
     plugin: Plugin
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        """As the adapter says; raises BadPlugin, naming it, where it fails, now or in a network's `combine`."""
-        with _blaming(f"{self.plugin} failed for layer {index}"):
+        """The adapter's description of a layer. Raises BadPlugin, which names the plugin, if the adapter fails."""
+        with _as_bad_plugin(f"{self.plugin} failed for layer {index}"):
             layer = self.adapter.layer(config, index)
             if not isinstance(layer, DecoderLayer):
-                return layer  # told of where descriptions are looked at
-            return replace(layer, ffns=tuple(self._blamed(ffn) for ffn in layer.ffns))
+                return layer  # reported by `decoder_layers`
+            return replace(layer, ffns=tuple(self._with_named_errors(ffn) for ffn in layer.ffns))
 
-    def _blamed(self, ffn: FFN) -> FFN:
+    def _with_named_errors(self, ffn: FFN) -> FFN:
         if not isinstance(ffn, FFN) or ffn.combine is None:
             return ffn
         return replace(ffn, combine=Combine(ffn.combine, f"{self.plugin}: combine of {ffn.module}"))
 
     @property
     def tiny(self) -> Mapping[str, Mapping[str, Any]]:
-        """Options of tiny configurations by model type, where the adapter gives any; raises BadPlugin for others."""
-        with _blaming(f"{self.plugin} failed to give its `tiny`"):
+        """Options of tiny configurations, by model type; empty if the adapter has none. Raises BadPlugin."""
+        with _as_bad_plugin(f"{self.plugin}: reading its `tiny` failed"):
             given = getattr(self.adapter, "tiny", {})
         if not isinstance(given, Mapping) or not all(isinstance(one, Mapping) for one in given.values()):
-            raise BadPlugin(f"{self.plugin} has {given!r} for its `tiny`; expected options by model type")
+            raise BadPlugin(f"{self.plugin}: `tiny` is {given!r}; expected a mapping from model type to options")
         return given
 
     def __str__(self) -> str:
@@ -67,23 +67,29 @@ class Installed:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """An adapter's `combine` and what it is called in messages; its faults are the adapter's, whenever it is run."""
+    """An adapter's `combine` function; its errors name the plugin whenever it runs.
+
+    label: what it is called in messages.
+    """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    named: str
+    label: str
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """As the adapter says; raises BadPlugin where it fails, or gives no tensor like the two it was given."""
-        with _blaming(f"{self.named} failed"):
+        """The intermediate state, (..., I), from gate and up, (..., I) each.
+
+        Raises BadPlugin if the function fails, or returns a tensor of another shape or dtype.
+        """
+        with _as_bad_plugin(f"{self.label} failed"):
             state = self.function(gate, up)
             found, expected = (f"{one.dtype} of shape {tuple(one.shape)}" for one in (state, up))
         if found != expected:
-            raise BadPlugin(f"{self.named} gave {found}; expected {expected}, as up is")
+            raise BadPlugin(f"{self.label} returned {found}; expected {expected}, as its inputs")
         return state
 
 
 def installed() -> list[Plugin]:
-    """Every adapter entry point there is, by model type; imports none of them."""
+    """All installed adapter entry points, sorted by model type. Imports none of the plugins."""
     found = {_plugin(entry) for entry in entry_points(group=GROUP)}  # a distribution may be on the path twice
     return sorted(found, key=lambda p: (p.model_type, p.distribution, p.value))
 
@@ -91,7 +97,7 @@ def installed() -> list[Plugin]:
 def adapter_for(model_type: str) -> Installed:
     """The adapter registered under this ``config.model_type``.
 
-    Raises UnsupportedModel if there is none, BadPlugin if it cannot be loaded or two lay claim to the type.
+    Raises UnsupportedModel if there is none, BadPlugin if it cannot be imported or several plugins claim the type.
     """
     entries = entry_points(group=GROUP, name=model_type)
     claims = {(entry.value, _plugin(entry).distribution): entry for entry in entries}
@@ -99,8 +105,8 @@ def adapter_for(model_type: str) -> Installed:
         raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
     if not claims:
         raise UnsupportedModel(
-            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` starts one, a few lines "
-            f"in a package of its own; installed are {_names(p.model_type for p in installed())}"
+            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` creates a package to "
+            f"write one in; installed are {_names(p.model_type for p in installed())}"
         )
     if len(claims) > 1:
         named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))
@@ -109,9 +115,9 @@ def adapter_for(model_type: str) -> Installed:
 
 
 def register(model_type: str, *, own_code: bool = False) -> None:
-    """Load the adapter of a type that transformers does not know, so that its module can register the type there.
+    """Import the adapter of a type that transformers does not know, so that its module can register the type there.
 
-    own_code: the checkpoint brings the type's code along, so that there need not be an adapter.
+    own_code: the checkpoint comes with modeling code for the type, so an adapter is not required.
     Raises as `adapter_for` does.
     """
     from transformers import CONFIG_MAPPING
@@ -121,12 +127,12 @@ def register(model_type: str, *, own_code: bool = False) -> None:
 
 
 def load_object(value: str) -> Installed:
-    """An adapter that is not installed, as ``MODULE:OBJECT``; a class is called without arguments.
+    """Import an adapter that is not installed, given as ``MODULE:OBJECT``; a class is instantiated.
 
-    Raises BadPlugin if it cannot be imported or is no adapter.
+    Raises BadPlugin if it cannot be imported or is not an adapter.
     """
     entry = EntryPoint(name=value, value=value, group=GROUP)
-    with _blaming(f"adapter {value!r} cannot be imported"):
+    with _as_bad_plugin(f"adapter {value!r} cannot be imported"):
         adapter = entry.load()
         adapter = adapter() if isinstance(adapter, type) else adapter
         return _checked(adapter, Plugin("", value, "not installed", ""))
@@ -134,7 +140,7 @@ def load_object(value: str) -> Installed:
 
 def _load(entry: EntryPoint) -> Installed:
     plugin = _plugin(entry)
-    with _blaming(f"{plugin} cannot be imported"):
+    with _as_bad_plugin(f"{plugin} cannot be imported"):
         return _checked(entry.load(), plugin)
 
 
@@ -145,13 +151,13 @@ def _checked(adapter: object, plugin: Plugin) -> Installed:
 
 
 @contextmanager
-def _blaming(named: str) -> Iterator[None]:
-    """Turn whatever a plugin raises into BadPlugin, but for what it means to say: that a model is unsupported."""
+def _as_bad_plugin(named: str) -> Iterator[None]:
+    """Turn any exception of a plugin into BadPlugin, except mwtool's own, such as UnsupportedModel."""
     try:
         yield
     except MwtoolError:
         raise
-    except Exception as fault:  # a plugin may raise anything at all; it must not pass for a fault of ours
+    except Exception as fault:  # a plugin may raise anything, and the message must name the plugin
         raise BadPlugin(f"{named}: {type(fault).__name__}: {fault}") from fault
 
 

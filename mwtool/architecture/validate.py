@@ -1,4 +1,4 @@
-"""What an adapter says of each layer, and whether it fits the model: all it names exists, and shapes go together."""
+"""Validate an adapter's description of each layer: everything it names exists in the model, and shapes match."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLayer]:
-    """Every decoder layer as the adapter describes it; raises BadPlugin where it describes something else."""
+    """Every decoder layer as the adapter describes it.
+
+    Raises BadPlugin if a description is malformed, BadCheckpoint if the configuration has no decoder layers.
+    """
     total: int = config.get_text_config().num_hidden_layers
     if total < 1:
         raise BadCheckpoint(f"the configuration states {total} decoder layers; expected at least 1")
@@ -24,14 +27,14 @@ def decoder_layers(adapter: Adapter, config: PretrainedConfig) -> list[DecoderLa
     for layer in layers:
         fault = _misdescribed(layer)
         if fault:
-            raise BadPlugin(f"{adapter}, asked for {config.model_type!r}, gave {fault}")
+            raise BadPlugin(f"{adapter} describes {config.model_type!r} with {fault}")
     return layers
 
 
 def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module) -> None:
-    """Raise BadPlugin, naming the adapter and the first thing that does not fit.
+    """Check that descriptions fit the model. Raises BadPlugin, which names the adapter and the first mismatch.
 
-    Works on a model without weights too. Of routed experts the first and the last are looked at.
+    The model may be on the meta device. Of routed experts, the first and the last are checked.
     """
     for layer in layers:
         fault = next(_faults(layer, model), None)
@@ -40,27 +43,27 @@ def check_fit(adapter: Adapter, layers: Sequence[DecoderLayer], model: nn.Module
 
 
 def _misdescribed(layer: object) -> str | None:
-    """What is wrong with an adapter's description of a layer, before any model is looked at."""
-    if not isinstance(layer, DecoderLayer) or not _several(layer.ffns):
+    """What is malformed in an adapter's description of a layer, whatever the model."""
+    if not isinstance(layer, DecoderLayer) or not _are_ffns(layer.ffns):
         return f"{layer!r}; expected a DecoderLayer with FFNs in a tuple"
     if not isinstance(layer.path, str):
         return f"a layer at {layer.path!r}; expected the name of its module"
     if not isinstance(layer.scale, int | float):
         return f"scale {layer.scale!r} in {layer.path}; expected a number"
-    return _networks_fault(layer)
+    return _ffns_fault(layer)
 
 
-def _several(ffns: object) -> bool:
+def _are_ffns(ffns: object) -> bool:
     return isinstance(ffns, tuple | list) and bool(ffns) and all(isinstance(ffn, FFN) for ffn in ffns)
 
 
-def _networks_fault(layer: DecoderLayer) -> str | None:
+def _ffns_fault(layer: DecoderLayer) -> str | None:
     experts = [ffn.expert for ffn in layer.ffns if ffn.expert is not None]
     others = [ffn for ffn in layer.ffns if ffn.expert is None]
     if any(ffn.hook is None for ffn in others):
-        return f"an FFN without a hook in {layer.path}; only routed experts have none"
+        return f"an FFN without a hook in {layer.path}; expected one, except for routed experts"
     if experts != list(range(len(experts))):
-        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in order"
+        return f"experts {experts} in {layer.path}; expected 0, 1, 2 and so on, in this order"
     if (layer.experts is None) == bool(experts) or len(others) > 1:
         return (
             f"{len(experts)} routed experts and {len(others)} other FFNs in {layer.path}; "
@@ -81,19 +84,19 @@ def _faults(layer: DecoderLayer, model: nn.Module) -> Iterator[str]:
         except AttributeError:
             yield f"there is no module {path}"
     routed = [ffn for ffn in layer.ffns if ffn.expert is not None]
-    if layer.experts is not None and _held(layer.experts.module, model) != {len(routed)}:
-        yield f"{layer.experts.module} holds no parameters whose first dimension is that of {len(routed)} experts"
+    if layer.experts is not None and _first_dimensions(layer.experts.module, model) != {len(routed)}:
+        yield f"the parameters of {layer.experts.module} do not have a first dimension of {len(routed)} experts"
     for ffn in [*[ffn for ffn in layer.ffns if ffn.expert is None], *routed[:1], *routed[-1:]]:
-        yield from _misfits(ffn, model)
+        yield from _mismatches(ffn, model)
 
 
-def _held(experts: str, model: nn.Module) -> set[int]:
-    """First dimensions of the parameters in a module."""
-    module = bare_module(model, experts)  # PEFT's layers hold none of their own
+def _first_dimensions(experts: str, model: nn.Module) -> set[int]:
+    """The sizes of the first dimension of a module's parameters."""
+    module = bare_module(model, experts)  # PEFT's layers have no parameters themselves
     return {parameter.shape[0] if parameter.ndim else 0 for parameter in module.parameters(recurse=False)}
 
 
-def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
+def _mismatches(ffn: FFN, model: nn.Module) -> Iterator[str]:
     from transformers.activations import ACT2FN
 
     if not isinstance(ffn.act, str) or ffn.act not in ACT2FN:
@@ -107,7 +110,7 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
         if not isinstance(place, WeightSlice):
             yield f"{name} is {place!r}; expected a WeightSlice"
             return
-        if not _basic(place.index):
+        if not _is_basic_index(place.index):
             yield f"{name}, in {place.param}, has index {place.index!r}; expected a tuple of integers and slices"
             return
         try:
@@ -120,14 +123,14 @@ def _misfits(ffn: FFN, model: nn.Module) -> Iterator[str]:
     expected |= {"gate_bias": (rows,), "down_bias": (columns,)}
     packed = any(packed_dtype(model, getattr(ffn, name)) for name in shapes)
     for name, shape in shapes.items():
-        if shape != expected[name] and not packed:  # 4-bit weights do not show their shape
+        if shape != expected[name] and not packed:  # packed weights have other shapes
             place = getattr(ffn, name)
             where = f"{place.param}{_brackets(place)}"
-            yield f"{name}, {where}, has shape {shape}; expected {expected[name]}, as up is {shapes['up']}"
+            yield f"{name}, {where}, has shape {shape}; expected {expected[name]}, since up is {shapes['up']}"
 
 
-def _basic(index: object) -> bool:
-    """Whether it gives a view: of a list of rows, for one, torch gives a copy, and writing to it changes nothing."""
+def _is_basic_index(index: object) -> bool:
+    """Whether indexing gives a view. A list of rows, for example, gives a copy, and writing to it changes nothing."""
     return isinstance(index, tuple) and all(type(part) in (int, slice) for part in index)
 
 
@@ -144,26 +147,27 @@ def _colons(part: slice) -> str:
 
 
 def ffn_at(layers: tuple[DecoderLayer, ...], layer: int, expert: int | None = None) -> FFN:
-    """The FFN of a decoder layer, or one of its routed experts; raises BadValue where there is none."""
+    """The FFN of a decoder layer, or one of its routed experts. Raises BadValue if there is none."""
     if not 0 <= layer < len(layers):
         raise BadValue(f"layer {layer} does not exist; the model has layers 0 to {len(layers) - 1}")
     found = [ffn for ffn in layers[layer].ffns if ffn.expert == expert]
     if not found:
         experts = sorted(ffn.expert for ffn in layers[layer].ffns if ffn.expert is not None)
-        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense feed-forward network and no experts"
-        named = "which expert is meant must be said" if expert is None else f"there is no expert {expert}"
-        raise BadValue(f"layer {layer} has {has}; {named} (--expert)")
+        has = f"experts {experts[0]} to {experts[-1]}" if experts else "one dense FFN and no experts"
+        if expert is None:
+            raise BadValue(f"layer {layer} has {has}; choose one with --expert")
+        raise BadValue(f"layer {layer} has {has}; there is no expert {expert}: change --expert")
     return found[0]
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The transformers model itself, whose parameters adapters name, out of DDP, torch.compile and PEFT.
+    """The transformers model inside DDP, torch.compile and PEFT wrappers: the one whose parameters adapters name.
 
-    It is returned as Any, since nothing but its class says what else it can do.
+    Typed as Any because its attributes depend on its class.
     """
     import torch
 
-    mixed = getattr(sys.modules.get("peft"), "PeftMixedModel", ())  # importing peft takes a second: only who uses it
+    mixed = getattr(sys.modules.get("peft"), "PeftMixedModel", ())  # avoids importing peft, which takes a second
     inner: Any = model
     while not hasattr(inner, "get_base_model"):
         if isinstance(inner, mixed):

@@ -10,7 +10,10 @@ from typing import Annotated
 import typer
 
 from mwtool.cli import options
-from mwtool.evaluation.config import EvalConfig, Options, Protocol
+from mwtool.errors import BadValue
+from mwtool.evaluation.config import EvalConfig, Options
+from mwtool.evaluation.tasks import expected
+from mwtool.evaluation.windows import PROTOCOLS, protocol_named
 from mwtool.models.load_options import LoadOptions, On
 
 CONFIG = EvalConfig()
@@ -20,6 +23,16 @@ mwtool eval ./model --tasks ppl:wikitext2,arc_easy -o eval.json
 mwtool eval ./model --task ppl:text.txt --attack none --attack zero:5
 mwtool eval --compare eval.json ./finetuned --task ppl:wikitext2
 """
+
+
+def _known_protocol(name: str | None) -> str | None:
+    """Refuse an unknown protocol as a usage error."""
+    if name is not None:
+        try:
+            protocol_named(name)
+        except BadValue as fault:
+            raise typer.BadParameter(str(fault)) from fault
+    return name
 
 
 def evaluate(
@@ -36,8 +49,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="TASK",
-            help="ppl:demo, ppl:FILE, ppl:wikitext2, ppl:c4, ppl:pg19, mc:FILE.jsonl, cloze:FILE.jsonl, generate:FILE, "
-            "paper, or a task of lm-evaluation-harness; repeatable, or --tasks a,b.",
+            help=f"{expected()}; repeatable, or --tasks a,b.",
             show_default=",".join(CONFIG.tasks),
         ),
     ] = None,
@@ -61,8 +73,13 @@ def evaluate(
         bool, typer.Option("--compare", help="Show several models or result files next to the first.")
     ] = False,
     protocol: Annotated[
-        Protocol | None,
-        typer.Option(help="How a text is cut into windows.", show_default="sun-4096 for datasets, bos for files"),
+        str | None,
+        typer.Option(
+            metavar="PROTOCOL",
+            callback=_known_protocol,
+            help=f"How a text is cut into windows: {', '.join(PROTOCOLS)}.",
+            show_default="sun-4096 for datasets, bos for files",
+        ),
     ] = MEASURING.protocol,
     window: Annotated[
         int | None,
@@ -155,7 +172,7 @@ def evaluate(
         document = found.compared(command_line()) if compare else found.documents[0]
         sys.stdout.write(text_of_results(document))
     else:
-        report_console().print(eval_report(found.rows))
+        report_console().print(eval_report(found.entries))
 
 
 def _usage(

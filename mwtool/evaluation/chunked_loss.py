@@ -1,9 +1,9 @@
-"""The loss of each token without the logits of all tokens: the output head is applied to a few positions at a time.
+"""The loss of each token without holding all logits: the output head is applied to a few positions at a time.
 
-The last hidden states are heard in a forward of the model itself. What follows them (the head
-with its bias, soft-capping, logit scales) is the model's own code too: its forward is run with
-the body's answer replaced by a chunk of them. Whether that gives the model's own logits is tried
-on a few tokens; where it does not, the model runs whole.
+The last hidden states are captured with a hook in a forward of the model. What follows them (the
+head with its bias, soft-capping, logit scales) is also the model's own code: its forward is run
+with the output of the body replaced by a chunk of the hidden states. Whether this gives the same
+logits is tested on a few tokens; if not, the whole model is run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.nn import functional
 from mwtool.architecture.validate import unwrapped
 
 MULTIPLE, LEAST, TILE = 8, 2**22, 128
-"""Float32 logits of a chunk take at most 8 times the bytes of the hidden states, or 4 MB where that is more; a GPU's
-matrix products work on tiles of 128 rows, and a tile begun costs as much as a full one."""
-TRIED = 16
-"""Tokens on which the two ways are compared."""
+"""The float32 logits of a chunk take at most 8 times the bytes of the hidden states, or 4 MB if that is more. Matrix
+products on a GPU work on tiles of 128 positions, and a partial tile costs as much as a full one."""
+TESTED = 16
+"""Number of tokens on which chunked and whole logits are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A causal language model, and how its logits come about.
+    """A causal language model and the way its logits are computed.
 
-    model: what to call. inner, body: the model without PEFT's wrapper, and its part that ends with the last hidden
-    state; body is None where logits cannot be had from it, for the reason in `why`.
+    model: the model to call. inner: the model without PEFT's wrapper. body: the part of it that outputs the last
+    hidden state; None if the logits cannot be computed from that, for the reason in `why`.
     """
 
     model: nn.Module
@@ -40,71 +40,71 @@ class Head:
     why: str | None = None
 
     def losses(self, ids: Tensor, scored: Tensor, most: int, device: torch.device) -> Tensor:
-        """-ln p of the scored tokens, in the order of `ids`, (N,), float32 (float64 from float64 logits).
+        """-ln p of the N scored tokens in the order of `ids`, (N,), float32 (float64 for float64 logits).
 
-        ids: (B, T), padded on the right, which a causal model does not see. scored: (B, T), bool; never column 0.
-        Both on the CPU: where to look is found there, and nothing waits for the device.
-        most: tokens read, T or T - 1. All are read where they may be: an odd number is slow on some devices.
+        ids: (B, T), padded on the right, where padding does not affect a causal model. scored: (B, T) of bool, never
+        column 0. Both are on the CPU, so that finding the scored positions does not wait for the device.
+        most: positions of the model; if T is larger by one, the last token is only scored and not an input.
         """
-        targets = sent(ids[scored], device)  # (N,)
-        before = functional.pad(scored[:, 1:], (0, 1))  # position t gives the logits of token t + 1
-        if ids.shape[1] > most:  # the last token needs no position of its own
+        targets = to_device(ids[scored], device)  # (N,)
+        before = functional.pad(scored[:, 1:], (0, 1))  # position t has the logits of token t + 1
+        if ids.shape[1] > most:  # the last token is not an input
             ids, before = ids[:, :most], before[:, :most]
-        places, read = before.flatten().nonzero()[:, 0], sent(ids, device)  # (N,), (B, T)
+        places, read = before.flatten().nonzero()[:, 0], to_device(ids, device)  # (N,), (B, T)
         if self.body is None:
             logits = self.model(input_ids=read, use_cache=False).logits.flatten(0, 1)  # (B * T, V)
-            return _loss(logits[sent(places, logits.device)], targets)
-        with _heard(self.body, 1) as answers:
+            return _loss(logits[to_device(places, logits.device)], targets)
+        with _captured(self.body, 1) as outputs:
             self.model(input_ids=read, use_cache=False)
-        answer = answers[0]
-        hidden = answer[0].flatten(0, 1)[sent(places, answer[0].device)]  # (N, H)
-        rows = rows_at_once(answer[0], self.vocabulary)
-        parts = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-        return torch.cat([_loss(self._logits(answer, chunk, read), aims) for chunk, aims in parts])
+        output = outputs[0]
+        hidden = output[0].flatten(0, 1)[to_device(places, output[0].device)]  # (N, H)
+        size = positions_per_chunk(output[0], self.vocabulary)
+        chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        return torch.cat([_loss(self._logits(output, chunk, read), aims) for chunk, aims in chunks])
 
     @property
     def vocabulary(self) -> int:
-        """Entries of one position's logits, V."""
+        """V, the number of logits at each position."""
         config: Any = self.inner.config
         return int(config.get_text_config().vocab_size)
 
-    def _logits(self, answer: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-        """What the model's own forward makes of these hidden states, (N, H) -> (N, V)."""
+    def _logits(self, output: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The model's logits for these hidden states, (N, H) -> (N, V)."""
         assert self.body is not None
-        with _answering(self.body, type(answer)(last_hidden_state=hidden[None])):
+        with _returning(self.body, type(output)(last_hidden_state=hidden[None])):
             logits: Tensor = self.inner(input_ids=ids[:1, :1].expand(1, len(hidden)), use_cache=False).logits[0]
         return logits
 
 
 def head_of(model: Any, ids: Tensor) -> Head:
-    """How to get the losses of this model: in chunks where that gives the logits its forward gives, else whole.
+    """Decide how to compute this model's losses: in chunks if they give the same logits as its forward, else whole.
 
-    ids: (1, T), of which the first few are tried.
+    ids: (1, T), of which the first few tokens are tested.
     """
     inner = unwrapped(model)
     body = getattr(inner, "base_model", inner)
     if body is inner:
-        return Head(model, inner, None, f"{type(inner).__name__} has no body apart from its head")
-    head, few = Head(model, inner, body), ids[:, :TRIED]
-    with _heard(body) as answers:
+        return Head(model, inner, None, f"{type(inner).__name__} has no body separate from its head")
+    head, few = Head(model, inner, body), ids[:, :TESTED]
+    with _captured(body) as outputs:
         whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
-    answer: Any = answers[0] if len(answers) == 1 else None
-    fitting = hasattr(answer, "last_hidden_state") and answer[0].shape[:2] == few.shape
-    if fitting and _same(head._logits(answer, answer[0][0], few).float(), whole):  # noqa: SLF001 # our own class
+    output: Any = outputs[0] if len(outputs) == 1 else None
+    fitting = hasattr(output, "last_hidden_state") and output[0].shape[:2] == few.shape
+    if fitting and _same(head._logits(output, output[0][0], few).float(), whole):  # noqa: SLF001 # our own class
         return head
-    return Head(model, inner, None, f"the logits of {type(inner).__name__} do not follow from its last hidden state")
+    return Head(model, inner, None, f"the logits of {type(inner).__name__} depend on more than its last hidden state")
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on a device. A GPU copies from pinned memory when it comes to it, from other memory before all else."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor, (...), on `device`. Copies to a GPU are asynchronous, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
-    """Positions whose float32 logits, V wide, are held at once."""
+def positions_per_chunk(hidden: Tensor, vocabulary: int) -> int:
+    """How many positions, with V float32 logits each, are computed at once. hidden: (B, T, H)."""
     budget = max(MULTIPLE * hidden.numel() * hidden.element_size(), LEAST)
     rows = max(1, budget // (4 * vocabulary))
-    if hidden.device.type == "cpu":  # what outgrows the caches costs several times as much
+    if hidden.device.type == "cpu":  # beyond the CPU caches a position costs several times as much
         rows = min(rows, max(TILE, LEAST // (4 * vocabulary)))
     return rows if rows < TILE else rows // TILE * TILE
 
@@ -116,33 +116,33 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _same(ours: Tensor, whole: Tensor) -> bool:
-    """Within a thousandth of the largest logit; non-finite ones at the same places."""
+    """Whether both agree within a thousandth of the largest logit, with non-finite values at the same places."""
     finite = whole[whole.isfinite()]
     tolerance = 1e-3 * finite.abs().max().item() if finite.numel() else 0.0
     return ours.shape == whole.shape and torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True)
 
 
 @contextmanager
-def _heard(body: nn.Module, positions: int | None = None) -> Iterator[list[Any]]:
-    """What the body answers in the block; what comes after it sees no more than so many positions."""
-    answers: list[Any] = []
+def _captured(body: nn.Module, positions: int | None = None) -> Iterator[list[Any]]:
+    """Capture the outputs of the body inside the block, and pass on only the first `positions` of them."""
+    outputs: list[Any] = []
 
-    def hear(_module: nn.Module, _args: Any, answer: Any) -> Any:
-        answers.append(answer)
-        return answer if positions is None else type(answer)(last_hidden_state=answer[0][:, :positions])
+    def capture(_module: nn.Module, _args: Any, output: Any) -> Any:
+        outputs.append(output)
+        return output if positions is None else type(output)(last_hidden_state=output[0][:, :positions])
 
-    handle = body.register_forward_hook(hear)
+    handle = body.register_forward_hook(capture)
     try:
-        yield answers
+        yield outputs
     finally:
         handle.remove()
 
 
 @contextmanager
-def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
-    """The module gives this answer, whatever it is called with; what accelerate put in its place returns after."""
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make the module return `output` for any input; a forward that accelerate has set is restored afterwards."""
     before = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda *_args, **_options: answer
+    module.__dict__["forward"] = lambda *_args, **_options: output
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Two figures of the same examples: their ratio or difference, with a paired interval."""
+"""Paired comparison of two metrics on the same examples: ratio or difference, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.numbers import fine
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """What one figure is beside another.
+    """The paired comparison of a metric with a reference.
 
-    kind: `ratio` of perplexities, `points` between accuracies (hundredths), or `difference` of other means.
-    low, high: a 95 % interval over the examples both have; None where there are too few.
+    kind: `ratio` of perplexities, difference of accuracies in percentage `points`, or `difference` of other means.
+    low, high: 95 % confidence interval over the shared examples; None if there are too few.
     """
 
     kind: Literal["ratio", "points", "difference"]
@@ -28,7 +28,7 @@ class Paired:
 
 
 def paired(one: Measured, other: Measured) -> Paired | None:
-    """`one` beside `other`; None unless both are finite and have the same examples, asked in the same way."""
+    """Compare `one` with the reference `other`; None unless both are finite and measured on the same examples."""
     if one.digest is None or one.digest != other.digest or one.metric != other.metric or one.part != other.part:
         return None
     if one.nonfinite or other.nonfinite or not one.samples or len(one.samples) != len(other.samples):
@@ -37,26 +37,26 @@ def paired(one: Measured, other: Measured) -> Paired | None:
         if not comparable(one, other):
             return None
         ratio = paired_ratio(one, [other])
-        return Paired("ratio", ratio.value, ratio.low, ratio.high, one.n)
+        return Paired(kind="ratio", value=ratio.value, low=ratio.low, high=ratio.high, n=one.n)
     return _difference(one, other)
 
 
 def _difference(one: Measured, other: Measured) -> Paired:
-    """The mean of the samples' differences d_i, -+ t SE, with SE^2 = var(d) / n."""
+    """The mean of the differences d_i between samples, +- t SE, with SE^2 = var(d) / n."""
     counted = all(value in (0, 1) for value in (*one.samples, *other.samples))
     scale = 100 if counted else 1
     differences = [scale * (a - b) for a, b in zip(one.samples, other.samples, strict=True)]
     mean, n = math.fsum(differences) / len(differences), len(differences)
     kind: Literal["points", "difference"] = "points" if counted else "difference"
     if n < LEAST:
-        return Paired(kind, mean, None, None, n)
+        return Paired(kind=kind, value=mean, low=None, high=None, n=n)
     half = student_t(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    return Paired(kind, mean, mean - half, mean + half, n)
+    return Paired(kind=kind, value=mean, low=mean - half, high=mean + half, n=n)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One figure of one model under one attack."""
+class Entry:
+    """One metric of one model under one attack."""
 
     model: str
     attack: str
@@ -64,29 +64,28 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str | None, str]:
-        """Equal for the same metric of the same task."""
+        """Task, part and metric."""
         return self.measured.task, self.measured.part, self.measured.metric
 
 
-def beside_first(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, Paired | None]]:
-    """Every figure but the first of its kind, with that first one and what it is beside it."""
-    first: dict[tuple[str, str | None, str], Row] = {}
-    for row in rows:
-        reference = first.setdefault(row.key, row)
-        if reference is not row:
-            yield row, reference, paired(row.measured, reference.measured)
+def compare_with_first(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Entry, Paired | None]]:
+    """Every entry but the first of its task, part and metric, with that first one and their comparison."""
+    first: dict[tuple[str, str | None, str], Entry] = {}
+    for entry in entries:
+        reference = first.setdefault(entry.key, entry)
+        if reference is not entry:
+            yield entry, reference, paired(entry.measured, reference.measured)
 
 
 LEVEL = 0.95
-
-
+"""Confidence level of every interval."""
 LEAST = 4
-"""Windows below which no interval is given: the quantile's expansion is not good enough."""
+"""Fewest samples for an interval: below, `student_t` is not accurate enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """Attacked over baseline perplexity, and its 95 % interval over windows; None where there are too few."""
+    """Attacked over baseline perplexity with its 95 % confidence interval over windows; None if there are too few."""
 
     value: float
     low: float | None
@@ -98,7 +97,7 @@ class Ratio:
 
 
 def comparable(one: Measured, other: Measured) -> bool:
-    """Whether both are finite perplexities of the same windows."""
+    """Whether both are finite perplexities on the same windows."""
     return (
         one.weights is not None
         and not one.nonfinite
@@ -108,10 +107,10 @@ def comparable(one: Measured, other: Measured) -> bool:
 
 
 def paired_ratio(attacked: Measured, baseline: Sequence[Measured]) -> Ratio:
-    """Perplexity over that of `baseline` (of several: their geometric mean), with a paired interval.
+    """Perplexity over that of `baseline` (over the geometric mean of several), with a paired interval.
 
-    With d_i the difference of a window's -ln p, n_i its tokens: D = sum d / sum n, its variance that of a ratio of
-    sums, the interval exp(D -+ t SE) with t of n - 1 degrees of freedom.
+    With d_i the difference in summed -ln p of window i and n_i its tokens: D = sum d / sum n, with the variance of a
+    ratio of sums, and the interval exp(D +- t SE) with n - 1 degrees of freedom.
     """
     assert attacked.weights is not None, "a perplexity"
     counts = attacked.weights
@@ -127,7 +126,7 @@ def paired_ratio(attacked: Measured, baseline: Sequence[Measured]) -> Ratio:
 
 
 def student_t(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, by Cornish-Fisher; from 3 degrees of freedom on within 0.5 %."""
+    """The two-sided 95 % quantile of Student's t (Cornish-Fisher), within 0.5 % from 3 degrees of freedom on."""
     z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -137,7 +136,7 @@ def student_t(freedom: int) -> float:
 
 
 def named(measured: Sequence[Measured]) -> dict[str, Measured]:
-    """By task, and by task, part and metric where a task has several figures."""
+    """Measurements by task, or by task, part and metric if a task has several."""
     tasks = [one.task for one in measured]
     return {
         one.task if tasks.count(one.task) == 1 else " ".join(filter(None, (one.task, one.part, one.metric))): one
@@ -146,12 +145,12 @@ def named(measured: Sequence[Measured]) -> dict[str, Measured]:
 
 
 def ratio_of(attacked: Measured, baseline: Measured) -> Ratio | None:
-    """For a perplexity that is finite, on both sides."""
+    """The ratio to the baseline; None unless both are finite perplexities on the same windows."""
     return paired_ratio(attacked, [baseline]) if comparable(attacked, baseline) else None
 
 
 def points_of(attacked: Measured, baseline: Measured) -> float | None:
-    """Points of an accuracy won or lost; None for a perplexity."""
+    """Percentage points of accuracy gained (or lost, if negative); None for a perplexity."""
     return 100 * (attacked.value - baseline.value) if baseline.weights is None else None
 
 

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from mwtool.models.load_options import LoadOptions
 from mwtool.scan.settings import Choice
-
-Protocol = Literal["bos", "bos-4096", "sun-4096", "word"]
-"""How a text becomes windows, none overlapping.
-
-bos: bos, then length - 1 tokens; the end of the text is a shorter window. The default for files.
-bos-4096: the same, and the end that does not fill a window is left out.
-sun-4096: length tokens of the text and no bos, as in the paper's code (Sun et al. 2024); the end is left out.
-word: every document for itself, after bos; per word and not per token, as lm-evaluation-harness does it.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +21,7 @@ class Options:
     batch_size: int | None = None
     limit: int | None = None
     seed: int = 0
-    protocol: Protocol | None = None
+    protocol: str | None = None
     window: int | None = None
     bos: str = "auto"
     delimiter: str = " "

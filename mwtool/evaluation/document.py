@@ -1,4 +1,4 @@
-"""An evaluation as a document of schema mwtool.eval/1, and back; docs/json.md describes every key."""
+"""Documents of schema mwtool.eval/1 and mwtool.comparison/1: writing and reading. docs/json.md describes every key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.comparison import Paired, Row, beside_first
+from mwtool.evaluation.comparison import Entry, Paired, compare_with_first
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Result
 from mwtool.evaluation.measurement import Measured, bos_for
@@ -25,7 +25,7 @@ from mwtool.surgery.attack import Attack, parse_attack
 SCHEMA = "mwtool.eval/1"
 COMPARISON = "mwtool.comparison/1"
 SAME = ("revision", "dtype", "attention", "bos", "seed", "options")
-"""What results of one document share; a run is resumed only where all of it, and the attacked rows, are equal."""
+"""Keys that all results of a document share. A run is resumed only if these and the attacked rows are equal."""
 LIBRARIES = ("accelerate", "datasets", "lm_eval", "peft")
 
 
@@ -42,7 +42,7 @@ def eval_document(
     complete: bool = True,
     groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> dict[str, Any]:
-    """The document. A number that is not finite is null, and `nonfinite` says why."""
+    """The document of one evaluation. Numbers that are not finite are null, and `nonfinite` gives the reason."""
     head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
     bos = bos_for(loaded, options)
     return {
@@ -100,7 +100,7 @@ def result_of(one: Result) -> dict[str, Any]:
 def comparison_document(
     documents: Sequence[dict[str, Any]], names: Sequence[str], command: str | None
 ) -> dict[str, Any]:
-    """Documents of several models, and every figure beside the first of its kind."""
+    """Documents of several models, with every metric compared with the first of its task, part and metric."""
     keys = ("mwtool_version", "model", "revision", "model_type", "dtype", "device", "seed", "versions")
     return {
         "schema": COMPARISON,
@@ -108,22 +108,22 @@ def comparison_document(
         "command": command,
         "names": list(names),
         "complete": all(one["complete"] for one in documents),
-        "pairs": [_pair(*one) for one in beside_first(rows_of(documents, names))],
+        "pairs": [_pair(*one) for one in compare_with_first(entries_of(documents, names))],
         "models": list(documents),
     }
 
 
-def rows_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Row]:
-    """Every figure of these documents, under these names of their models."""
+def entries_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Entry]:
+    """Every metric in these documents. names: what to call the model of each document."""
     return [
-        Row(name, entry["attack"], measured_of(entry))
+        Entry(name, entry["attack"], measured_of(entry))
         for document, name in zip(documents, names, strict=True)
         for entry in document["results"]
     ]
 
 
 def measured_of(entry: dict[str, Any]) -> Measured:
-    """A figure from an entry of `results`."""
+    """The measurement in an entry of `results`."""
     nan = math.nan
     return Measured(
         task=entry["task"],
@@ -144,7 +144,7 @@ def measured_of(entry: dict[str, Any]) -> Measured:
 
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
-    """The evaluations in a result file, one or several. Raises BadValue."""
+    """The evaluations in a result file, one or several. Raises BadValue if it is not a result file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
@@ -160,12 +160,12 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         None,
     )
     if missing is not None:
-        raise BadValue(f"{path} has no {missing!r}; expected a result file of this version of mwtool")
+        raise BadValue(f"{path} has no {missing!r}; expected a result file written by this version of mwtool")
     return list(found)
 
 
 def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[str, Any]]) -> list[Result]:
-    """Results of the same model among earlier ones, to go on from. Raises BadValue where they were made otherwise."""
+    """Earlier results of the same model, to resume from. Raises BadValue if they were measured with other settings."""
     for one in documents:
         if (one["model"], one["adapter"], one["on"]) != (now["model"], now["adapter"], now["on"]):
             continue
@@ -177,7 +177,7 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         if other is not None:
             was, new = _differing(one[other], now[other])
             raise BadValue(
-                f"{path} was made with {other} {was}, now it is {new}; give the same to go on, or write elsewhere"
+                f"{path} was made with {other} {was}, now it is {new}; use the same to resume, or write elsewhere"
             )
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
@@ -193,7 +193,7 @@ def _conflicting(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _differing(one: Any, other: Any) -> tuple[str, str]:
-    """Of two objects what differs, on each side; anything else as it is."""
+    """The entries that differ, of two objects; of other values, the values themselves."""
     if not isinstance(one, dict) or not isinstance(other, dict):
         return str(one), str(other)
     keys = [key for key in one if one[key] != other.get(key)]
@@ -202,16 +202,16 @@ def _differing(one: Any, other: Any) -> tuple[str, str]:
 
 
 def _same_rows(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
-    """Whether the rows that both ranked are the same."""
+    """Whether both rank the same rows, as far as both go."""
     if one is None or other is None:
-        return True  # one of the two attacks nothing
+        return True  # one of them has no attack
     ranked = min(len(one["indices"]), len(other["indices"]))
     places = [(rows["layer"], rows["expert"], rows["indices"][:ranked]) for rows in (one, other)]
     return places[0] == places[1]
 
 
 def text_of_results(document: dict[str, Any]) -> str:
-    """As `text_of`, with lists of numbers on one line: there is one for every sample."""
+    """As `text_of`, but with lists of numbers, which have one entry per sample, on one line."""
     return re.sub(r"\[\n\s+((?:[-+\d.eE,\s]|null)+?)\s+\]", _on_one_line, text_of(document))
 
 
@@ -219,15 +219,15 @@ def _on_one_line(found: re.Match[str]) -> str:
     return f"[{' '.join(found[1].split())}]"
 
 
-def _pair(row: Row, reference: Row, found: Paired | None) -> dict[str, Any]:
-    task, part, metric = row.key
+def _pair(entry: Entry, reference: Entry, found: Paired | None) -> dict[str, Any]:
+    task, part, metric = entry.key
     interval = None if found is None or found.low is None or found.high is None else [found.low, found.high]
     return {
         "task": task,
         "part": part,
         "metric": metric,
-        "model": row.model,
-        "attack": row.attack,
+        "model": entry.model,
+        "attack": entry.attack,
         "beside": {"model": reference.model, "attack": reference.attack},
         "kind": None if found is None else found.kind,
         "value": None if found is None else finite(found.value),
@@ -245,7 +245,7 @@ def _versions() -> dict[str, str]:
 
 
 def envelope_of(schema: str, loaded: Loaded, *, seed: int, command: str | None) -> dict[str, Any]:
-    """The same of what was done to a model in memory, and where its adapter stood."""
+    """The first keys of a document on a loaded model, with its PEFT adapter and where rows were attacked."""
     identity = loaded.identity
     return {
         **envelope(

@@ -1,53 +1,50 @@
-"""One evaluation: a model as it stands, or under each attack, times tasks."""
+"""Evaluate one loaded model on every task, without and with each attack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import Options
-from mwtool.evaluation.corpora import DATASETS, default_protocol, text_for
-from mwtool.evaluation.generation import prepare_answers
-from mwtool.evaluation.harness import check_name, check_rows, prepare_named, prepare_rows
+from mwtool.evaluation.corpora import default_protocol, text_for
 from mwtool.evaluation.measurement import Measured, OnProgress, bos_for, perplexity_of, tokenizer_for
 from mwtool.evaluation.perplexity import Perplexity, perplexity
 from mwtool.evaluation.prefix_reuse import Variant, perplexities
-from mwtool.evaluation.tasks import Task, read_prompts
-from mwtool.evaluation.windows import Windows, window_for, windows
+from mwtool.evaluation.tasks import KINDS, Task
+from mwtool.evaluation.windows import Windows, protocol_named, window_for, windows
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited, edited_together, rows_of
 
 OnTask = Callable[[int, int, str], OnProgress | None]
-"""Called before a task with tasks done, tasks in all, and what comes; may return what to call on progress."""
+"""Called before each task with the tasks done, their total, and its name; may return a progress callback."""
 
 
 class Prepared(Protocol):
-    """A task ready to run on a model: texts read and cut, once for all attacks."""
+    """A task that is ready to run: its data is read and tokenized, once for all attacks."""
 
     @property
     def task(self) -> Task:
-        """What was asked for."""
+        """The task."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided on the user's behalf."""
+        """What the user should know about how the task is measured."""
         ...
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        """Measure the model as it stands."""
+        """Measure the model in its current state: one entry for each metric. Raises MwtoolError."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A figure under an attack."""
+    """A metric measured under an attack."""
 
     attack: Attack
     measured: Measured
@@ -66,19 +63,18 @@ def evaluate(
     done: Collection[tuple[str, str]] = (),
     groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> tuple[Result, ...]:
-    """Every task under every attack, on one loaded model, each text cut once.
+    """Measure every task under every attack on one loaded model.
 
-    on_results: called with a task's figures as it ends. done: attack and task, as text, to leave out.
-    groups: rows of the layers an attack names; under () those of attacks that name none, in place of `massive`.
-    Raises BadValue if an attack needs massive weights there are none of, before anything runs.
+    on_results: called with the metrics of each task when it ends. on_task: see `OnTask`. on_note: called with every
+    decision made on the user's behalf. done: pairs of attack and task, as text, to leave out.
+    groups: rows of the layers that an attack names; under (), rows for attacks that name none, instead of `massive`.
+    Raises BadValue, before anything runs, if an attack needs massive weights and the model has none.
     """
     options = options or Options()
     left = [(attack, task) for attack in attacks for task in tasks if (str(attack), str(task)) not in done]
     wanted = dict.fromkeys(attack for attack, _ in left)
     for attack in wanted:
-        with _attacking(
-            loaded, massive, attack, groups or {}
-        ):  # changing nothing yet: a refusal comes before hours of measuring
+        with _attacking(loaded, massive, attack, groups or {}):  # raises now, not after hours of measuring
             pass
     needed = dict.fromkeys(task for _, task in left)
     ready = dict(zip(needed, prepare(loaded, list(needed), options), strict=True))
@@ -100,38 +96,21 @@ def evaluate(
 
 
 def measure(loaded: Loaded, tasks: Sequence[Task | Prepared], options: Options | None = None) -> list[Measured]:
-    """Every task on the model as it stands; tasks that are prepared already are not prepared again."""
+    """Measure every task on the model in its current state. Tasks may be prepared already. Raises MwtoolError."""
     options = options or Options()
     ready = [one if not isinstance(one, Task) else prepare(loaded, [one], options)[0] for one in tasks]
     return [measured for one in ready for measured in one.run(loaded, options)]
 
 
 def prepare(loaded: Loaded, tasks: Sequence[Task], options: Options) -> list[Prepared]:
-    """Read and check everything tasks need, before anything runs. Raises MwtoolError."""
-    return [_prepared(loaded, task, options) for task in tasks]
+    """Read and check everything the tasks need, before anything runs. Raises MwtoolError."""
+    return [KINDS[task.kind].prepare(loaded, task, options) for task in tasks]
 
 
 def check(tasks: Sequence[Task]) -> None:
-    """What can be said against tasks before a model is opened: names and files. Raises MwtoolError."""
+    """Check the names and files of tasks, before a model is opened. Raises MwtoolError."""
     for task in tasks:
-        if task.kind == "harness":
-            check_name(task, task.target)
-        elif task.kind == "generate":
-            read_prompts(Path(task.target))
-        elif task.kind != "ppl":
-            check_rows(task)
-        elif task.target not in DATASETS:
-            text_for(task.target)
-
-
-def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:
-    if task.kind == "ppl" and (task.target, options.protocol) == ("wikitext2", "word"):
-        return prepare_named(loaded, task, options, name="wikitext")  # it has the articles; the dataset has lines
-    if task.kind == "ppl":
-        return _texts(loaded, task, options)
-    if task.kind == "generate":
-        return prepare_answers(loaded, task, options)
-    return prepare_rows(loaded, task, options) if task.kind in ("mc", "cloze") else prepare_named(loaded, task, options)
+        KINDS[task.kind].check(task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +122,7 @@ class PerplexityTask:
     notes: tuple[str, ...]
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        """The perplexity of the model as it stands."""
+        """The perplexity of the model in its current state."""
         return [
             self._measured(perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress))
         ]
@@ -151,7 +130,7 @@ class PerplexityTask:
     def under(
         self, loaded: Loaded, variants: Sequence[Variant], options: Options, on_progress: OnProgress | None = None
     ) -> list[Measured]:
-        """The perplexity of the model as it stands, then under each variant, running only the layers it can change."""
+        """The perplexity in the current state, then under each variant, running only the layers it can change."""
         layers = [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
         found = perplexities(
             loaded.model, layers, self.windows, variants, batch_size=options.batch_size, on_batch=on_progress
@@ -169,11 +148,12 @@ class PerplexityTask:
         )
 
 
-def _texts(loaded: Loaded, task: Task, options: Options) -> PerplexityTask:
+def prepare_text(loaded: Loaded, task: Task, options: Options) -> PerplexityTask:
+    """Read a text and cut it into windows. Raises MwtoolError if it cannot be read, cut or tokenized."""
     tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
     length, notes = window_for(loaded.base.config, options.window)
-    bos = None if protocol == "sun-4096" else bos_for(loaded, options)
+    bos = None if protocol_named(protocol).bos == "never" else bos_for(loaded, options)
     if bos is not None and bos.note:
         notes += (bos.note,)
     first = None if bos is None else bos.id
@@ -187,7 +167,7 @@ def _attacking(
     if attack.idle:
         return nullcontext()
     if attack.mode == "mean":
-        raise BadValue(f"{attack} needs mean values of the rows, which `mwtool ablate` gathers; use it instead")
+        raise BadValue(f"{attack} needs the mean values of the rows, which `mwtool ablate` measures; use that command")
     group = groups.get(attack.layers)
     if group is not None:
         edits = [Edit(target.ffn, rows_of(target, attack)) for target in group]

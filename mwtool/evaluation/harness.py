@@ -1,7 +1,7 @@
-"""lm-evaluation-harness, in process, on the loaded model; its tasks, and multiple-choice and cloze files.
+"""lm-evaluation-harness on the loaded model: its own tasks, and multiple-choice and cloze files.
 
-bos stands once in front of every context, whatever the tokenizer would do by itself;
-log-probabilities are taken in float32; the batch size given is the one that runs.
+Every context begins with bos exactly once, whatever the tokenizer does by default;
+log-probabilities are computed in float32; the batch size is the one given.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 
 from mwtool.errors import BadValue, line_of, nearest
 from mwtool.evaluation.config import Options
-from mwtool.evaluation.harness_results import Answer, choice_figures, cloze_figures, harness_figures
+from mwtool.evaluation.harness_results import Answer, choice_metrics, cloze_metrics, harness_metrics
 from mwtool.evaluation.measurement import BATCH, Measured, OnProgress, bos_for, bos_notes, digest_of, tokenizer_for
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.tasks import Choice, Cloze, Task, read_choices, read_cloze
 from mwtool.evaluation.windows import positions
-from mwtool.files.hub_dataset import reaching
+from mwtool.files.hub_dataset import load_from_hub
 from mwtool.models.load import Loaded
 from mwtool.models.source import DEMO
 
@@ -34,37 +34,37 @@ if TYPE_CHECKING:
     from mwtool.evaluation.harness_model import Model
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A local file's rows, ready to be asked."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """The questions of a local file, ready to run."""
 
     task: Task
-    rows: tuple[Choice | Cloze, ...]
+    questions: tuple[Choice | Cloze, ...]
     digest: str
     setting: dict[str, Any]
     notes: tuple[str, ...] = ()
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        """Accuracy of the likeliest choice, or of the greedy continuation with the perplexity of the true one."""
+        """Accuracy of the likeliest choice; of a cloze file, that of the greedy continuation and the perplexity."""
         from lm_eval.api.instance import Instance
 
         start = time.perf_counter()
-        pairs = [_pairs(row, options.delimiter) for row in self.rows]
+        pairs = [_pairs(question, options.delimiter) for question in self.questions]
         flat = [pair for several in pairs for pair in several]
         requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(flat)]
         with _quiet():
             model = _model(loaded, options, on_progress)
             answers: Iterator[Answer] = iter(model.loglikelihood(requests))
-        scored = [(row, [next(answers) for _ in several]) for row, several in zip(self.rows, pairs, strict=True)]
-        figures = cloze_figures(scored) if self.task.kind == "cloze" else choice_figures(scored)
+        scored = [(one, [next(answers) for _ in several]) for one, several in zip(self.questions, pairs, strict=True)]
+        metrics = cloze_metrics(scored) if self.task.kind == "cloze" else choice_metrics(scored)
         shared: dict[str, Any] = {"task": str(self.task), "digest": self.digest}
         shared |= {"seconds": time.perf_counter() - start, "setting": {**self.setting, "shortened": model.shortened}}
-        return [Measured(**shared, **one) for one in figures]
+        return [Measured(**shared, **one) for one in metrics]
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A task, group or tag of the harness, by name."""
+class HarnessTask:
+    """A task, group or tag of the harness."""
 
     task: Task
     loaded: dict[str, Any]
@@ -72,7 +72,7 @@ class Named:
     notes: tuple[str, ...] = ()
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        """Every metric of every task of that name, and of the group. Raises BadValue where the harness gives up."""
+        """Every metric of every task of that name, and of the group. Raises BadValue if the harness fails."""
         from lm_eval.evaluator import evaluate
 
         start = time.perf_counter()
@@ -86,52 +86,54 @@ class Named:
                 model = _model(loaded, options, on_progress)
                 found = evaluate(model, self.loaded, limit=options.limit, bootstrap_iters=0)
         except (AssertionError, ValueError, IndexError, ImportError) as fault:
-            raise BadValue(f"{self.task}: lm-evaluation-harness gave up: {line_of(fault, whole=True)}") from fault
+            raise BadValue(f"{self.task}: lm-evaluation-harness failed: {line_of(fault, whole=True)}") from fault
         assert found is not None, "one process"
         setting = {**self.setting, "shortened": model.shortened}
-        return list(harness_figures(found, str(self.task), time.perf_counter() - start, setting))
+        return list(harness_metrics(found, str(self.task), time.perf_counter() - start, setting))
 
 
-def prepare_rows(loaded: Loaded, task: Task, options: Options) -> Rows:
-    """Read a file of questions. Raises BadValue for a bad line, a row that does not fit, or without lm-eval."""
+def prepare_questions(loaded: Loaded, task: Task, options: Options) -> Questions:
+    """Read a file of questions. Raises BadValue for a bad line, a question that is too long, or without lm-eval."""
     tokenizer_for(loaded, task)
-    bos, rows = bos_for(loaded, options), check_rows(task)[: options.limit]
-    _check_lengths(loaded, task, rows, options)
+    bos, questions = bos_for(loaded, options), read_questions(task)[: options.limit]
+    _check_lengths(loaded, task, questions, options)
     setting = {**_setting(bos, options), "delimiter": options.delimiter}
-    return Rows(task, rows, digest_of(repr(rows)), setting, bos_notes(task, bos))
+    return Questions(
+        task=task, questions=questions, digest=digest_of(repr(questions)), setting=setting, notes=bos_notes(task, bos)
+    )
 
 
-def prepare_named(loaded: Loaded, task: Task, options: Options, name: str | None = None) -> Named:
-    """Find a task and fetch its data; name: what the harness calls it, where that is not the task's own name.
+def prepare_harness(loaded: Loaded, task: Task, options: Options, name: str | None = None) -> HarnessTask:
+    """Load a task and its data. name: what the harness calls it, if not by the name of the task.
 
-    Raises BadValue with the names that are near, ModelNotFound without data.
+    Raises BadValue for an unknown name, ModelNotFound if the data cannot be loaded.
     """
     tokenizer_for(loaded, task)
     bos, name = bos_for(loaded, options), name or task.target
     check_name(task, name)
-    local = "mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"
+    local = "use a local file with mc:FILE.jsonl or cloze:FILE.jsonl"
     try:
         with _quiet():
-            data = reaching(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
-    except ImportError as fault:  # a package that only this task needs
+            data = load_from_hub(f"{task}: the dataset of {name}", lambda: _manager().load(name), local)
+    except ImportError as fault:  # a package that this task alone needs
         raise BadValue(f"{task} cannot be prepared: {line_of(fault, whole=True)}") from fault
-    return Named(task, data, {**_setting(bos, options), "name": name}, bos_notes(task, bos))
+    return HarnessTask(task, data, {**_setting(bos, options), "name": name}, bos_notes(task, bos))
 
 
 def _setting(bos: Any, options: Options) -> dict[str, Any]:
     return {"bos": None if bos is None else bos.id, "batch_size": options.batch_size or BATCH}
 
 
-def check_rows(task: Task) -> tuple[Choice | Cloze, ...]:
-    """The rows of a local file; `demo` is the bundled one. Raises BadValue for a bad line, or without lm-eval."""
-    _needed(task)
+def read_questions(task: Task) -> tuple[Choice | Cloze, ...]:
+    """Read a local file, or the bundled one for `demo`. Raises BadValue for a bad line, or without lm-eval."""
+    _require_harness(task)
     path = DEMO / f"{task.kind}.jsonl" if task.target == "demo" else Path(task.target)
     return read_cloze(path) if task.kind == "cloze" else read_choices(path)
 
 
 def check_name(task: Task, name: str) -> None:
-    """Whether the harness knows this name. Raises BadValue with the names that are near, or without lm-eval."""
-    _needed(task)
+    """Check that the harness has a task of this name. Raises BadValue, also without lm-eval."""
+    _require_harness(task)
     with _quiet():
         known = _manager().all_tasks
     if name not in known:
@@ -139,12 +141,12 @@ def check_name(task: Task, name: str) -> None:
         raise BadValue(f"lm-evaluation-harness has no task {name!r}; {advice}")
 
 
-def _check_lengths(loaded: Loaded, task: Task, rows: Sequence[Choice | Cloze], options: Options) -> None:
-    """Each continuation is some tokens of its own, known to the model and no more than it reads; else BadValue."""
+def _check_lengths(loaded: Loaded, task: Task, questions: Sequence[Choice | Cloze], options: Options) -> None:
+    """Raises BadValue if a continuation has no tokens of its own, unknown tokens, or more tokens than the window."""
     tokenizer, most = loaded.tokenizer, options.window or positions(loaded.base.config)
-    assert tokenizer is not None, "seen before"
-    for number, row in enumerate(rows, start=1):
-        pairs = _pairs(row, options.delimiter)
+    assert tokenizer is not None, "checked by tokenizer_for"
+    for number, question in enumerate(questions, start=1):
+        pairs = _pairs(question, options.delimiter)
         wholes = [context + continuation for context, continuation in pairs]
         ids = tokenizer(wholes, add_special_tokens=False, verbose=False)["input_ids"]
         check_vocabulary(loaded.model, [torch.tensor(one) for one in ids])
@@ -159,24 +161,24 @@ def _check_lengths(loaded: Loaded, task: Task, rows: Sequence[Choice | Cloze], o
         if min(lengths) < 1 or (most is not None and max(lengths) > most):
             length = min(lengths) if min(lengths) < 1 else max(lengths)
             raise BadValue(
-                f"{task}, row {number}: a continuation has {length} tokens; "
+                f"{task}, question {number}: a continuation has {length} tokens; "
                 f"expected at least 1{'' if most is None else f' and at most the {most} of the window'}"
             )
 
 
-def _needed(task: Task) -> None:
+def _require_harness(task: Task) -> None:
     try:
-        import lm_eval  # noqa: F401 # only to see that it is there
+        import lm_eval  # noqa: F401 # only to check that it is installed
     except ImportError:
         raise BadValue(f"{task} needs lm-evaluation-harness; install it with pip install 'mwtool[eval]'") from None
 
 
 def _seed(seed: int) -> None:
-    """All generators a task may draw from."""
+    """Seed every random generator that a task may use."""
     import numpy as np
 
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 # the harness's tasks draw from this one
+    np.random.seed(seed)  # noqa: NPY002 # the harness uses the global generator
     torch.manual_seed(seed)
 
 
@@ -193,7 +195,7 @@ def _model(loaded: Loaded, options: Options, on_progress: OnProgress | None) -> 
 
     return Model(
         pretrained=loaded.model,
-        tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness gives it a pad token
+        tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness sets a pad token on it
         backend="causal",
         batch_size=options.batch_size or BATCH,
         max_length=options.window or positions(loaded.base.config),
@@ -203,18 +205,19 @@ def _model(loaded: Loaded, options: Options, on_progress: OnProgress | None) -> 
     )
 
 
-def _pairs(row: Choice | Cloze, delimiter: str) -> list[tuple[str, str]]:
-    """What to ask: context and continuation. Of the delimiter only its final whitespace is scored."""
+def _pairs(question: Choice | Cloze, delimiter: str) -> list[tuple[str, str]]:
+    """Pairs of context and continuation. Only the trailing whitespace of the delimiter is scored."""
     stated = delimiter.rstrip()
     gap = delimiter[len(stated) :]
-    if isinstance(row, Cloze):
-        return [(row.context + stated, gap + row.continuation)]
-    return [(context + stated, gap + ending) for context, ending in zip(row.contexts, row.endings, strict=True)]
+    if isinstance(question, Cloze):
+        return [(question.context + stated, gap + question.continuation)]
+    both = zip(question.contexts, question.endings, strict=True)
+    return [(context + stated, gap + ending) for context, ending in both]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log of what it is doing, and its bar over questions made; its errors remain."""
+    """Silence the harness's log, except for errors, and its progress bar over requests."""
     from lm_eval.api import task
 
     logger, bar = logging.getLogger("lm_eval"), task.tqdm

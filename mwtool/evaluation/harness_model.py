@@ -1,4 +1,4 @@
-"""The harness's model, with bos once, our progress, and none of its own bars; imported only where lm-eval is used."""
+"""The harness's model with bos put once, our progress and no bars of its own; imported only if lm-eval is used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Model(HFLM):  # type: ignore[misc] # its base has no annotations
-    """Options are those of HFLM; `prefix_token_id` is what stands first everywhere, None for nothing.
+    """An HFLM, with its options. `prefix_token_id` begins every context; None: no token does.
 
-    shortened: contexts so far that lost what follows bos, being longer than the model has positions for.
+    shortened: how many contexts so far were too long for the model and lost their first tokens after bos.
     """
 
     def __init__(self, *, on_progress: OnProgress | None, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Model(HFLM):  # type: ignore[misc] # its base has no annotations
         bos = self.custom_prefix_token_id
         if bos is None or add_special_tokens is False or self._bare:
             return ids[-left_truncate_len:] if left_truncate_len else ids
-        ids = ids[1:] if ids[:1] == [bos] else ids  # the text may begin with it
+        ids = ids[1:] if ids[:1] == [bos] else ids  # the text may begin with bos
         return [bos, *(ids[1 - left_truncate_len :] if left_truncate_len and left_truncate_len > 1 else ids)]
 
     def tok_batch_encode(
@@ -56,7 +56,7 @@ class Model(HFLM):  # type: ignore[misc] # its base has no annotations
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> Any:
         self._done, self._total = 0, 0
-        self._bare = True  # rolling windows put the prefix token first themselves
+        self._bare = True  # rolling windows prepend the prefix token themselves
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
@@ -71,8 +71,8 @@ class Model(HFLM):  # type: ignore[misc] # its base has no annotations
         return super()._loglikelihood_tokens(fitting, disable_tqdm=True, override_bs=override_bs)
 
     def _shortened(self, context: list[int], scored: int) -> list[int]:
-        """A context that fits beside the tokens scored; what is cut off is what follows bos, not bos."""
-        room = self.max_length + 1 - scored  # the last token scored is not read
+        """Shorten the context to fit before the scored tokens, by dropping its first tokens after bos."""
+        room = self.max_length + 1 - scored  # the last scored token is not an input
         if len(context) <= room or room < 1:
             return context
         self.shortened += 1

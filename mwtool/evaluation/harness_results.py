@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness answers -> figures, with the samples behind each."""
+"""Turn results of lm-evaluation-harness into metrics with their samples."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mwtool.evaluation.measurement import Measured, digest_of, mean_of, perplexi
 from mwtool.evaluation.perplexity import nonfinite, summarize
 
 Answer = tuple[float, bool]
-"""ln p of a continuation, and whether greedy decoding would give it."""
+"""ln p of a continuation, and whether greedy decoding generates it."""
 
 
-def choice_figures(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
-    """acc: the likeliest choice is the right one; acc_norm: likeliest for each of its characters."""
+def choice_metrics(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
+    """acc: whether the likeliest choice is right. acc_norm: the same with ln p divided by the number of characters."""
     for metric in ("acc", "acc_norm"):
         values = []
         for row, answers in scored:
@@ -24,15 +24,15 @@ def choice_figures(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[
         yield mean_of(metric, values)
 
 
-def cloze_figures(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
-    """acc: greedy decoding gives the true continuation; perplexity: that of the true one, a file's rows together."""
+def cloze_metrics(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
+    """acc: whether greedy decoding generates the true continuation. perplexity: of all true continuations together."""
     yield mean_of("acc", [float(answers[0][1]) if math.isfinite(answers[0][0]) else math.nan for _, answers in scored])
     found = summarize([-answers[0][0] for _, answers in scored], [1] * len(scored), 0.0)
     yield perplexity_of("perplexity", found)
 
 
-def harness_figures(found: Any, task: str, seconds: float, setting: dict[str, Any]) -> Iterator[Measured]:
-    """The harness's results as ours, of each task and of groups; standard errors from its log of samples."""
+def harness_metrics(found: Any, task: str, seconds: float, setting: dict[str, Any]) -> Iterator[Measured]:
+    """The metrics of each task and group, with standard errors from the harness's log of samples."""
     for name, results in {**found["results"], **found.get("groups", {})}.items():
         rows = found.get("samples", {}).get(name, [])
         better = found.get("higher_is_better", {}).get(name, {})
@@ -43,7 +43,7 @@ def harness_figures(found: Any, task: str, seconds: float, setting: dict[str, An
                 continue
             chosen = [row for row in rows if row.get("filter", "none") == selected]
             figure = _figure(metric if selected == "none" else f"{metric}/{selected}", float(value), chosen, metric)
-            figure |= {"higher_is_better": better.get(metric) is not False}  # as the task has it
+            figure |= {"higher_is_better": better.get(metric) is not False}  # as the task defines it
             yield Measured(
                 task=task,
                 part=None if name == setting["name"] else name,
@@ -55,15 +55,15 @@ def harness_figures(found: Any, task: str, seconds: float, setting: dict[str, An
 
 
 def _digest(rows: Sequence[dict[str, Any]]) -> str | None:
-    """The same for the same questions, asked in the same words."""
+    """Equal for the same questions with the same prompts."""
     return digest_of("".join(row["doc_hash"] + row["prompt_hash"] for row in rows)) if rows else None
 
 
 def _figure(name: str, value: float, rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """With samples where the value is their mean, or a perplexity of ln p or (ln p, count) pairs; else without."""
+    """Fields of Measured; with samples if the value is their mean, or the perplexity of ln p or (ln p, count) pairs."""
     each = [row[metric] for row in rows if metric in row]
     broken = [at for at, row in enumerate(rows) if not _finite(row.get("filtered_resps"))]
-    if broken:  # an argmax over NaN is some choice, and its accuracy some number
+    if broken:  # an argmax over NaN is still some choice, and its accuracy some number
         why = nonfinite(broken, len(rows))
         return {"metric": name, "value": math.nan, "stderr": None, "n": len(rows), "nonfinite": why}
     single = bool(each) and all(isinstance(one, (int, float)) for one in each)
@@ -76,12 +76,12 @@ def _figure(name: str, value: float, rows: Sequence[dict[str, Any]], metric: str
         found = summarize([-float(one[0]) for one in pairs], [int(one[1]) for one in pairs], 0.0)
         if math.isclose(found.value, value, rel_tol=1e-6):
             return perplexity_of(name, found)
-    bad = None if math.isfinite(value) else f"the harness gave {value}"
+    bad = None if math.isfinite(value) else f"the harness returned {value}"
     return {"metric": name, "value": value, "stderr": None, "n": len(rows), "nonfinite": bad}
 
 
 def _finite(answers: Any) -> bool:
-    """Whether no number among these, at any depth, is NaN or infinite."""
+    """Whether no number in these nested lists is NaN or infinite."""
     if isinstance(answers, float):
         return math.isfinite(answers)
     return not isinstance(answers, (list, tuple)) or all(map(_finite, answers))

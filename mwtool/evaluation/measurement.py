@@ -1,4 +1,4 @@
-"""What it takes to measure, and what comes of it: shared by everything that can be measured."""
+"""The result of a measurement, and what all tasks share: the tokenizer, bos, means with standard errors."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mwtool.models.bos import Bos, find_bos
 from mwtool.models.load import Loaded
 
 OnProgress = Callable[[int, int], None]
-"""Called with what is done of the task in hand, and of how much."""
+"""Called with how much of the current task is done, and the total."""
 BATCH = 16
-"""Questions or prompts at once where no batch size is given."""
+"""Questions or prompts per batch if no batch size is given."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One figure.
+    """One metric of one task.
 
-    value: nan or inf where `nonfinite` says why. stderr: standard error; None where there is none.
-    n: samples: windows (documents under `word`), questions, prompts. samples: one value each: the sum of -ln p for a
-    perplexity, whose denominators are `weights`; else what is averaged. digest: the same where the samples are.
-    setting: what else it takes to repeat it. answers: generated texts.
-    part: the sub-task where a task is a group of several; None for the whole.
+    value: NaN or infinite if `nonfinite` gives a reason. stderr: standard error, None if there is none.
+    n: number of samples: windows (documents under `word`), questions or prompts. samples: one value for each: for a
+    perplexity the sum of -ln p, with the number of units in `weights`; else the values that are averaged.
+    digest: equal if the samples are the same. setting: what else is needed to reproduce the value. answers: generated
+    texts. part: the subtask, if the task is a group; None for the whole task.
     """
 
     task: str
@@ -49,7 +49,7 @@ class Measured:
 
 
 def mean_of(metric: str, values: Sequence[float]) -> dict[str, Any]:
-    """A figure that is the mean of its samples, with its standard error: fields of Measured."""
+    """The mean of samples and its standard error, as fields of Measured."""
     n, bad = len(values), [index for index, value in enumerate(values) if not math.isfinite(value)]
     mean = math.nan if bad else math.fsum(values) / n
     squares = math.fsum((value - mean) ** 2 for value in values)
@@ -65,7 +65,7 @@ def mean_of(metric: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def perplexity_of(metric: str, found: Perplexity) -> dict[str, Any]:
-    """A figure that is a perplexity, with its samples: fields of Measured."""
+    """A perplexity and its samples, as fields of Measured."""
     return {
         "metric": metric,
         "value": found.value,
@@ -79,22 +79,22 @@ def perplexity_of(metric: str, found: Perplexity) -> dict[str, Any]:
 
 
 def digest_of(samples: str) -> str:
-    """The same where the samples, written out, are."""
+    """A hash of the samples, written as text."""
     return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
 def bos_for(loaded: Loaded, options: Options) -> Bos | None:
-    """The token put first, as `find_bos` finds it; None under `never`. Raises NoBos."""
+    """The token put first, as `find_bos` chooses it; None under `never`. Raises NoBos."""
     return None if options.bos == "never" else find_bos(options.bos, loaded.tokenizer, loaded.base.config)
 
 
 def bos_notes(task: Task, bos: Bos | None) -> tuple[str, ...]:
-    """What the user should know about the token a task puts first."""
+    """What the user should know about the token that a task puts first."""
     return (f"{task}: {bos.note}",) if bos is not None and bos.note else ()
 
 
 def tokenizer_for(loaded: Loaded, task: Task) -> Any:
-    """The tokenizer; raises BadValue where the model has none."""
+    """The tokenizer. Raises BadValue if the model has none."""
     if loaded.tokenizer is None:
-        raise BadValue(f"{loaded.source.name} has no tokenizer; {task} needs one to read text")
+        raise BadValue(f"{loaded.source.name} has no tokenizer, and {task} needs one; save a tokenizer with the model")
     return loaded.tokenizer

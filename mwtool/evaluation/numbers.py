@@ -1,4 +1,4 @@
-"""Numbers and task names as reports and figures print them."""
+"""How reports and plots print numbers and task names."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 
 def figure(value: float) -> str:
-    """A perplexity or a ratio as it is shown."""
+    """A perplexity or ratio with two decimals, or none from 1,000 on."""
     return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"  # noqa: PLR2004 - decimals of large numbers tell nothing
 
 
 def fine(value: float) -> str:
-    """With more decimals near 1, where two would hide on which side of it a ratio is."""
+    """As `figure`, with four decimals near 1, where two would hide on which side of 1 a ratio is."""
     return f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else figure(value)  # noqa: PLR2004 - as described
 
 
 def short(task: str) -> str:
-    """A task's name without the folders of its file."""
+    """The name of a task without the folders of its file."""
     kind, colon, target = task.partition(":")
     return f"{kind}{colon}{Path(target).name}" if colon else task

@@ -1,7 +1,7 @@
 """Perplexity of a text that is cut into windows.
 
-It is exp(sum of -ln p over the scored tokens / their number), so that every token weighs the
-same; under the protocol `word` the sum is divided by the number of words.
+It is exp(sum of -ln p over the scored tokens / their number), so that every token has the same
+weight; under the protocol `word` the sum is divided by the number of words.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.chunked_loss import Head, head_of, sent
-from mwtool.evaluation.config import Protocol
-from mwtool.evaluation.windows import Text, Windows, window_for, windows
+from mwtool.evaluation.chunked_loss import Head, head_of, to_device
+from mwtool.evaluation.windows import Text, Windows, protocol_named, window_for, windows
 from mwtool.models.bos import find_bos
 
 if TYPE_CHECKING:
@@ -26,17 +25,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HIDDEN, MOST = 2**26, 2**16
-"""What is run at once where no batch size is given: tokens whose hidden states take 64 MB, but no more than 65,536."""
+"""Default size of a batch: tokens whose hidden states take 64 MB, but at most 65,536 tokens."""
 CACHED = 4096
-"""The same on a CPU, in bytes of one entry a token: 2048 tokens in bfloat16. Its caches hold no more."""
+"""Default size of a batch on a CPU, in bytes at one entry per token: 2,048 tokens in bfloat16, which fit its caches."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """A perplexity with its standard error, over samples (windows, or documents under `word`).
+    """A perplexity with its standard error over samples (windows, or documents under `word`).
 
-    nll: sum of -ln p of each sample; counts: its tokens (words). stderr: None for a single sample.
-    nonfinite: which samples gave no number; value is then nan or inf.
+    nll: sum of -ln p of each sample. counts: tokens (or words) of each sample. stderr: None for a single sample.
+    nonfinite: which samples have no finite loss; value is then NaN or infinite. seconds: time of the measurement.
     """
 
     value: float
@@ -55,10 +54,10 @@ def perplexity(
     batch_size: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of a causal language model as it stands, adapters and attacks included.
+    """Perplexity of a causal language model in its current state, PEFT adapters and attacks included.
 
-    batch_size: windows at once; None for 64 MB of hidden states, on a CPU about 2,048 tokens.
-    on_batch: called with windows done and in all. Raises BadValue for tokens the model does not have.
+    batch_size: windows per batch; None: as many as give 64 MB of hidden states, on a CPU about 2,048 tokens.
+    on_batch: called with the windows done and their total. Raises BadValue for tokens outside the vocabulary.
     """
     start = time.perf_counter()
     check_vocabulary(model, windows.ids)
@@ -68,13 +67,13 @@ def perplexity(
     done = 0
     with torch.inference_mode():
         head = head_of(model, windows.ids[0][None].to(device))
-        for batch in parts:  # nothing waits for the device before the last one
+        for batch in parts:  # results stay on the device until the last batch
             found.append(batch_sums(head, batch, windows.length, device))
             done += len(batch.windows)
             if on_batch is not None:
                 on_batch(done, len(windows.ids))
         nll = per_sample(windows, parts, torch.cat(found).tolist())
-    notes = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
+    notes = () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
     return summarize(nll, windows.units, time.perf_counter() - start, notes)
 
 
@@ -83,19 +82,21 @@ def measure_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     text: Text | str,
     *,
-    protocol: Protocol = "bos",
+    protocol: str = "bos",
     window: int | None = None,
     bos: str = "auto",
     batch_size: int | None = None,
 ) -> Perplexity:
     """Perplexity of a model in memory on a text, as `mwtool eval --task ppl:FILE` measures it.
 
-    window: tokens in a window; None for 4096, or what the model has positions for. bos: as `--bos`.
-    The model is run in evaluation mode and left in the mode it was in. Raises NoBos and BadValue.
+    protocol: a name in `mwtool.evaluation.windows.PROTOCOLS`. window: tokens in a window; None: 4096, or the number of
+    positions of the model if smaller. bos: as `--bos`. batch_size: windows per batch.
+    The model is run in evaluation mode and its mode is restored. Raises NoBos if the protocol needs bos and there is
+    none, BadValue for an unknown protocol, a text without tokens, or tokens outside the vocabulary.
     """
     config: Any = model.config
     length, notes = window_for(config, window)
-    first = None if protocol == "sun-4096" or bos == "never" else find_bos(bos, tokenizer, config).id
+    first = None if protocol_named(protocol).bos == "never" or bos == "never" else find_bos(bos, tokenizer, config).id
     cut = windows(tokenizer, text, protocol, length, first)
     training: bool = model.training
     model.eval()
@@ -107,48 +108,52 @@ def measure_perplexity(
 
 
 def tokens_at_once(embedding: Tensor) -> int:
-    """How many tokens are run together, with the embedding (V, H) as the measure of the model's width."""
+    """The default number of tokens in a batch. embedding: the embedding table, (V, H)."""
     if embedding.device.type == "cpu":
         return CACHED // embedding.element_size()
     return min(MOST, HIDDEN // (embedding.shape[1] * embedding.element_size()))
 
 
 def check_vocabulary(model: Any, ids: Iterable[Tensor]) -> None:
-    """Raise BadValue where a token has no row in the model's embedding: the tokenizer is another model's."""
+    """Raises BadValue if a token id is outside the embedding table. ids: token ids of any shape, (...), each."""
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max((int(one.max()) for one in ids), default=0)
     if largest >= rows:
-        raise BadValue(f"the tokenizer gives token id {largest}, outside the vocabulary of {rows}; is it this model's?")
+        raise BadValue(
+            f"the tokenizer gives token id {largest}, outside the vocabulary of {rows}; use the tokenizer of this model"
+        )
 
 
 def summarize(nll: Sequence[float], counts: Sequence[int], seconds: float, notes: tuple[str, ...] = ()) -> Perplexity:
-    """exp(sum nll / sum counts), its standard error that of a ratio of sums (linearised)."""
+    """exp(sum nll / sum counts), with the (linearized) standard error of a ratio of sums."""
     bad = [index for index, value in enumerate(nll) if not math.isfinite(value)]
     total, n = sum(counts), len(nll)
     mean = math.fsum(nll) / total if not bad else math.nan if any(map(math.isnan, nll)) else math.inf
-    value = math.exp(mean) if mean < 709 else mean and math.inf  # noqa: PLR2004 # e^709 is the last that is finite
+    value = math.exp(mean) if mean < 709 else mean and math.inf  # noqa: PLR2004 # exp(710) overflows
     reason = nonfinite(bad, n)
     if math.isnan(mean):
         value = math.nan
     elif math.isinf(value) and reason is None:
-        reason = f"the mean loss is {mean:.4g}, whose exponential is beyond float64"
+        reason = f"the mean loss is {mean:.4g}, whose exponential overflows float64"
     stderr = None
     if n > 1 and reason is None:
         squares = math.fsum((one - mean * count) ** 2 for one, count in zip(nll, counts, strict=True))
         stderr = value * math.sqrt(squares * n / (n - 1)) / total
-    return Perplexity(value, stderr, tuple(nll), tuple(counts), seconds, reason, notes)
+    return Perplexity(
+        value=value, stderr=stderr, nll=tuple(nll), counts=tuple(counts), seconds=seconds, nonfinite=reason, notes=notes
+    )
 
 
 def nonfinite(bad: Sequence[int], n: int) -> str | None:
-    """Which of n samples gave no number, in words; None where all did."""
-    return f"{len(bad)} of {n} samples gave no finite loss, the first is number {bad[0]}" if bad else None
+    """A sentence on which of n samples have no finite loss; None if all losses are finite."""
+    return f"{len(bad)} of {n} samples have no finite loss, the first is number {bad[0]}" if bad else None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Windows run together, padded on the right.
+    """Windows that are run together, padded on the right.
 
-    windows: their numbers. ids: (B, T), int64; scored: which of them count, (B, T), bool; both on the CPU.
+    windows: their indices. ids: (B, T), int64. scored: the tokens to score, (B, T) of bool. Both are on the CPU.
     """
 
     windows: tuple[int, ...]
@@ -157,7 +162,7 @@ class Batch:
 
 
 def batches(windows: Windows, size: int) -> Iterator[Batch]:
-    """The windows, `size` at a time, the longest first."""
+    """Batches of `size` windows, longest first."""
     order = sorted(range(len(windows.ids)), key=lambda index: -len(windows.ids[index]))
     for start in range(0, len(order), size):
         some = order[start : start + size]
@@ -165,14 +170,14 @@ def batches(windows: Windows, size: int) -> Iterator[Batch]:
 
 
 def windows_at_once(model: Any, windows: Windows) -> int:
-    """How many windows are run together where no batch size is given."""
+    """The default number of windows in a batch."""
     return max(1, tokens_at_once(model.get_input_embeddings().weight) // max(len(ids) for ids in windows.ids))
 
 
 def batch_sums(head: Head, batch: Batch, length: int, device: torch.device) -> Tensor:
     """Sum of -ln p of each window, (B,), float64. length: tokens in a whole window."""
     losses = head.losses(batch.ids, batch.scored, length, device).double()  # (N,)
-    owner = sent(batch.scored.nonzero()[:, 0], losses.device)
+    owner = to_device(batch.scored.nonzero()[:, 0], losses.device)
     return torch.zeros(len(batch.ids), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses)
 
 
@@ -186,7 +191,7 @@ def per_sample(windows: Windows, parts: Sequence[Batch], sums: Sequence[float]) 
 
 
 def _padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
-    """Ids padded on the right and which of them are scored, both (B, T)."""
+    """Token ids padded on the right, and which of them are scored, both (B, T)."""
     longest = max(map(len, ids))
     whole = torch.zeros(len(ids), longest, dtype=torch.long)
     counted = torch.zeros(len(ids), longest, dtype=torch.bool)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mwtool.evaluation.chunked_loss import TRIED, head_of
+from mwtool.evaluation.chunked_loss import TESTED, head_of
 from mwtool.evaluation.perplexity import (
     Perplexity,
     batch_sums,
@@ -31,7 +31,7 @@ from mwtool.evaluation.perplexity import (
 from mwtool.evaluation.windows import Windows
 
 LACKING = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
-"""What a model's own code raises where a layer did not run that a later one relies on."""
+"""Exceptions of model code if a layer did not run on which a later one depends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def perplexities(
     batch_size: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of the model as it stands, then under each variant: what `perplexity` gives for each, bit for bit.
+    """Perplexity in the current state, then under each variant, bit for bit that of `perplexity` for each.
 
     model: what to call. layers: its decoder layers, in order.
     batch_size: windows at once; None for the same as `perplexity` takes. The layers' outputs for one batch are kept.
@@ -68,7 +68,7 @@ def perplexities(
     wanted = {variant.layer for variant in variants} - {0}
     seconds, sums = [0.0] * (1 + len(variants)), [list[float]() for _ in range(1 + len(variants))]
     with torch.inference_mode():
-        few = windows.ids[0][None, :TRIED].to(device)
+        few = windows.ids[0][None, :TESTED].to(device)
         head, reusable = head_of(model, few), not wanted or is_reusable(model, layers, few, wanted)
         parts = list(batches(windows, size))
         for index, batch in enumerate(parts):
@@ -91,7 +91,7 @@ def perplexities(
 
 
 class Recording:
-    """What decoder layers return in one forward, and a way to return it again.
+    """The recorded outputs of decoder layers in one forward, and a way to replay them.
 
     wanted: layers l of which the stream that enters them is kept, (B, T, H) each; of all others only the form of what
     the layer returns.
@@ -104,7 +104,7 @@ class Recording:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Records the last forward run inside the block."""
+        """Record the last forward inside the block."""
         with ExitStack() as hooks:
             for index, layer in enumerate(self.layers[: max(self.wanted, default=0)]):
                 hooks.callback(layer.register_forward_hook(self._keep(index)).remove)
@@ -112,7 +112,7 @@ class Recording:
 
     @contextmanager
     def replayed(self, layer: int) -> Iterator[None]:
-        """Inside the block the layers below `layer` return what was recorded and compute nothing."""
+        """Inside the block, the layers below `layer` return the recorded outputs without computing anything."""
         below = list(enumerate(self.layers[:layer])) if layer in self.streams else []
         before = [module.__dict__.get("forward") for _, module in below]  # accelerate puts one there
         try:

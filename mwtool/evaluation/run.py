@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.comparison import Row
+from mwtool.evaluation.comparison import Entry
 from mwtool.evaluation.config import EvalConfig
 from mwtool.evaluation.document import (
     comparison_document,
     earlier_results,
+    entries_of,
     eval_document,
     read_documents,
-    rows_of,
     text_of_results,
 )
 from mwtool.evaluation.evaluate import OnTask, Result, check, evaluate
@@ -44,12 +44,12 @@ class Evaluations:
     names: tuple[str, ...]
 
     @property
-    def rows(self) -> list[Row]:
+    def entries(self) -> list[Entry]:
         """Every metric of every model, as `eval_report` shows them."""
-        return rows_of(self.documents, self.names)
+        return entries_of(self.documents, self.names)
 
     def compared(self, command: str | None = None) -> dict[str, Any]:
-        """One document of schema mwtool.comparison/1: every metric beside the first of its kind."""
+        """One document of schema mwtool.comparison/1: every metric compared with the first of its kind."""
         return comparison_document(self.documents, self.names, command)
 
 
@@ -86,7 +86,16 @@ def evaluate_models(
     check(tasks)
     earlier = read_documents(output) if resume and output is not None and output.exists() else []
     saved = {name: read_documents(Path(name)) for name in models if compare and Path(name).is_file()}
-    run = _Run(config, tasks, attacks, output, compare, command, on_note or _ignored, on_task)
+    run = _Run(
+        config=config,
+        tasks=tasks,
+        attacks=attacks,
+        output=output,
+        compare=compare,
+        command=command,
+        on_note=on_note or _ignored,
+        on_task=on_task,
+    )
     for name in models:
         if name in saved:
             run.add_saved(Path(name), saved[name])
@@ -112,7 +121,7 @@ def _ignored(_: str) -> None:
     pass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Run:
     """What was asked for, and the documents so far."""
 

@@ -1,32 +1,86 @@
-"""How a text becomes windows of tokens: named protocols, whose figures cannot be compared with each other."""
+"""How a text is cut into windows of tokens. Perplexities of different protocols cannot be compared.
+
+A protocol is one entry of `PROTOCOLS`. This module imports torch on first use only: the command line reads the table.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from mwtool.errors import BadValue, NoBos
-from mwtool.evaluation.config import Protocol
+from mwtool.errors import BadValue, NoBos, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 LENGTH = 4096
+"""Tokens in a window by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the summed loss is divided by.
+
+    count: how many units a document has. None: the units are the scored tokens; documents are joined into one text
+    and every window is a sample. Otherwise every document is cut by itself and is one sample.
+    """
+
+    name: str
+    count: Callable[[str], int] | None = None
+
+    @property
+    def metric(self) -> str:
+        """The name of the resulting perplexity: `perplexity`, `word_perplexity`."""
+        return "perplexity" if self.count is None else f"{self.name}_perplexity"
+
+
+TOKEN = Unit("token")
+WORD = Unit("word", lambda document: len(re.split(r"\s+", document)))
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How a text becomes windows. Every token is scored at most once.
+
+    bos: where bos is put: before every `window`, once before each `document`, or `never`. After `never`, the first
+    token of a window is not scored, since nothing precedes it.
+    tail: what becomes of the tokens at the end that do not fill a window: `keep` them as a shorter window, `drop` them
+    (unless they are all there is), or `fill` the window with earlier tokens, which are read again but not scored.
+    unit: what the summed loss is divided by.
+    """
+
+    bos: Literal["window", "document", "never"]
+    tail: Literal["keep", "drop", "fill"]
+    unit: Unit = TOKEN
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "bos": Protocol(bos="window", tail="keep"),
+    "bos-4096": Protocol(bos="window", tail="drop"),
+    "sun-4096": Protocol(bos="never", tail="drop"),  # the paper's, from the code of Sun et al. 2024
+    "word": Protocol(bos="document", tail="fill", unit=WORD),  # that of lm-evaluation-harness
+}
+"""Every protocol by its name, as `--protocol` takes it."""
+
+
+def protocol_named(name: str) -> Protocol:
+    """A protocol by its name. Raises BadValue, which suggests the most similar name."""
+    if name not in PROTOCOLS:
+        raise BadValue(f"unknown protocol {name!r}; {nearest(name, list(PROTOCOLS))}")
+    return PROTOCOLS[name]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What to measure on.
+    """A text to measure perplexity on.
 
-    documents: joined by `joiner`, except under `word`.
-    special: under `sun-4096`, whether the tokenizer adds its special tokens to the whole text once.
-    most: windows the paper's code takes at most; None for all.
+    documents: joined by `joiner`, unless the protocol scores each document by itself.
+    special: whether the tokenizer adds its special tokens once to the whole text, if the protocol puts no bos.
+    most: the largest number of windows, as in the paper's code; None for all.
     """
 
     documents: tuple[str, ...]
@@ -35,39 +89,35 @@ class Text:
     most: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """A text cut up.
+    """A text cut into windows.
 
-    ids: one tensor a window, (T,), int64. scored: how many tokens at its end count.
-    sample: the sample each window belongs to: itself, or under `word` its document.
-    units: tokens, under `word` words, of each sample.
+    ids: token ids of each window, (T,), int64. scored: how many tokens at the end of each window are scored.
+    sample: the index of the sample that each window belongs to. units: how many units each sample has (tokens, or
+    words under `word`). length: the most tokens of a window that the model reads. bos: id of bos, None if none is put.
     """
 
     ids: tuple[Tensor, ...]
     scored: tuple[int, ...]
     sample: tuple[int, ...]
     units: tuple[int, ...]
-    protocol: Protocol
+    protocol: str
+    metric: str
     length: int
     bos: int | None
     notes: tuple[str, ...] = ()
 
     @property
-    def metric(self) -> str:
-        """What the result is called."""
-        return "word_perplexity" if self.protocol == "word" else "perplexity"
-
-    @property
     def digest(self) -> str:
-        """The same for the same tokens scored in the same windows, whatever the model."""
+        """Equal for the same tokens scored in the same windows, whatever the model."""
         state = hashlib.sha256(repr((self.scored, self.sample, self.units)).encode())
         for ids in self.ids:
             state.update(ids.numpy().tobytes())
         return state.hexdigest()[:16]
 
     def first(self, samples: int | None) -> Windows:
-        """The first so many samples; all for None."""
+        """Only the first samples; None for all."""
         if samples is None or samples >= len(self.units):
             return self
         count = sum(sample < samples for sample in self.sample)  # windows are in the order of their samples
@@ -83,80 +133,92 @@ class Windows:
 def windows(
     tokenizer: PreTrainedTokenizerBase,
     text: Text | str,
-    protocol: Protocol = "bos",
+    protocol: str = "bos",
     length: int = LENGTH,
     bos_id: int | None = None,
 ) -> Windows:
-    """Cut a text into windows of at most `length` tokens, bos included.
+    """Cut a text into windows. The model reads at most `length` tokens at once, bos included.
 
-    Raises NoBos if the protocol needs bos and none is given, BadValue if there is nothing to score.
+    protocol: a name in `PROTOCOLS`. bos_id: id of bos, for protocols that put it.
+    Raises NoBos if the protocol needs bos and none is given, BadValue for an unknown protocol, a window shorter than 2
+    tokens, or a text without a token to score.
     """
+    import torch
+
     text = Text((text,)) if isinstance(text, str) else text
-    if bos_id is None and protocol != "sun-4096":
+    rule = protocol_named(protocol)
+    if bos_id is None and rule.bos != "never":
         raise NoBos(f"protocol {protocol} puts bos first and none was given; name it with --bos, or use sun-4096")
     if length < 2:  # noqa: PLR2004 # one to condition on and one to score
         raise BadValue(f"a window of {length} tokens scores nothing; give at least 2")
-    if protocol == "word":
-        assert bos_id is not None
-        return _by_document(tokenizer, text, length, bos_id)
-    first = [] if protocol == "sun-4096" or bos_id is None else [bos_id]
-    ids = _encode(tokenizer, text.joiner.join(text.documents), special=text.special and not first)
-    step = length - len(first)
-    kept = len(ids) if protocol == "bos" else max(len(ids) // step * step, min(len(ids), step))
-    cut = [torch.tensor(first + ids[start : start + step]) for start in range(0, kept, step)][: text.most]
-    cut = [one for one in cut if len(one) > 1]
-    if not cut:
+    bos = [] if rule.bos == "never" or bos_id is None else [bos_id]
+    documents = (text.joiner.join(text.documents),) if rule.unit.count is None else text.documents
+    tokens = [_encode(tokenizer, document, special=text.special and not bos) for document in documents]
+    cuts = [list(_cut(one, rule, length, bos)) for one in tokens]
+    if rule.unit.count is None:
+        found = cuts[0][: text.most]
+        sample, units = list(range(len(found))), [scored for _, scored in found]
+    else:
+        kept = [(document, cut) for document, cut in zip(documents, cuts, strict=True) if cut]
+        found = [window for _, cut in kept for window in cut]
+        sample = [index for index, (_, cut) in enumerate(kept) for _ in cut]
+        units = [rule.unit.count(document) for document, _ in kept]
+    if not found:
         raise BadValue("the text has no token to score; expected some text")
-    short = f"the text has {len(ids)} tokens, less than a window of {step}: it is evaluated as one short window"
-    scored = tuple(len(one) - 1 for one in cut)
-    notes = (short,) if len(ids) < step else ()
     return Windows(
-        tuple(cut), scored, tuple(range(len(cut))), scored, protocol, length, first[0] if first else None, notes
+        ids=tuple(torch.tensor(window) for window, _ in found),
+        scored=tuple(scored for _, scored in found),
+        sample=tuple(sample),
+        units=tuple(units),
+        protocol=protocol,
+        metric=rule.unit.metric,
+        length=length,
+        bos=bos[0] if bos else None,
+        notes=_short_note(rule, len(tokens[0]), length - len(bos)),
     )
 
 
+def _short_note(rule: Protocol, tokens: int, step: int) -> tuple[str, ...]:
+    if rule.unit.count is not None or tokens >= step:
+        return ()
+    return (f"the text has {tokens} tokens, fewer than a window of {step}: it is evaluated as one short window",)
+
+
+def _cut(tokens: list[int], rule: Protocol, length: int, bos: list[int]) -> Iterator[tuple[list[int], int]]:
+    """Each window with the number of tokens scored at its end."""
+    first = bos if rule.bos == "window" else []
+    stream = bos + tokens if rule.bos == "document" else tokens
+    before = len(stream) - len(tokens)  # tokens of context that a window reads beyond `step`: the one before it
+    step = length - len(first)
+    for start in range(before, len(stream), step):
+        end = min(start + step, len(stream))
+        begin = start - before
+        if end - start < step and start > before:
+            if rule.tail == "drop":
+                return
+            if rule.tail == "fill":
+                begin = max(0, end - step - before)
+        window = first + stream[begin:end]
+        last = min(end - start, len(window) - 1)
+        if last > 0:
+            yield window, last
+
+
 def window_for(config: Any, asked: int | None) -> tuple[int, tuple[str, ...]]:
-    """Tokens in a window: as asked, else 4096, and no more than the model has positions for."""
+    """Tokens in a window: as asked, else 4096, but no more than the model has positions; and a note if it is fewer."""
     wanted, most = asked or LENGTH, positions(config)
     if most is None or wanted <= most:
         return wanted, ()
-    return most, (f"windows of {wanted} tokens are shortened to the {most} the model has",)
+    return most, (f"windows of {wanted} tokens are shortened to the {most} positions of the model",)
 
 
 def positions(config: Any) -> int | None:
-    """Positions a model has, by its configuration; None where it sets no bound."""
+    """How many positions a model has according to its configuration; None if it sets no limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
         if isinstance(value := getattr(text, name, None), int):
             return value
     return None
-
-
-def _by_document(tokenizer: PreTrainedTokenizerBase, text: Text, length: int, bos_id: int) -> Windows:
-    """Documents one by one; words are what whitespace separates."""
-    ids: list[Tensor] = []
-    scored: list[int] = []
-    sample: list[int] = []
-    units: list[int] = []
-    for document in text.documents:
-        tokens = _encode(tokenizer, document, special=False)
-        if not tokens:
-            continue
-        for window, last in _rolling([bos_id, *tokens], length):
-            ids.append(torch.tensor(window))
-            scored.append(last)
-            sample.append(len(units))
-        units.append(len(re.split(r"\s+", document)))
-    if not ids:
-        raise BadValue("the text has no token to score; expected some text")
-    return Windows(tuple(ids), tuple(scored), tuple(sample), tuple(units), "word", length, bos_id)
-
-
-def _rolling(tokens: list[int], length: int) -> Iterator[tuple[list[int], int]]:
-    """Windows that read `length` tokens and score each token once; the last one reaches back to be full."""
-    for end in range(length, len(tokens) - 1 + length, length):
-        last = min(end, len(tokens) - 1)  # the last token scored
-        yield tokens[max(0, last - length) : last + 1], last - (end - length)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""Files that are read and written: text, JSON documents, figures, whole or not at all.
+"""Reading and writing files: text, JSON documents, plots, and atomic writes.
 
 Imports only from errors and interrupts, and from what these may import.
 """

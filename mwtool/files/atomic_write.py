@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all, and whether they can be, before the work whose results they hold."""
+"""Atomic writes: files and folders are written whole or not at all, and can be checked to be writable beforehand."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ WINDOWS = os.name == "nt"
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError before the work begins if its result could not be written to `path` after it."""
+    """Check, before any work is done, that a result can be written to `path`. Raises OutputError."""
     folder = path.parent
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected a file name")
     if not folder.is_dir():
-        raise OutputError(f"{folder} does not exist; make it, or write elsewhere")
+        raise OutputError(f"{folder} does not exist; create it, or write elsewhere")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise OutputError(f"{path} cannot be written: no permission")
+        raise OutputError(f"{path} is not writable; change its permissions, or write elsewhere")
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: under a temporary name beside it, then moved into place.
+    """Write a file atomically: under a temporary name beside it, which is then renamed.
 
-    What a killed process left under such a name is removed. Pipes and devices are written to directly.
-    Raises OutputError.
+    Temporary files left by killed processes are removed. Pipes and devices are written to directly.
+    Raises OutputError if the file cannot be written.
     """
     temporary: str | None = None
     data = content.encode() if isinstance(content, str) else content
@@ -57,17 +57,17 @@ def write(path: Path, content: str | bytes) -> None:
             Path(temporary).replace(target)
         temporary = None
     except OSError as fault:
-        raise OutputError(f"{path} cannot be written: {fault.strerror or fault}; nothing was left there") from fault
+        raise OutputError(f"{path} could not be written: {fault.strerror or fault}; no partial file is left") from fault
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
 def _temporary(target: Path) -> tuple[int, str]:
-    """A new file beside `target`, open and locked, and its name."""
+    """A new file beside `target`, opened and locked: its handle and its name."""
     while True:
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=INCOMPLETE, dir=target.parent)
-        with suppress(OSError):  # a file system without locks: nothing is cleared there either
+        with suppress(OSError):  # a file system without locks, where nothing is cleared either
             lock_descriptor(handle)
         if os.fstat(handle).st_nlink:
             return handle, name
@@ -75,11 +75,11 @@ def _temporary(target: Path) -> tuple[int, str]:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name[:50]}."  # a name may take 255 bytes, and so may the temporary one
+    return f".{target.name[:50]}."  # a file name may take 255 bytes, the temporary one included
 
 
 def _clear(target: Path) -> None:
-    """Remove what killed processes left beside `target`: nobody holds it."""
+    """Remove temporary files that killed processes left beside `target`: those nobody has locked."""
     for left in target.parent.glob(f"{escape(_prefix(target))}*{INCOMPLETE}"):
         with suppress(OSError):
             with left.open("rb+") as file:
@@ -97,9 +97,9 @@ def _umask() -> int:
 
 
 def permissions(folder: Path) -> None:
-    """Give a folder's files, and those in folders within, the permissions that the umask leaves to new files.
+    """Give all files and folders in a folder the permissions of new files, as the umask determines them.
 
-    Libraries that write to a temporary file and rename it leave one that only its owner can read.
+    Libraries that write to a temporary file and rename it leave a file that only its owner can read.
     """
     mask = _umask()
     for path in folder.rglob("*"):
@@ -108,24 +108,25 @@ def permissions(folder: Path) -> None:
 
 
 def check_free(folder: Path, besides: Collection[str] = ()) -> None:
-    """Raise OutputError before the work begins if `folder` could not be written after it.
+    """Check, before any work is done, that `folder` can be created, or is empty. Raises OutputError.
 
-    besides: names of files that may be in it.
+    besides: names of files that it may contain.
     """
     if folder.exists() and (not folder.is_dir() or any(path.name not in besides for path in folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")
     parent = folder.absolute().parent
     if not parent.is_dir():
-        raise OutputError(f"{parent} does not exist; make it, or save elsewhere")
+        raise OutputError(f"{parent} does not exist; create it, or save elsewhere")
     if not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder} cannot be written: no permission")
+        raise OutputError(f"{folder} is not writable; change its permissions, or save elsewhere")
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, moved there when the block ends well, removed when it does not.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed to it when the block ends, and removed if the block raises.
 
-    A killed process leaves it under its temporary name; the next one clears it away. Raises OutputError.
+    A killed process leaves the temporary folder behind; the next process to write `folder` removes it.
+    Raises OutputError if the folder cannot be written.
     """
     with _one_line(folder), _made(folder) as temporary:
         yield temporary
@@ -143,7 +144,7 @@ def _filled(temporary: Path, target: Path) -> Iterator[Path]:
     try:
         yield temporary
         permissions(temporary)
-        for file in (*temporary.rglob("*"), temporary):  # on the disk before it has its name
+        for file in (*temporary.rglob("*"), temporary):  # flushed to disk before it gets its final name
             _sync(file)
         temporary.replace(target)
         _sync(target.parent)
@@ -153,14 +154,14 @@ def _filled(temporary: Path, target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _claimed(temporary: Path) -> Iterator[None]:
-    """Make the folder, empty; no other process can fill it until the block ends. A lock file beside it says so.
+    """Create the folder, empty, and keep other processes from writing to it with a lock file beside it.
 
-    Raises OutputError where another process is filling it.
+    Raises OutputError if another process is writing to it.
     """
     lock = temporary.with_name(f"{temporary.name}.lock")
     handle = _locked(lock)
     if handle is None:
-        raise OutputError(f"{temporary} is being filled by another process; wait for it, or save elsewhere")
+        raise OutputError(f"{temporary} is being written by another process; wait for it, or save elsewhere")
     try:
         temporary.mkdir(exist_ok=True)
         for left in temporary.iterdir():
@@ -168,7 +169,7 @@ def _claimed(temporary: Path) -> Iterator[None]:
         yield
     finally:
         if not WINDOWS:
-            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            lock.unlink(missing_ok=True)  # while the lock is held, so that a waiting process sees that the file is gone
         os.close(handle)
         if WINDOWS:
             with suppress(OSError):  # another process has taken it already
@@ -176,12 +177,12 @@ def _claimed(temporary: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int | None:
-    """An open handle on the lock file, locked; None where another process holds it."""
+    """An open handle of the lock file, locked; None if another process holds the lock."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT)
         try:
             free = lock_descriptor(handle, blocking=False)
-        except OSError:  # a file system without locks: nobody else is taken to be at work
+        except OSError:  # a file system without locks: assume that no other process writes here
             return handle
         if free and os.fstat(handle).st_nlink:
             return handle
@@ -208,4 +209,4 @@ def _one_line(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as fault:
         reason = getattr(fault, "strerror", None) or str(fault).partition("\n")[0]
-        raise OutputError(f"{folder} cannot be written: {reason}; nothing was left there") from fault
+        raise OutputError(f"{folder} could not be written: {reason}; no partial folder is left") from fault

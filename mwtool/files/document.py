@@ -1,4 +1,4 @@
-"""What all JSON documents share: the keys they begin with, how they are printed, and numbers that are not finite."""
+"""Shared by all JSON documents: their first keys, how they are serialized, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def envelope(
     seed: int | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """What every document begins with: enough to tell what was run on what."""
+    """The first keys of every document: what was run, on which model, with which versions."""
     return {
         "schema": schema,
         "mwtool_version": __version__,
@@ -42,13 +42,13 @@ def envelope(
 
 
 def text_of(document: dict[str, Any]) -> str:
-    """The document as it is printed and written, in ASCII: a terminal need not know a tokenizer's characters.
+    """The document as JSON text, in ASCII so that any terminal can print a tokenizer's characters.
 
-    Numbers are finite by construction; anything else is a bug.
+    Raises ValueError for NaN or infinity, which documents never contain (see `finite`).
     """
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON can hold it: one that is not finite is null, and another key says why."""
+    """The number if it is finite, else None: JSON has no NaN or infinity, and another key gives the reason."""
     return value if math.isfinite(value) else None

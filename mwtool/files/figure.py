@@ -1,4 +1,4 @@
-"""Results as figures, with matplotlib. Knows results only; computes nothing."""
+"""Shared by all plots: the file format, saving, and a matplotlib that never opens a window."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from mwtool.files.atomic_write import write
 
 
 def check_plottable(path: Path) -> None:
-    """Raise before the work begins if no figure could be written to `path` after it."""
+    """Check, before any work is done, that `path` has a suffix matplotlib can write. Raises OutputError."""
     pyplot = load_pyplot()
     figure = pyplot.figure()
     known = sorted(figure.canvas.get_supported_filetypes())
     pyplot.close(figure)
     if _format(path) not in known:
-        raise OutputError(f"{path}: no figure of type {path.suffix or '(none)'}; expected one of {', '.join(known)}")
+        raise OutputError(
+            f"{path}: matplotlib cannot write files of type {path.suffix or '(none)'}; expected one of "
+            f"{', '.join(known)}"
+        )
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure in the format of its suffix, whole or not at all, and close it; raises OutputError."""
+    """Write a matplotlib figure atomically, in the format of the suffix of `path`, and close it. Raises OutputError."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format=_format(path), bbox_inches="tight", dpi=150)
     load_pyplot().close(figure)
@@ -33,10 +36,10 @@ def _format(path: Path) -> str:
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files and never into a window; imported when the first figure is drawn."""
+    """matplotlib.pyplot with a backend that writes files and opens no window; imported at the first call."""
     import matplotlib as mpl
 
-    mpl.use("Agg")  # a file, never a window
+    mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     return plt

@@ -1,4 +1,4 @@
-"""A dataset of the Hub, or in one line why it cannot be had."""
+"""Loading datasets from the Hub, with failures reported in one line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from mwtool.errors import ModelNotFound, line_of
 
 
-def reaching(what: str, ask: Callable[[], Any], instead: str) -> Any:
-    """What `ask` fetches; raises ModelNotFound, with what can be done instead, where it cannot be had."""
+def load_from_hub(what: str, load: Callable[[], Any], instead: str) -> Any:
+    """What `load` returns. Raises ModelNotFound if it fails; the message names `what` and suggests `instead`."""
     from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -18,6 +18,6 @@ def reaching(what: str, ask: Callable[[], Any], instead: str) -> Any:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return ask()
+        return load()
     except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as fault:
-        raise ModelNotFound(f"{what} cannot be had ({line_of(fault)}); {instead}") from fault
+        raise ModelNotFound(f"{what} could not be loaded ({line_of(fault)}); {instead}") from fault

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.errors import BadValue, line_of
-from mwtool.files.hub_dataset import reaching
+from mwtool.files.hub_dataset import load_from_hub
 from mwtool.files.text import as_object, json_object, keys_of, read_lines, read_text
 from mwtool.finetune.records import EXPECTED, Example, Form, Unreadable, form_of, read_record
 
@@ -166,7 +166,7 @@ def _cell(batch: Any, number: int) -> Any:
 def _dataset(name: str, split: str) -> Iterator[_Record | Unreadable]:
     datasets = _library("datasets", f"{name} is not a file")
     place, _, config = name.partition(":")
-    records = reaching(
+    records = load_from_hub(
         f"the dataset {name} (split {split})",
         lambda: datasets.load_dataset(place, config or None, split=split),
         "give a local file instead",

@@ -199,7 +199,7 @@ def _rows(
     layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
     choice = replace(asked.choice, layers=asked.choice.layers or recipe.curriculum.layers, file=asked.massive)
     if choice != Choice(file=asked.massive):
-        here = Loaded(skeleton, skeleton, None, source, layers)
+        here = Loaded(model=skeleton, base=skeleton, tokenizer=None, source=source, layers=layers)
         groups, notes = find_targets(
             here,
             choice,

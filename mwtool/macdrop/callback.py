@@ -1,4 +1,4 @@
-"""MacDrop inside `transformers.Trainer`, and in what builds on it, such as TRL's SFTTrainer."""
+"""MacDrop as a callback for `transformers.Trainer` and trainers built on it, such as TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 
 class MacDropCallback(TrainerCallback):
-    """Drops entries in every training step of the trainer it is given to (Algorithm 1 of the paper).
+    """A Trainer callback that drops entries of the massive rows in every training step (paper, Algorithm 1).
 
-    massive: which rows, as a scan finds them, of one layer or of several. curriculum: a line, a file's name, or a
-    Curriculum; the paper's by default. layers: where the FFNs are; by default as the adapter installed for the model's
-    type says.
+    massive: the rows of one layer or of several, as found by a scan. curriculum: a schedule such as ``step:0.8`` (the
+    default, the paper's), the name of a YAML file, or a Curriculum. layers: decoder layers and their FFNs; by default,
+    as described by the architecture adapter installed for the model's type.
 
-    Masks at the beginning of an optimizer step and restores right after the optimizer's own step, so that logging,
-    evaluation and saving see the pre-trained weights, whatever the order of the callbacks. Trainer tells callbacks of
-    no exception: train inside `guard(trainer)` to have the weights restored then, too. Adds `macdrop_p` to what is
-    logged.
+    Entries are masked when an optimizer step begins and restored right after `optimizer.step()`, so that logging,
+    evaluation and saving see the pre-trained weights whatever the order of the callbacks. Trainer does not notify
+    callbacks of exceptions: train inside `guard(trainer)` to restore the weights after one. The probability is
+    logged as `macdrop_p`.
 
-    Raises BadValue for None in place of massive weights or a curriculum that cannot be read; when training begins,
-    as `MacDrop` does, and BadValue for just-in-time checkpointing.
+    Raises BadValue if massive is None or the curriculum cannot be read. When training begins, raises what `MacDrop`
+    raises, and BadValue for just-in-time checkpointing.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class MacDropCallback(TrainerCallback):
         layers: Sequence[DecoderLayer] | None = None,
     ) -> None:
         if massive is None:
-            raise BadValue("the model has no massive weights; there is nothing for MacDrop to drop: train without it")
+            raise BadValue("the model has no massive weights for MacDrop to drop; train without MacDrop")
         self.massive, self.layers = massive, layers
         self.curriculum = read_curriculum(curriculum) if isinstance(curriculum, str) else curriculum
         self.engine: MacDrop | None = None
 
     def restore(self) -> None:
-        """Put the rows back; does nothing between steps."""
+        """Restore the rows. Does nothing between steps."""
         if self.engine is not None:
             self.engine.restore()
 
@@ -64,7 +64,7 @@ class MacDropCallback(TrainerCallback):
                 "just-in-time checkpointing saves before the optimizer step, while entries are dropped; "
                 "set enable_jit_checkpoint to False to train with MacDrop"
             )
-        self.restore()  # Trainer may begin again by itself, with smaller batches
+        self.restore()  # Trainer may restart by itself with a smaller batch size
         self.engine = MacDrop(
             kwargs["model"],
             self.massive,
@@ -73,7 +73,7 @@ class MacDropCallback(TrainerCallback):
             per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
             layers=self.layers,
         )
-        if args.torch_compile:  # the model is compiled after this event, or apart from the one seen here
+        if args.torch_compile:  # the model is compiled after this event, or is not the object passed here
             self.engine.refuse_compiled()
 
     def on_step_begin(
@@ -89,7 +89,7 @@ class MacDropCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.restore()  # not at the end of the step alone: other callbacks may act there first
+        self.restore()  # before on_step_end, where other callbacks may run first
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
@@ -113,9 +113,9 @@ class MacDropCallback(TrainerCallback):
 
 @contextmanager
 def guard(trainer: Trainer) -> Iterator[Trainer]:
-    """Restores what the trainer's MacDrop callbacks have dropped when the block ends, by an exception or Ctrl-C too.
+    """Restore the rows of the trainer's MacDrop callbacks when the block ends, also after an exception or Ctrl-C.
 
-    It also moves them before all others, so that TensorBoard and its like are given `macdrop_p`, too.
+    The callbacks are moved before all others, so that loggers such as TensorBoard receive `macdrop_p`.
     """
     callbacks = trainer.callback_handler.callbacks
     callbacks.sort(key=lambda callback: not isinstance(callback, MacDropCallback))
@@ -125,7 +125,7 @@ def guard(trainer: Trainer) -> Iterator[Trainer]:
         finally:
             _restore(callbacks)
     finally:
-        _restore(callbacks)  # nothing, unless Ctrl-C came before the first had begun
+        _restore(callbacks)  # does something only if Ctrl-C came before the first call began
 
 
 def _restore(callbacks: Sequence[TrainerCallback]) -> None:
@@ -137,5 +137,5 @@ def _restore(callbacks: Sequence[TrainerCallback]) -> None:
 def _steps_per_epoch(args: TrainingArguments, loader: Any) -> int | None:
     try:
         return max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
-    except TypeError:  # a stream has no length; nor has no loader
+    except TypeError:  # a streaming data loader has no length, nor has None
         return None

@@ -1,14 +1,14 @@
-"""When and how much MacDrop drops: schedules of p over the training steps, and the file that describes one.
+"""Curricula: how the drop probability p changes over training, and which rows it applies to.
 
-A schedule in one line is ``kind:values``; t counts optimizer steps from 1 to T, e epochs from 1 to E:
+A schedule is written ``kind:values``; t counts optimizer steps from 1 to T, e counts epochs from 1 to E:
 
     step:0.8              p0 (1 - t/T)            the paper's Algorithm 1
     linear:0.9-0.0        from the first value at t = 1 to the second at t = T
     epoch-before:0.8      p0 (1 - (e-1)/E)
     epoch-after:0.8       p0 (1 - e/E)
     exp:0.8,alpha=0.01    p0 exp(-alpha t)
-    constant:0.5          always p0
-    none                  always 0
+    constant:0.5          p0
+    none                  0
 
 Sources: Oh, Shin, Oh, "House of Cards" (arXiv 2410.01866v2), Algorithm 1 and its study of curricula.
 """
@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "masks": get_args(Masks),
 }
 ALPHA = 0.01
-"""The paper's first value, taken where `exp` names none."""
+"""Default rate of `exp`: the first value the paper tries."""
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -46,9 +46,9 @@ def _refuse_unknown(what: str, value: str, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """p as a function of the step. `str` gives back the text it is parsed from.
+    """p as a function of the step. `str` gives the text that `parse_schedule` reads.
 
-    start: p0, or the first value of `linear`; end: its last; alpha: the rate of `exp`.
+    start: p0, or the first value of `linear`. end: the last value of `linear`. alpha: the rate of `exp`.
     Raises BadValue for an unknown kind, a p outside [0, 1] or a rate that is not above 0.
     """
 
@@ -60,7 +60,7 @@ class Schedule:
     def __post_init__(self) -> None:
         _refuse_unknown("schedule", self.kind, KINDS)
         for p in (self.start, self.end):
-            if not 0 <= p <= 1:  # NaN is not, either
+            if not 0 <= p <= 1:  # true for NaN as well
                 raise BadValue(f"p is {p}; expected a number between 0 and 1")
         if not 0 < self.alpha < math.inf:
             raise BadValue(f"alpha is {self.alpha}; expected a rate above 0")
@@ -94,10 +94,10 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A schedule over part of the run, with t and T of its own.
+    """A schedule over part of the run; its t and T count the steps of this phase.
 
-    steps, share: how long it lasts, in steps or as a share of all of them; the last phase has neither and takes
-    what is left. Raises BadValue for steps below 1 or a share outside ]0, 1[.
+    steps, share: length in steps, or as a share of all steps. The last phase has neither and takes the remaining
+    steps. Raises BadValue for steps below 1 or a share outside (0, 1).
     """
 
     schedule: Schedule
@@ -108,20 +108,20 @@ class Phase:
         if self.steps is not None and self.steps < 1:
             raise BadValue(f"a phase lasts {self.steps} steps; expected 1 or more")
         if self.share is not None and not 0 < self.share < 1:
-            raise BadValue(f"a phase has a share of {self.share}; expected one between 0 and 1")
+            raise BadValue(f"a phase has a share of {self.share}; expected a number between 0 and 1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curriculum:
-    """All that decides which entries are dropped when.
+    """Everything that determines which entries are dropped in which step.
 
     k: how many of the ranked rows count as massive.
-    scope: the rows dropped from: the massive ones, all others, or all (the paper's study of scope).
-    resample: a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
-    masks: one mask for gate and up (the paper), or one each.
-    seed: of the masks alone; the global random state is never touched.
-    layers: decoder layers whose rows are dropped from, from 0; empty: the massive layer, or the rows that are given.
-    Raises BadValue for a k below 1, an unknown choice (naming the nearest), and phases that do not follow on.
+    scope: drop from the massive rows, from all others, or from all rows (the paper's study of scope).
+    resample: draw a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
+    masks: one mask shared by gate and up (the paper), or one for each.
+    seed: seed of the masks; the global random state is never used.
+    layers: decoder layers to drop from, counted from 0; empty: the massive layer, or all layers whose rows are given.
+    Raises BadValue for k below 1, an unknown choice, and phases whose lengths do not add up to one run.
     """
 
     phases: tuple[Phase, ...] = field(default=(Phase(Schedule()),))
@@ -138,17 +138,20 @@ class Curriculum:
         for name, value in (("scope", self.scope), ("resample", self.resample), ("masks", self.masks)):
             _refuse_unknown(name, value, CHOICES[name])
         if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
-            raise BadValue(f"layers are {list(self.layers)}; expected different numbers from 0 on")
+            raise BadValue(f"layers are {list(self.layers)}; expected distinct numbers of 0 or more")
         lengths = [(phase.steps is not None) + (phase.share is not None) for phase in self.phases]
         if lengths != [1] * (len(lengths) - 1) + [0]:
-            raise BadValue("a curriculum needs phases; each before the last has either steps or a share, the last none")
+            raise BadValue(
+                "the phases of the curriculum do not add up to one run; give every phase but the last either steps or "
+                "a share, and the last neither"
+            )
         if sum(phase.share or 0.0 for phase in self.phases) >= 1:
-            raise BadValue("the shares of the phases sum to 1 or more; nothing is left for the last one")
+            raise BadValue("the shares of the phases sum to 1 or more; leave some steps to the last phase")
 
     def p(self, t: int, steps: int, per_epoch: int | None = None) -> float:
-        """The probability in step `t` of 1 to `steps`; without `per_epoch` the run is one epoch.
+        """The probability in step `t` of 1 to `steps`. per_epoch: steps in an epoch; None: the run is one epoch.
 
-        Raises BadValue if t lies outside, or the phases do not fit into so many steps.
+        Raises BadValue if t is outside 1 to `steps`, or the phases do not fit into so many steps.
         """
         if not 1 <= t <= steps:
             raise BadValue(f"step {t} is outside the run; it has steps 1 to {steps}")
@@ -158,7 +161,7 @@ class Curriculum:
         raise AssertionError("the last phase ends with the run")
 
     def values(self, steps: int, per_epoch: int | None = None) -> tuple[float, ...]:
-        """p of every step."""
+        """p of every step. Raises BadValue if the phases do not fit into so many steps."""
         return tuple(self.p(t, steps, per_epoch) for t in range(1, steps + 1))
 
     @property
@@ -174,11 +177,11 @@ class Curriculum:
         first, share, before = 1, 0.0, 0
         for phase in self.phases[:-1]:
             share += phase.share or 0.0
-            upto = round(share * steps)  # of all shares so far, so that their rounding does not add up
+            upto = round(share * steps)  # from the cumulative share, so that rounding errors do not accumulate
             length = phase.steps if phase.steps is not None else max(1, upto - before)
             before = upto
             if first + length > steps:
-                raise BadValue(f"the phases {self} do not fit into {steps} steps; each phase needs one at least")
+                raise BadValue(f"the phases {self} do not fit into {steps} steps; each phase needs at least one step")
             yield phase, first, length
             first += length
         yield self.phases[-1], first, steps - first + 1
@@ -197,7 +200,7 @@ def curriculum_of(schedule: Schedule | str, **options: object) -> Curriculum:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """A schedule from its line; raises BadSyntax, which points at the character."""
+    """Parse a schedule. Raises BadSyntax, which knows the position of the faulty character."""
     return _Reader(text).schedule()
 
 
@@ -206,7 +209,7 @@ def _cut(text: str) -> str:
 
 
 class _Reader:
-    """Reads a schedule from left to right."""
+    """A recursive-descent parser of schedules."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0

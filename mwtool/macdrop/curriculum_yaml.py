@@ -1,12 +1,12 @@
-"""A curriculum from a YAML file; every fault names the file, the line and the character.
+"""Read a curriculum from a YAML file. Every error names the file, the line and the character.
 
 k: 5
 scope: massive            # massive | others | all
 resample: step            # step | microbatch
 masks: shared             # shared | separate
 seed: 0
-layers: [2, 11]           # rows of these decoder layers, from 0; left out: of the massive layer
-schedule: step:0.8        # or, one after another:
+layers: [2, 11]           # drop from these decoder layers, counted from 0; default: the massive layer
+schedule: step:0.8        # or several phases, one after another:
 phases:
   - schedule: constant:0.8
     share: 0.25           # of all steps; or steps: 100
@@ -30,9 +30,9 @@ _PHASE_KEYS = ("schedule", "steps", "share")
 
 
 def read_curriculum(text: str) -> Curriculum:
-    """What `--macdrop` means: a schedule in one line, or the name of a YAML file.
+    """Read the value of `--macdrop`: a schedule such as ``step:0.8``, or the name of a YAML file.
 
-    Raises BadSyntax for a schedule, BadValue for a file.
+    Raises BadSyntax for a schedule and BadValue for a file that cannot be read.
     """
     if not text.endswith((".yaml", ".yml")):
         return curriculum_of(text)
@@ -45,11 +45,11 @@ def read_curriculum(text: str) -> Curriculum:
 
 
 def parse_curriculum(content: str, name: str = "curriculum") -> Curriculum:
-    """A curriculum from YAML; raises BadValue, naming `name`, line and character."""
+    """Parse a curriculum from YAML. Raises BadValue, which names `name`, the line and the character."""
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except yaml.YAMLError as fault:
-        raise BadValue(f"{name} is no YAML: {line_of(fault, whole=True)}") from fault
+        raise BadValue(f"{name} is not valid YAML: {line_of(fault, whole=True)}") from fault
     except RecursionError as fault:
         raise BadValue(f"{name} is nested too deeply; expected keys such as schedule") from fault
     if root is None:
@@ -58,7 +58,7 @@ def parse_curriculum(content: str, name: str = "curriculum") -> Curriculum:
 
 
 class _File:
-    """Turns YAML nodes, which know their place, into a curriculum."""
+    """Turns YAML nodes, which carry their line and column, into a curriculum."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -94,16 +94,16 @@ class _File:
         last = len(node.value) - 1
         phases = tuple(self._phase(one, last=index == last) for index, one in enumerate(node.value))
         if sum(phase.share or 0.0 for phase in phases) >= 1:
-            raise self._fault(node, "the shares of the phases sum to 1 or more; nothing is left for the last one")
+            raise self._fault(node, "the shares of the phases sum to 1 or more; leave some steps to the last phase")
         return phases
 
     def _phase(self, node: yaml.Node, *, last: bool) -> Phase:
         nodes = self._mapping(node, _PHASE_KEYS)
         if "schedule" not in nodes:
-            raise self._fault(node, "this phase has no schedule")
+            raise self._fault(node, "this phase has no schedule; add one, such as step:0.8")
         schedule, lengths = self._schedule(nodes["schedule"]), sorted(nodes.keys() & {"steps", "share"})
         if last and lengths:
-            raise self._fault(nodes[lengths[0]], f"the last phase takes the steps left; remove {lengths[0]}")
+            raise self._fault(nodes[lengths[0]], f"the last phase takes the remaining steps; remove {lengths[0]}")
         if not last and len(lengths) != 1:
             raise self._fault(node, "a phase before the last needs either steps or share")
         if "steps" in nodes:
@@ -132,8 +132,8 @@ class _File:
         try:
             return parse_schedule(node.value)
         except BadSyntax as fault:
-            block = node.style in {"|", ">"}  # such a text begins on a line of its own; point at its mark
-            offset = 0 if block else fault.position + (1 if node.style else 0)  # a quoted one begins after its quote
+            block = node.style in {"|", ">"}  # a block scalar starts on a later line: point at its indicator
+            offset = 0 if block else fault.position + (1 if node.style else 0)  # a quoted scalar starts after its quote
             raise self._fault(node, str(fault).partition(": ")[2], offset) from fault
 
     def _choice(self, node: yaml.Node, name: str) -> str:

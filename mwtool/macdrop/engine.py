@@ -1,12 +1,13 @@
-"""MacDrop: dropout on pre-trained massive weights while an adapter is trained.
+"""MacDrop: dropout on pre-trained massive weights while a PEFT adapter is trained.
 
-Source: Oh, Shin, Oh, "House of Cards" (arXiv 2410.01866v2), Algorithm 1. For one optimizer
-step t of T each entry of the k rows of ``W_up`` and ``W_gate``, (k, H) both, is zero with
-probability p(t), by one mask ``rand(k, H) > p`` for both and without rescaling; then the
-rows are put back bit for bit. Only frozen weights are touched, never the adapter.
+Source: Oh, Shin, Oh, "House of Cards" (arXiv 2410.01866v2), Algorithm 1. During optimizer
+step t of T, each entry of the k massive rows of ``W_up`` and ``W_gate``, (k, H) each, is set to
+zero with probability p(t), without rescaling; both matrices share the mask ``rand(k, H) > p``.
+After the step the rows are restored bit for bit. Only frozen weights are changed, never the
+PEFT adapter.
 
-`mwtool.MacDropCallback` does this in `transformers.Trainer` and TRL's trainers; any other
-loop uses the engine:
+`mwtool.MacDropCallback` does this in `transformers.Trainer` and TRL's trainers. Use the engine
+in any other training loop:
 
     macdrop = MacDrop(model, massive, "step:0.8", steps=1000)
     for t, batch in enumerate(batches, start=1):
@@ -14,10 +15,11 @@ loop uses the engine:
             model(**batch).loss.backward()
         optimizer.step()
 
-Inside a step everything that reads the weights sees the dropped rows, whatever the mode: an
-evaluation, and also a reference computed with the adapter disabled, as preference training
-does. Only a state dict has the pre-trained ones. DoRA's norm sees them too: it divides by
-the norm of what is left, which gives the row back by about 1/sqrt(1-p).
+Inside a step, everything that reads the weights sees the dropped rows, in training and in
+evaluation mode: an evaluation, and also the reference model of preference training, which is
+the same model with the PEFT adapter disabled. Only a state dict holds the pre-trained rows.
+DoRA divides each row by its norm, which is that of the remaining entries: the row is scaled
+up by about 1/sqrt(1-p).
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.interrupts import uninterrupted
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.macdrop.curriculum_yaml import read_curriculum
-from mwtool.macdrop.masked_rows import Place, RecomputedRows, WrittenRows, rows_of_matrix
+from mwtool.macdrop.masked_rows import MatrixRows, RecomputedRows, WrittenRows, masked_rows
 
 if TYPE_CHECKING:
     from mwtool.massive import RankedRows
@@ -48,19 +50,21 @@ log = logging.getLogger(__name__)
 
 
 class MacDrop:
-    """The engine: drops entries for a step and puts them back (Algorithm 1 of the paper).
+    """Drops entries of the massive rows for one training step and restores them (paper, Algorithm 1).
 
-    model: transformers model, wrapped by PEFT, DDP, FSDP2 or torch.compile or not; its massive rows must be frozen.
-    massive: which rows, as a scan finds them, of one layer (the paper) or of several. curriculum: a line, a file's
-        name, or a Curriculum; where it names layers, entries are dropped from the rows of these alone.
-    steps: optimizer steps of the run, T; per_epoch: of one epoch, all of them by default.
-    layers: where the FFNs are; by default as the adapter installed for the model's type says.
+    model: a transformers model, possibly wrapped by PEFT, DDP, FSDP2 or torch.compile; its massive rows must be frozen.
+    massive: the rows of one layer (the paper) or of several, as found by a scan. curriculum: a schedule such as
+    ``step:0.8``, the name of a YAML file, or a Curriculum; if it names layers, entries are dropped only there.
+    steps: optimizer steps of the run, T. per_epoch: optimizer steps of one epoch; by default, T.
+    layers: decoder layers and their FFNs; by default, as described by the architecture adapter installed for the
+    model's type.
 
-    p: of the step at hand, or of the last one. history: p of every step so far, by t. rows: the R rows' indices, of
-    one layer after the other; places: the same by layer.
-    Raises BadValue where there are no massive weights, the rows do not exist, are themselves trained, or the phases
-    do not fit into the steps; UnsupportedModel where rows cannot be reached: FSDP1, ZeRO-3, offloaded weights,
-    quantized ones under DoRA or torch.compile or by another library than bitsandbytes.
+    Attributes: p, the probability of the current or most recent step; history, p of every step so far, by t; rows,
+    the indices of the rows dropped from, layer by layer; places, the same for each FFN.
+
+    Raises BadValue if there are no massive weights, if rows do not exist or are trained themselves, or if the phases
+    do not fit into the steps. Raises UnsupportedModel if the rows cannot be changed: under FSDP1 or ZeRO-3, offloaded,
+    quantized under DoRA or torch.compile, or quantized by a library other than bitsandbytes.
     """
 
     def __init__(
@@ -74,10 +78,10 @@ class MacDrop:
         layers: Sequence[DecoderLayer] | None = None,
     ) -> None:
         if massive is None or (isinstance(massive, Sequence) and not massive):
-            raise BadValue("the model has no massive weights; there is nothing for MacDrop to drop: train without it")
+            raise BadValue("the model has no massive weights for MacDrop to drop; train without MacDrop")
         self.curriculum = read_curriculum(curriculum) if isinstance(curriculum, str) else curriculum
         self.steps, self.per_epoch = steps, per_epoch
-        self.curriculum.values(steps, per_epoch)  # phases that do not fit are found now, not in the middle
+        self.curriculum.values(steps, per_epoch)  # raises now if the phases do not fit, not in the middle of the run
         _refuse_wrapper(model)
         self.model, base = model, unwrapped(model)
         self.places = [
@@ -94,30 +98,34 @@ class MacDrop:
 
     @property
     def ffn(self) -> FFN:
-        """The network of the first place."""
+        """The FFN of the first place."""
         return self.places[0].ffn
 
     @property
     def how(self) -> str:
-        """`weights` where rows are written, `outputs` where what they give is computed again (quantized)."""
+        """`weights` if the rows are written, `outputs` if their outputs are recomputed (quantized weights)."""
         return self.places[0].how
 
     @property
     def kept_bytes(self) -> int:
-        """Extra memory: the copy of the rows."""
+        """Extra memory in bytes: the copy of the rows."""
         return sum(matrix.kept_bytes for matrix in self.matrices)
 
     def refuse_compiled(self) -> None:
-        """Raises UnsupportedModel if the model, which is compiled or will be, would not see what is dropped."""
+        """Raises UnsupportedModel if the dropped entries would have no effect on a compiled model."""
         packed = next((place.ffn for place in self.places if place.how == "outputs"), None)
         if packed is not None:
             raise UnsupportedModel(
-                f"{packed.module} is quantized, and torch.compile ignores hooks set after it; train uncompiled"
+                f"{packed.module} is quantized, and torch.compile ignores hooks registered later; train without "
+                f"torch.compile"
             )
 
     @contextmanager
     def step(self, t: int) -> Iterator[MacDrop]:
-        """Optimizer step `t`, from 1: entries are dropped inside the block, however it ends."""
+        """Drop the entries of optimizer step `t`, from 1, inside the block; restore them when it ends.
+
+        Raises BadValue as `begin` does.
+        """
         try:
             try:
                 self.begin(t)
@@ -125,13 +133,13 @@ class MacDrop:
             finally:
                 self.restore()
         finally:
-            self.restore()  # nothing, unless Ctrl-C came before the first had begun
+            self.restore()  # does something only if Ctrl-C came before the first call began
 
     def begin(self, t: int) -> None:
-        """Drop the entries of step `t`, from 1; to be followed by `restore`.
+        """Drop the entries of optimizer step `t`, from 1. Call `restore` afterwards.
 
-        Raises BadValue if t is outside 1 to `steps`, an adapter is merged into the rows, or another engine drops
-        from them.
+        Raises BadValue if t is outside 1 to `steps`, if a PEFT adapter is merged into the rows, or if another engine
+        has dropped entries of the same rows.
         """
         self.p = self.curriculum.p(t, self.steps, self.per_epoch)
         self._t, self._microbatch = t, 0
@@ -139,20 +147,20 @@ class MacDrop:
         self._drop()
 
     def next_microbatch(self) -> None:
-        """Another mask where the curriculum resamples by micro-batch; nothing otherwise."""
+        """Apply the next mask if the curriculum resamples for every micro-batch; else do nothing."""
         self._microbatch += 1
         if self.curriculum.resample == "microbatch":
             self._drop()
 
     def restore(self) -> None:
-        """Put every row back, bit for bit, and whole even if Ctrl-C comes in the middle."""
+        """Restore every row bit for bit; Ctrl-C does not interrupt it halfway."""
         if self._dropped:
             uninterrupted(self._restore)
 
     def mask(self, t: int, microbatch: int = 0, place: int = 0) -> Tensor:
-        """Which entries stay, (matrices, R, H) or (1, R, H) if shared: a function of its arguments and the seed alone.
+        """The entries to keep: (M, R, H) of bool for M matrices, (1, R, H) if they share the mask.
 
-        place: which of `places`; masks of different places are independent.
+        It depends on the seed and the arguments alone. place: index in `places`, whose masks are independent.
         """
         key = f"{self.curriculum.seed}:{t}:{microbatch}" + (f":{place}" if place else "")
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()))
@@ -182,7 +190,7 @@ class MacDrop:
         self._dropped = False
 
     def _gather_again(self) -> None:
-        """Where FSDP2 keeps weights gathered between forwards, let go of them: the next one gathers what is written."""
+        """Free weights that FSDP2 keeps gathered between forwards: the next forward then gathers the changed ones."""
         if not any(matrix.gathered for matrix in self.matrices):
             return
         from torch.distributed.fsdp import FSDPModule
@@ -194,7 +202,7 @@ class MacDrop:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Rows of one FFN that entries are dropped from, and its matrices: up, then gate if there is one."""
+    """Rows of one FFN to drop from, in its matrices: up, then gate if there is one."""
 
     ffn: FFN
     rows: list[int]
@@ -211,48 +219,51 @@ class Dropped:
 
 
 def chosen_places(given: Sequence[RankedRows], curriculum: Curriculum) -> list[RankedRows]:
-    """The places the curriculum drops from: those given, or those of them in its layers.
+    """The rows to drop from: all that are given, or those in the layers of the curriculum.
 
-    Raises BadValue where one of its layers has no rows given, or a network is given twice.
+    Raises BadValue if a layer of the curriculum has no rows, or an FFN is given twice.
     """
     lacking = [layer for layer in curriculum.layers if layer not in {one.layer for one in given}]
     if lacking:
         has = ", ".join(str(one.layer) for one in given)
-        raise BadValue(f"the curriculum names layer {lacking[0]}, whose rows are not given; given are those of {has}")
+        raise BadValue(f"the curriculum names layer {lacking[0]}, but rows are given only for {has}; scan for it too")
     places = [one for one in given if not curriculum.layers or one.layer in curriculum.layers]
     keys = [(one.layer, one.expert) for one in places]
     if len(set(keys)) < len(keys):
         layer, _ = next(key for key in keys if keys.count(key) > 1)
-        raise BadValue(f"rows of layer {layer} are given twice; give each network once, with all its rows")
+        raise BadValue(f"rows of layer {layer} are given twice; give each FFN once, with all its rows")
     return places
 
 
 def _dropped_from(
     base: nn.Module, rows: RankedRows, curriculum: Curriculum, layers: Sequence[DecoderLayer] | None
 ) -> Dropped:
-    ffn = _network(base, rows, layers)
+    ffn = _massive_ffn(base, rows, layers)
     for place in ffn.inputs:
-        Place(base, place)  # refuses what has no rows to count
+        MatrixRows(base, place)  # raises if the matrix has no rows that can be changed
     chosen = chosen_rows(rows, curriculum, ffn.width(base))
-    return Dropped(ffn, chosen, [rows_of_matrix(base, place, chosen) for place in ffn.inputs])
+    return Dropped(ffn, chosen, [masked_rows(base, place, chosen) for place in ffn.inputs])
 
 
 def chosen_rows(massive: RankedRows, curriculum: Curriculum, width: int) -> list[int]:
-    """The rows of the curriculum's scope, of `width`; raises BadValue where k were not ranked or do not exist."""
+    """The rows in the curriculum's scope. width: rows of the FFN, I.
+
+    Raises BadValue if fewer than k rows were ranked, or some of them do not exist.
+    """
     if curriculum.k > len(massive.indices):
         raise BadValue(
-            f"the curriculum asks for k = {curriculum.k} rows; the scan ranked {len(massive.indices)}: "
+            f"the curriculum needs k = {curriculum.k} rows and the scan ranked {len(massive.indices)}; "
             f"scan with -k {curriculum.k}"
         )
     top = list(massive.indices[: curriculum.k])
     if not all(0 <= row < width for row in top):
-        raise BadValue(f"rows {top} do not all exist; {massive.module} has rows 0 to {width - 1}: scan this model")
+        raise BadValue(f"rows {top} do not all exist: {massive.module} has rows 0 to {width - 1}; scan this model")
     if curriculum.scope == "massive":
         return top
     return [row for row in range(width) if curriculum.scope == "all" or row not in set(top)]
 
 
-def _network(base: nn.Module, massive: RankedRows, layers: Sequence[DecoderLayer] | None) -> FFN:
+def _massive_ffn(base: nn.Module, massive: RankedRows, layers: Sequence[DecoderLayer] | None) -> FFN:
     config: Any = base.config
     if layers is None:
         layers = decoder_layers(adapter_for(config.model_type), config)
@@ -268,6 +279,6 @@ def _refuse_wrapper(model: nn.Module) -> None:
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UnsupportedModel(
-            "the model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens weights; use FSDP2 "
-            "(fsdp_version: 2) or DDP to train with MacDrop"
+            "the model is wrapped by FSDP1 (FullyShardedDataParallel), which flattens weights; to train with MacDrop, "
+            "use FSDP2 (fsdp_version: 2) or DDP"
         )

@@ -1,4 +1,4 @@
-"""Which part of a weight this process holds, and where in it given rows lie: all of it, or a shard of FSDP2."""
+"""The part of a weight that this process holds (all of it, or its FSDP2 shard), and where given rows are in it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ Index = tuple[Any, ...]
 Part = tuple[Tensor, Tensor] | None
 
 
-def local(weight: Tensor) -> Tensor:
-    """The memory this process holds, to be read and written; of a DTensor its shard."""
+def local_tensor(weight: Tensor) -> Tensor:
+    """The memory this process holds, (...), detached and writable; of a DTensor, its shard."""
     shard: Any = weight.detach()
     held: Tensor = shard.to_local() if hasattr(shard, "to_local") else shard
     return held
 
 
 def matrix_shape(place: WeightSlice, weight: Tensor) -> tuple[int, ...]:
-    """(out, in) of the matrix at `place`, whatever part of it this process holds."""
+    """The shape (out, in) of the whole matrix at `place`, whatever part of it this process holds.
+
+    weight: the parameter that holds it, (...).
+    """
     view = torch.empty(weight.shape, device="meta")[place.index]
     return tuple(view.T.shape if place.transposed else view.shape)
 
 
-def reach(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> tuple[Index, Part]:
-    """Where the rows are: an index into the local memory that gives (R, H), and which part of (R, H) that is.
+def local_index(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> tuple[Index, Part]:
+    """An index of the local memory that gives the rows this process holds, and which part of all rows, (R, H), that is.
 
-    The part is None where the process holds all of it.
-    Raises UnsupportedModel where the weight is placed in another way than FSDP2 does.
+    The part is None if the process holds all of (R, H).
+    Raises UnsupportedModel if the weight is distributed in a way other than FSDP2's.
     """
     shape, spans = tuple(weight.shape), _spans(weight)
     row_dim, row_at = place.rows(list(rows), shape)
@@ -47,7 +50,7 @@ def reach(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> tuple[Inde
     index[column_dim] = torch.tensor(
         [column_at[n] - spans[column_dim].start for n in column_part], device=device
     ).long()[None, :]
-    for dim, part in fixed.items():  # a process with no expert at all has no 0 to name, either
+    for dim, part in fixed.items():  # the shard may not hold the expert: then the index is empty
         index[dim] = part - spans[dim].start if here else index[row_dim]
     whole = len(row_part) == len(row_at) and len(column_part) == len(column_at)
     held = None if whole else (torch.tensor(row_part).long()[:, None], torch.tensor(column_part).long()[None, :])
@@ -55,15 +58,15 @@ def reach(place: WeightSlice, rows: Sequence[int], weight: Tensor) -> tuple[Inde
 
 
 def _spans(weight: Tensor) -> list[range]:
-    """For each dimension the indices this process holds; all of them unless FSDP2 has sharded the weight."""
+    """For each dimension, the indices this process holds; all of them unless FSDP2 has sharded the weight."""
     spans = [range(size) for size in weight.shape]
     mesh: Any = getattr(weight, "device_mesh", None)
     for dim, placement in enumerate(getattr(weight, "placements", ())):
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard":
-            raise UnsupportedModel(f"a weight is placed as {placement}; MacDrop writes rows sharded by FSDP2 alone")
+            raise UnsupportedModel(f"a weight has placement {placement}; MacDrop needs FSDP2's Shard or Replicate")
         span, count, rank = spans[placement.dim], mesh.size(dim), mesh.get_local_rank(dim)
-        chunk = -(-len(span) // count)  # as torch.chunk cuts: all but the last are equal
+        chunk = -(-len(span) // count)  # as torch.chunk: all but the last have the same size
         spans[placement.dim] = span[rank * chunk : (rank + 1) * chunk]
     return spans

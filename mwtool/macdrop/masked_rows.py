@@ -1,8 +1,8 @@
-"""Rows of one matrix whose entries can be dropped and put back: in the weight itself, or in what it gives.
+"""Rows of one matrix whose entries can be dropped and restored: in the weight itself, or in its outputs.
 
-Both ways serve any layout through its `WeightSlice`. Writing needs an ordinary frozen
-weight, which may be sharded by FSDP2: each process writes what it holds. Where the weight
-is packed, a hook computes the rows' outputs again from an unpacked copy.
+Both work on any layout that a `WeightSlice` describes. An ordinary frozen weight is written in
+place; if FSDP2 has sharded it, each process writes its shard. For a packed weight, a hook
+recomputes the outputs of the rows from an unpacked copy.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from torch.distributed.tensor import DTensor
 from mwtool.architecture.layout import WeightSlice
 from mwtool.architecture.packed import is_packed
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.macdrop.fsdp import local, matrix_shape, reach
+from mwtool.macdrop.fsdp import local_index, local_tensor, matrix_shape
 
 log = logging.getLogger(__name__)
 
 
-def rows_of_matrix(model: nn.Module, place: WeightSlice, rows: Sequence[int]) -> WrittenRows | RecomputedRows:
-    """These rows of the matrix at `place`, by the way its storage allows.
+def masked_rows(model: nn.Module, place: WeightSlice, rows: Sequence[int]) -> WrittenRows | RecomputedRows:
+    """Rows of the matrix at `place` that can be masked, written or recomputed as its storage allows.
 
-    model: the module whose parameters the adapter names; PEFT may have wrapped layers within it.
-    Raises BadValue where the rows are themselves trained, UnsupportedModel where they cannot be reached.
+    model: the module whose parameters the architecture adapter names; PEFT may have wrapped layers within it.
+    Raises BadValue if the rows are trained themselves, UnsupportedModel if they cannot be changed.
     """
-    found = Place(model, place, rows)
+    found = MatrixRows(model, place, rows)
     if found.ordinary:
         return WrittenRows(found)
     if found.magnitudes():
         raise UnsupportedModel(
-            f"{place.param} is quantized under DoRA, whose norm reads packed rows; use LoRA, or load it unquantized"
+            f"{place.param} is quantized under DoRA, whose norm reads the packed rows; use LoRA, or load it unquantized"
         )
     return RecomputedRows(found)
 
 
-class Place:
-    """Rows of one matrix in a model, and the modules around them.
+class MatrixRows:
+    """Rows of one matrix in a model, and the modules around the matrix.
 
-    wrappers: PEFT's layers around the matrix, the outermost first; layer: the module that owns it.
-    Raises as `rows_of_matrix` does.
+    wrappers: PEFT's layers around the matrix, outermost first. layer: the module that owns the parameter.
+    Raises as `masked_rows` does.
     """
 
     def __init__(self, model: nn.Module, matrix: WeightSlice, rows: Sequence[int] = ()) -> None:
@@ -53,64 +53,64 @@ class Place:
         self.matrix, self.rows = matrix, tuple(rows)
         outer: Any = model.get_submodule(path)
         chain = [outer]
-        while hasattr(chain[-1], "base_layer"):  # experts are wrapped once for each of their parameters
+        while hasattr(chain[-1], "base_layer"):  # PEFT wraps experts once for each of their parameters
             chain.append(chain[-1].base_layer)
         *self.wrappers, self.layer = chain
-        weight: Any = getattr(outer, self.name, None)  # a module that is saved whole is trained, and forwards its own
+        weight: Any = getattr(outer, self.name, None)  # of modules_to_save: the trained copy, which is then refused
         weight = getattr(self.layer, self.name, None) if weight is None else weight
-        _refuse(matrix.param, self.layer, weight)
+        _check_writable(matrix.param, self.layer, weight)
         self.weight: Tensor = weight
 
     @property
     def ordinary(self) -> bool:
-        """Whether the weight's entries lie where the adapter says."""
+        """Whether the weight is stored as the architecture adapter describes it, and not packed."""
         return not is_packed(self.layer, self.weight)
 
     def magnitudes(self) -> list[Any]:
-        """DoRA's, of every adapter on the matrix."""
+        """The DoRA magnitude vectors of all PEFT adapters on the matrix."""
         found = [getattr(wrapper, "lora_magnitude_vector", None) or {} for wrapper in self.wrappers]
         return [each[adapter] for each in found for adapter in each]
 
-    def overlaps(self, other: Place) -> bool:
-        """Whether both have a row in common; the layer is the same."""
+    def overlaps(self, other: MatrixRows) -> bool:
+        """Whether both, of the same layer, have a row in common."""
         return self.matrix == other.matrix and bool({*self.rows} & {*other.rows})
 
 
 _dropping: WeakKeyDictionary[nn.Module, list[_Rows]] = WeakKeyDictionary()
-"""Of each layer the rows that entries are dropped from at this moment."""
+"""For each layer, the rows whose entries are currently dropped."""
 
 
 class _Rows:
-    """What both ways share: nobody else may drop from the rows, or merge an adapter into them, in the meantime."""
+    """Shared by both kinds: while entries are dropped, no other engine may drop from the rows or merge into them."""
 
     kept: Tensor
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: MatrixRows) -> None:
         self.place, self.layer = place, place.layer
         self.undo: list[Callable[[], None]] = []
         for other in self._others():
-            log.warning("%s was left with entries dropped by a step that failed; restored", place.matrix.param)
+            log.warning("restored entries of %s that a failed step had left dropped", place.matrix.param)
             other.restore()
 
     @property
     def kept_bytes(self) -> int:
-        """Memory the copy takes."""
+        """Memory of the copy, in bytes."""
         return self.kept.numel() * self.kept.element_size()
 
     def restore(self) -> None:
-        """Put everything back; nothing where nothing is dropped."""
+        """Restore the rows. Does nothing if none are dropped."""
         while self.undo:
             self.undo[-1]()
             self.undo.pop()
 
     def _claim(self) -> None:
-        """Raises BadValue where the rows are not the pre-trained ones, or are being dropped from already."""
+        """Mark the rows as dropped. Raises BadValue if an adapter is merged into them or they are dropped already."""
         param = self.place.matrix.param
         if any(getattr(wrapper, "merged", False) for wrapper in self.place.wrappers):
-            raise BadValue(f"an adapter is merged into {param}; unmerge it (unmerge_adapter) to train with MacDrop")
+            raise BadValue(f"a PEFT adapter is merged into {param}; call unmerge_adapter() to train with MacDrop")
         if any(self._others()):
             raise BadValue(
-                f"rows of {param} are being dropped by another MacDrop; give a trainer one callback for them"
+                f"another MacDrop is already dropping rows of {param}; use a single MacDropCallback for a model"
             )
         claimed = _dropping.setdefault(self.layer, [])
         self.undo.append(lambda: claimed.remove(self) if self in claimed else None)
@@ -125,17 +125,17 @@ class _Rows:
                 yield one
 
     def _masked(self, keep: Tensor) -> Tensor:
-        """The copy with entries dropped. On CUDA nothing waits: the mask travels from pinned memory."""
+        """The copy with entries dropped. On CUDA the mask is copied asynchronously, from pinned memory."""
         here = keep.pin_memory() if self.kept.is_cuda else keep
         return self.kept * here.to(self.kept.device, non_blocking=True)
 
 
 class WrittenRows(_Rows):
-    """Rows of a frozen weight, written in place. Keeps a copy of them, (R, H): the only extra memory."""
+    """Rows of a frozen weight that are written in place. The only extra memory is a copy of them, (R, H)."""
 
     how = "weights"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: MatrixRows) -> None:
         super().__init__(place)
         self.sharded: DTensor | None = None
         self.width = matrix_shape(place.matrix, place.weight)[1]
@@ -143,14 +143,14 @@ class WrittenRows(_Rows):
 
     @property
     def gathered(self) -> bool:
-        """Whether FSDP2 holds the weight whole at the moment: what is written shows when it is gathered again."""
+        """Whether FSDP2 currently holds the gathered weight; changes take effect when it gathers the weight again."""
         return self.sharded is not None and not isinstance(getattr(self.layer, self.place.name), DTensor)
 
     def drop(self, keep: Tensor) -> None:
-        """Zero the entries where `keep`, (R, H) of bool on the CPU, is false; all others get their own values.
+        """Zero the entries where `keep` is false and give all others their pre-trained values.
 
-        The model may have been moved, cast or sharded since the last step: the copy is then taken again.
-        Raises BadValue where an adapter is merged into the rows or another MacDrop drops from them.
+        keep: (R, H) of bool, on the CPU. If the model was moved, cast or sharded since the last step, the copy is
+        taken anew. Raises BadValue if a PEFT adapter is merged into the rows or another MacDrop drops from them.
         """
         if not self.undo:
             self._claim()
@@ -165,7 +165,7 @@ class WrittenRows(_Rows):
         self._write(self._masked(keep if self.part is None else keep[self.part]))
 
     def _weight(self) -> Tensor:
-        """The parameter to write: under FSDP2 the sharded one, even while the module holds the gathered one."""
+        """The parameter to write: under FSDP2 the sharded one, even while the module holds the gathered weight."""
         weight: Tensor = getattr(self.layer, self.place.name)
         if isinstance(weight, DTensor):
             self.sharded = weight
@@ -173,53 +173,53 @@ class WrittenRows(_Rows):
 
     def _take(self, weight: Tensor) -> None:
         self.state = _state(weight)
-        self.index, self.part = reach(self.place.matrix, self.place.rows, weight)
-        self.kept = local(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
+        self.index, self.part = local_index(self.place.matrix, self.place.rows, weight)
+        self.kept = local_tensor(weight)[self.index].clone()  # (R, H); under FSDP2 this process's part of it
 
     def _write(self, values: Tensor) -> None:
-        memory = local(self._weight())  # detached; `no_grad` could be left on by Ctrl-C at its end
-        memory[self.index] = values.to(memory)  # the same tensor, unless the model was moved or cast in a step
+        memory = local_tensor(self._weight())  # detached: Ctrl-C could leave `torch.no_grad` switched on
+        memory[self.index] = values.to(memory)  # no copy unless the model was moved or cast during the step
 
     def _into_state_dict(self, _layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        """A state dict taken while entries are dropped holds the pre-trained weight."""
+        """Put the pre-trained rows into a state dict taken while entries are dropped."""
         whole = state[prefix + self.place.name].detach().clone()
-        local(whole)[self.index] = self.kept
+        local_tensor(whole)[self.index] = self.kept
         state[prefix + self.place.name] = whole
 
     def _guard_norm(self, magnitude: Any) -> None:
-        """DoRA scales a row by magnitude / norm: 0/0 where all of it is dropped and B is zero. Scale by 1 there.
+        """Avoid 0/0: DoRA scales a row by magnitude / norm, and the norm of a row that is dropped whole is 0 if B is 0.
 
-        The row then acts as plain LoRA's would: it gives what the adapter gives, with the gradient of that.
-        Norms that PEFT caches in evaluation mode are of other rows: they are forgotten now and afterwards.
+        Such a row is scaled by 1, so that it acts as under plain LoRA: output and gradient are the adapter's.
+        Norms that PEFT caches in evaluation mode belong to other rows, so the cache is cleared now and afterwards.
         """
-        _forget(magnitude)
-        self.undo.append(partial(_forget, magnitude))
-        if "get_weight_norm" not in vars(magnitude):  # a fused matrix is here for gate and for up
+        _clear_norm_cache(magnitude)
+        self.undo.append(partial(_clear_norm_cache, magnitude))
+        if "get_weight_norm" not in vars(magnitude):  # a fused matrix comes here twice, for gate and for up
             self.undo.append(partial(vars(magnitude).pop, "get_weight_norm", None))
             magnitude.get_weight_norm = partial(_norm_or_magnitude, magnitude, magnitude.get_weight_norm)
 
 
 class RecomputedRows(_Rows):
-    """Rows of a quantized layer: their outputs are computed again from an unpacked, masked copy, (R, H).
+    """Rows of a quantized layer whose outputs are recomputed from an unpacked, masked copy of the rows, (R, H).
 
-    The layer gives what it would with these rows replaced, in the precision it computes in.
+    The layer outputs what it would with these rows replaced, in the precision it computes in.
     """
 
     how = "outputs"
     gathered = False
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: MatrixRows) -> None:
         from peft.utils.integrations import dequantize_module_weight
 
         super().__init__(place)
         matrix = place.matrix
-        if not type(place.weight).__module__.startswith("bitsandbytes."):  # what is tested to be unpacked as it acts
+        if not type(place.weight).__module__.startswith("bitsandbytes."):  # the only library tested to unpack exactly
             raise _packed(matrix.param, place.weight)
         if getattr(getattr(place.weight, "quant_state", None), "packing_format_for_cpu", False):
-            self.layer.state_dict()  # bitsandbytes then takes back the layout that an evaluation on the CPU left
+            self.layer.state_dict()  # makes bitsandbytes undo the CPU layout that an evaluation may have left
         with torch.no_grad():
-            whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), for this moment alone
-        # bitsandbytes turns a Conv1D, which the adapter describes as (in, out), into a layer of (out, in)
+            whole: Tensor = dequantize_module_weight(self.layer)  # (out, in), temporary
+        # bitsandbytes turns a Conv1D, which the architecture adapter describes as (in, out), into a layer of (out, in)
         shape = tuple(whole.T.shape if matrix.transposed else whole.shape)
         self.entries = torch.tensor(matrix.rows(list(place.rows), shape)[1], device=whole.device)
         self.kept = whole[self.entries].clone()
@@ -228,16 +228,21 @@ class RecomputedRows(_Rows):
         self.bypassed = True
 
     def drop(self, keep: Tensor) -> None:
-        """As `WrittenRows.drop`."""
+        """Recompute the outputs of the rows with the entries zeroed where `keep` is false.
+
+        keep: (R, H) of bool, on the CPU. Raises BadValue as `WrittenRows.drop` does.
+        """
         if not self.undo:
             self._claim()
             self.undo.append(self.layer.register_forward_hook(self._replace).remove)
         self.masked = self._masked(keep)
 
     def restore(self) -> None:
-        """Let the layer's own outputs through again."""
+        """Let the layer output its own values again."""
         if self.undo and self.bypassed:
-            log.warning("%s gave no outputs in a step; what calls it bypasses MacDrop", self.place.matrix.param)
+            log.warning(
+                "the hook on %s was not called during a step, so MacDrop had no effect there", self.place.matrix.param
+            )
         super().restore()
         self.masked = None
 
@@ -252,12 +257,12 @@ class RecomputedRows(_Rows):
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What must be the same for an index and a copy to be of use."""
-    return type(weight), weight.device, weight.dtype, local(weight).shape
+    """What must be unchanged for the index and the copy of the rows to remain valid."""
+    return type(weight), weight.device, weight.dtype, local_tensor(weight).shape
 
 
-def _forget(magnitude: Any) -> None:
-    """Empties DoRA's cache, which PEFT does whenever it enters training mode."""
+def _clear_norm_cache(magnitude: Any) -> None:
+    """Empty DoRA's cache of norms, which PEFT does whenever it enters training mode."""
     was = magnitude.training
     magnitude.train(mode=True)
     magnitude.train(mode=was)
@@ -270,29 +275,29 @@ def _norm_or_magnitude(magnitude: Any, norm: Callable[..., Tensor], *args: Any, 
 
 
 def _refuse_merging(param: str, *_args: Any, **_kwargs: Any) -> None:
-    raise BadValue(f"entries of {param} are dropped for the step at hand; merge the adapter after it")
+    raise BadValue(f"entries of {param} are dropped during this training step; merge the PEFT adapter after it")
 
 
-def _refuse(param: str, layer: nn.Module, weight: Any) -> None:
+def _check_writable(param: str, layer: nn.Module, weight: Any) -> None:
     if not isinstance(weight, Tensor):
         raise UnsupportedModel(
-            f"{param} is no tensor but packed in a {type(layer).__name__}; load the model unquantized, or with "
+            f"{param} is packed in a {type(layer).__name__} and not a tensor; load the model unquantized, or with "
             f"bitsandbytes"
         )
     if hasattr(weight, "ds_id"):
-        raise UnsupportedModel(f"{param} is partitioned by DeepSpeed ZeRO-3; MacDrop works with ZeRO-2, DDP or FSDP2")
+        raise UnsupportedModel(f"{param} is partitioned by DeepSpeed ZeRO-3; use ZeRO-2, DDP or FSDP2 with MacDrop")
     if weight.requires_grad:
         raise BadValue(
-            f"{param} is itself being trained; MacDrop drops entries of frozen weights: freeze it, or train an adapter"
+            f"{param} is trainable, and MacDrop drops entries of frozen weights; freeze it, or train a PEFT adapter"
         )
     if weight.is_meta:
         raise UnsupportedModel(
-            f"{param} is offloaded and its rows cannot be written; load the model without offloading"
+            f"{param} is offloaded, so its rows cannot be written; load the model without offloading"
         )
 
 
 def _packed(param: str, weight: Tensor) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{param} holds packed {weight.dtype} weights ({type(weight).__name__}) that cannot be unpacked here; load the "
+        f"{param} holds packed {weight.dtype} weights ({type(weight).__name__}) that cannot be unpacked; load the "
         f"model unquantized, or with bitsandbytes"
     )

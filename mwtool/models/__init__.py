@@ -1,4 +1,4 @@
-"""Models: located, read from their checkpoints, streamed a layer at a time, loaded whole, written anew.
+"""Models: locating, reading checkpoints, streaming layer by layer, loading whole, and saving.
 
 Imports only from architecture, and from what these may import.
 """

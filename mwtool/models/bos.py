@@ -1,4 +1,4 @@
-"""Which token stands at the first position: bos, and how it was found."""
+"""The token at the first position: bos, and how it is chosen."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from mwtool.models.gguf_model import Vocabulary
 
 PROMPT = "Apple Inc. is a worldwide tech company."
-"""Fed, without bos, under `--bos never`: the prompt of the super-weight paper (Yu et al. 2024)."""
+"""The prompt whose first token is used under `--bos never`: that of the super-weight paper (Yu et al. 2024)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bos:
-    """The token fed at the first position.
+    """The token at the first position.
 
-    how: where it comes from; `none` means that it is not a bos at all but the first token of a prompt.
+    how: where it comes from; `none` if it is not bos but the first token of a prompt.
     note: what the user should know about the choice.
     """
 
@@ -34,14 +34,14 @@ class Bos:
 def find_bos(
     choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None, config: PretrainedConfig, prompt: str = PROMPT
 ) -> Bos:
-    """The token `--bos` means.
+    """The token that a value of `--bos` selects.
 
-    auto: the tokenizer's bos, else the configuration's.
-    always: the tokenizer's bos and nothing else.
+    auto: the bos of the tokenizer, else that of the configuration.
+    always: the bos of the tokenizer.
     never: the first token of `prompt`, encoded without special tokens.
     anything else: that token, or that id.
 
-    Raises NoBos if there is none, or it is outside the vocabulary.
+    Raises NoBos if there is no such token, or it is outside the vocabulary.
     """
     text = config.get_text_config()
     bos = _choose(choice, tokenizer, text, prompt)

@@ -99,7 +99,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 
 def open_safetensors(path: Path) -> Any:
-    """`safe_open` with the reason a file cannot be read in one line."""
+    """`safe_open` with errors in one line. Raises BadCheckpoint if the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

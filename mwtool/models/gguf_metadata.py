@@ -33,7 +33,7 @@ class Metadata:
         return self.header.tensors
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 on; of an array of equal ones, one a layer, that one."""
+        """A positive integer, also as an array of equal ones. Raises BadCheckpoint, UnsupportedModel if they differ."""
         value = self._value(key, default)
         if isinstance(value, list) and value and len(set(value)) == 1:
             value = value[0]
@@ -46,14 +46,14 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """A finite number above 0. Raises BadCheckpoint for anything else."""
         value = self._value(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self._bad(key, value, "a number above 0")
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text."""
+        """A string. Raises BadCheckpoint for anything else."""
         value = self._value(key, default)
         if not isinstance(value, str):
             raise self._bad(key, value, "a text")
@@ -73,7 +73,7 @@ class Metadata:
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
-        """The shape of a tensor that must be there, with so many dimensions."""
+        """The shape of a tensor. Raises BadCheckpoint if it is absent or has another number of dimensions."""
         entry = self.tensors.get(name)
         if entry is None:
             raise BadCheckpoint(f"{self.header.path} has no tensor {name}; it is incomplete")
@@ -91,7 +91,7 @@ class Metadata:
             )
 
     def layers(self) -> int:
-        """How many decoder layers there are: as stated, each with tensors of its own."""
+        """The number of decoder layers. Raises BadCheckpoint if some of them have no tensors."""
         stated = self.count("block_count")
         found = {int(match.group(1)) for match in map(BLOCK.fullmatch, self.tensors) if match}
         if stated > len(found) or found != set(range(stated)):

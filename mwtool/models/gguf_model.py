@@ -37,7 +37,7 @@ class GGUFModel:
         return self.header.path
 
     def config(self) -> PretrainedConfig:
-        """The configuration; `dtype` is what the weights are stored in, bfloat16 where that is blocks."""
+        """The configuration, with the dtype of the weights, bfloat16 if they are quantized. Raises BadCheckpoint."""
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

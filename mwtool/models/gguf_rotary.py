@@ -22,7 +22,10 @@ _PLAIN = ("none", "linear", "yarn")
 
 
 def rotary(data: Metadata, width: int) -> tuple[dict[str, Any], str | None]:
-    """`rope_parameters` for heads of this width, and what in the file they do not express; None if nothing."""
+    """`rope_parameters` for heads of this width, and what in the file they do not express; None if nothing.
+
+    Raises BadCheckpoint for values that contradict each other.
+    """
     theta = data.number("rope.freq_base", 10000.0)
     turned = data.count("rope.dimension_count", width)
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}

@@ -1,4 +1,4 @@
-"""Files of a repository on the Hub, fetched when they are needed, and its refusals in one line each."""
+"""Download files from the Hub when they are needed, with every failure reported in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def fetch_small(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder with a repository's files of these patterns, named for the commit. Raises ModelNotFound."""
+    """Download the files that match these patterns; the folder is named after the commit. Raises ModelNotFound."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -22,7 +22,7 @@ def fetch_small(repo: str, revision: str | None, patterns: Sequence[str]) -> Pat
 
 
 def fetch(repo: str, file: str, revision: str | None) -> Path | None:
-    """One file; None where the repository has no such file. Raises ModelNotFound."""
+    """Download one file; None if the repository does not have it. Raises ModelNotFound."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
     from huggingface_hub.utils import enable_progress_bars
@@ -30,7 +30,7 @@ def fetch(repo: str, file: str, revision: str | None) -> Path | None:
     def download() -> str | None:
         try:
             return hf_hub_download(repo, file, revision=revision)
-        except LocalEntryNotFoundError:  # the Hub could not be asked: not the same as "no such file"
+        except LocalEntryNotFoundError:  # the Hub cannot be reached, which does not mean that there is no such file
             raise
         except RemoteEntryNotFoundError:
             return None
@@ -50,7 +50,7 @@ def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
 
 
 def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """Call the Hub and turn its refusals into one line each."""
+    """Call the Hub and turn its errors into one-line messages."""
     from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # the HTTP client's own base class, whichever client the Hub uses
 

@@ -1,4 +1,4 @@
-"""Name and shape of a model, by which a saved scan is recognised as belonging to it."""
+"""The name and shape of a model, which are compared with those in a saved scan."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def identity_of(
 ) -> Identity:
     """The identity of a model with these decoder layers.
 
-    model: the module whose parameters `layers` names, with or without memory for its weights. Its intermediate size is
-    that of the first layer's first FFN; mixtures may have other widths in other layers.
+    model: the module whose parameters `layers` names; it may be on the meta device. The intermediate size is that of
+    the first FFN of the first layer; MoE models may have other widths in other layers.
     """
     routed = [ffn.expert for layer in layers for ffn in layer.ffns if ffn.expert is not None]
     return Identity(

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make which parameter of the model: by decoder layer, by parameter, by expert.
+"""Key mapping: which tensors of a checkpoint belong to which decoder layer, parameter or routed expert.
 
-The renaming is transformers' own. Routed experts are kept apart, so that a layer can be
-read without them and each of them alone.
+Names are converted by transformers. Routed experts are listed separately, so that a layer can
+be read without them, and each expert by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensors:
-    """What the parameters of one module of routed experts are made of.
+    """The checkpoint tensors of the parameters in one module of routed experts.
 
     count: experts in the module.
     groups: for each parameter, groups of checkpoint names that are stacked or stored as one: a group has
@@ -32,9 +32,9 @@ class ExpertTensors:
     groups: dict[str, list[list[str]]]
 
     def of(self, experts: Sequence[int]) -> dict[str, list[int] | None]:
-        """Checkpoint names that hold these experts; the rows of those that hold all experts at once, else None.
+        """Checkpoint names that hold these experts -> the entries to read if a tensor holds all experts, else None.
 
-        Raises BadCheckpoint where some experts are absent.
+        Raises BadCheckpoint if some experts are absent.
         """
         wanted: dict[str, list[int] | None] = {}
         for parameter, groups in self.groups.items():
@@ -46,17 +46,17 @@ class ExpertTensors:
                 else:
                     raise BadCheckpoint(
                         f"the checkpoint has {len(group)} tensors like {group[0]} for {parameter}; "
-                        f"expected {self.count}, one an expert"
+                        f"expected {self.count}, one for each expert"
                     )
         return wanted
 
     def names(self, parameter: str, expert: int) -> list[str]:
-        """The checkpoint's tensors for one expert's part of a parameter."""
+        """The checkpoint tensors of one expert's part of a parameter."""
         return [group[0 if len(group) == 1 else expert] for group in self.groups.get(parameter, [])]
 
 
 class Rows:
-    """Some entries of a lazy tensor along its first dimension, themselves lazy."""
+    """A lazy selection of entries along the first dimension of a lazy tensor."""
 
     def __init__(self, name: str, tensor: Any, rows: Sequence[int]) -> None:
         self.name, self.tensor, self.rows = name, tensor, rows
@@ -67,20 +67,21 @@ class Rows:
         return torch.cat([self.tensor[row : row + 1] for row in self.rows])[index]
 
     def get_shape(self) -> list[int]:
-        """As safetensors' slices have it."""
+        """As in the slices of safetensors."""
         shape = self.tensor.get_shape() if hasattr(self.tensor, "get_shape") else self.tensor.shape
         return [len(self.rows), *shape[1:]]
 
     def get_dtype(self) -> Any:
-        """As safetensors' slices have it."""
+        """As in the slices of safetensors."""
         return self.tensor.get_dtype() if hasattr(self.tensor, "get_dtype") else self.tensor.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """names: path of a decoder layer, or parameter name -> checkpoint names. A path never equals a parameter's name.
+    """The checkpoint names of a model's weights.
 
-    experts: path of a module of routed experts -> its tensors; a layer's `names` leave them out.
+    names: path of a decoder layer, or parameter name -> checkpoint names. A path never equals a parameter name.
+    experts: path of a module of routed experts -> its tensors, which are not in the `names` of the layer.
     """
 
     names: dict[str, list[str]]
@@ -90,10 +91,10 @@ class TensorMap:
 def tensor_map(
     model: PreTrainedModel, files: Sequence[str], layers: Sequence[str], experts: Sequence[str], mapping: list[Any]
 ) -> TensorMap:
-    """Sort the checkpoint's tensors, `files`, by the decoder layers and modules of routed experts they belong to.
+    """Group the tensor names of a checkpoint, `files`, by decoder layer and by module of routed experts.
 
-    Those the model has no place for are left out: masks, for one, that transformers once saved (pythia's).
-    mapping: transformers' conversions for this model.
+    Tensors that the model does not use are left out, such as the masks in older checkpoints of Pythia.
+    mapping: transformers' weight conversions for this model.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -125,7 +126,7 @@ def _experts(model: PreTrainedModel, path: str, groups: dict[str, dict[str | Non
 
 
 def _with_ties(model: PreTrainedModel, names: dict[str, list[str]]) -> dict[str, list[str]]:
-    """A tied parameter absent from the checkpoint is read from the one it is tied to."""
+    """Map a tied parameter that is absent from the checkpoint to the one it is tied to."""
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         for absent, present in ((target, source), (source, target)):
             if absent not in names and present in names:

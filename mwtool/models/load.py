@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A model ready to run.
 
@@ -84,12 +84,24 @@ def load(
     tokenizer = source.tokenizer()
     if source.adapter is None:
         unused = (f"--on {on} is ignored: {source.name} is no adapter folder",) if on != "base" else ()
-        return Loaded(base, base, tokenizer, source, layers, notes=(*source.notes, *unused))
+        return Loaded(
+            model=base, base=base, tokenizer=tokenizer, source=source, layers=layers, notes=(*source.notes, *unused)
+        )
     wrapped: Any = _with_adapter(base, source.adapter)
     if on == "merged":
         merged = wrapped.merge_and_unload().eval()
-        return Loaded(merged, merged, tokenizer, source, layers, on, source.notes)
-    return Loaded(wrapped, wrapped.get_base_model(), tokenizer, source, layers, on, source.notes)
+        return Loaded(
+            model=merged, base=merged, tokenizer=tokenizer, source=source, layers=layers, on=on, notes=source.notes
+        )
+    return Loaded(
+        model=wrapped,
+        base=wrapped.get_base_model(),
+        tokenizer=tokenizer,
+        source=source,
+        layers=layers,
+        on=on,
+        notes=source.notes,
+    )
 
 
 def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:

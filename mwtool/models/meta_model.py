@@ -1,4 +1,4 @@
-"""A model without weights: built from its configuration alone, with how its checkpoint's tensors become them."""
+"""Meta models: models without weights, built from a configuration, with the settings for loading their weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Skeleton:
-    """A model without weights that can run as soon as it has some.
+class MetaModel:
+    """A model without weights, ready to run once it has them.
 
-    parameters: how many there are, tied ones once; load_config: what transformers is to be told when it loads them.
+    parameters: number of parameters, tied ones counted once. load_config: transformers' settings for loading weights.
     """
 
     model: PreTrainedModel
@@ -32,7 +32,7 @@ class Skeleton:
 
 
 def empty_model(source: Source) -> PreTrainedModel:
-    """Modules and shapes alone: buffers, too, are on the meta device."""
+    """The model's modules with parameters and buffers on the meta device."""
     config = source.config()
     with torch.device("meta"):
         made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
@@ -47,8 +47,8 @@ def build(
     device: str,
     *,
     check: Callable[[PreTrainedModel], None] | None = None,
-) -> Skeleton:
-    """Fit for a forward as soon as it has weights: buffers (rotary frequencies) are computed and on the device.
+) -> MetaModel:
+    """A model that can run once it has weights: its buffers (rotary frequencies) are computed and on the device.
 
     check: called with the model before a quantizer replaces modules.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint where no model can be built.
@@ -76,7 +76,7 @@ def build(
         hf_quantizer=quantizer,
         weight_mapping=mapping,
     )
-    return Skeleton(model, parameters, load_config)
+    return MetaModel(model, parameters, load_config)
 
 
 def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -87,13 +87,13 @@ def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreT
             )
     except unusable() as fault:
         line = " ".join(f"{type(fault).__name__} {fault}".split())
-        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
+        raise BadCheckpoint(f"a model cannot be built from {source.folder / 'config.json'}: {line}") from fault
     model.tie_weights()  # not inside the block, which gives every module a parameter of its own
     return model
 
 
 def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
+    """The dtype; `auto` is as in `from_pretrained`: that of the configuration, else that of the stored weights."""
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
@@ -110,7 +110,7 @@ def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> t
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Build modules with parameters on the meta device; buffers (rotary frequencies) are computed for real."""
+    """Build modules with parameters on the meta device, but buffers (rotary frequencies) with their values."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 

@@ -1,4 +1,4 @@
-"""How a checkpoint's weights are packed: by a method that is undone, by one that is not, or by nobody knows what."""
+"""Quantized checkpoints: which methods can be dequantized, and how packed weights without a scale are detected."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEQUANTIZABLE = ("fp8", "mxfp4")
-"""Quantization methods whose checkpoints transformers turns back into plain weights on any device."""
+"""Quantization methods whose checkpoints transformers can dequantize on any device."""
 PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
-"""Types of weights that are what they say, as safetensors names them, then as torch does."""
+"""Dtypes of weights that need no scale, as named by safetensors, then by torch."""
 
 
 def dequantizable(config: PretrainedConfig) -> bool:
-    """Whether a checkpoint of this configuration is quantized by a method that is undone."""
+    """Whether a checkpoint of this configuration is quantized by a method that can be dequantized."""
     return _method(config) in DEQUANTIZABLE
 
 
 def _method(config: PretrainedConfig) -> str | None:
-    """How the checkpoint is quantized; None if it is not."""
+    """The quantization method of the checkpoint; None if it is not quantized."""
     stated = getattr(config, "quantization_config", None)
     if stated is None:
         return None
@@ -33,7 +33,10 @@ def _method(config: PretrainedConfig) -> str | None:
 
 
 def dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The quantizer that turns a checkpoint's packed weights back into plain ones; None if it is not quantized."""
+    """The transformers quantizer that dequantizes the checkpoint; None if it is not quantized.
+
+    Raises UnsupportedModel for a method that cannot be dequantized.
+    """
     from transformers.quantizers.auto import get_hf_quantizer
 
     method = _method(config)
@@ -41,8 +44,8 @@ def dequantizer(source: Source, config: PretrainedConfig) -> Any:
         return None
     if method not in DEQUANTIZABLE:
         raise UnsupportedModel(
-            f"{source.name} is quantized with {method}, which mwtool does not undo (it undoes "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the model it was made from: the rows are the same"
+            f"{source.name} is quantized with {method}, which mwtool cannot dequantize (it can "
+            f"{' and '.join(DEQUANTIZABLE)}); scan the original model, whose massive rows are the same"
         )
     if isinstance(config.quantization_config, dict):
         config.quantization_config["dequantize"] = True
@@ -51,21 +54,21 @@ def dequantizer(source: Source, config: PretrainedConfig) -> Any:
 
 
 def refuse_unscaled_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint where a weight of a model loaded whole is stored packed and nothing says how."""
+    """Raises BadCheckpoint if a weight of a loaded model is stored packed, without a scale."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     names = tensor_map(model, list(checkpoint.files), [], [], get_model_conversion_mapping(model) or []).names
-    weights = [name for name, _ in model.named_parameters()]  # whole numbers may well be buffers
+    weights = [name for name, _ in model.named_parameters()]  # buffers may be integers
     with checkpoint.tensors(name for weight in weights for name in names.get(weight, [])) as tensors:
         refuse_unscaled(tensors)
 
 
 def refuse_unscaled(tensors: Mapping[str, Any]) -> None:
-    """Whole numbers and 8 bits of floating point are no weights without a scale; cast, they would pass for some."""
+    """Raises BadCheckpoint for integers and 8-bit floats: without a scale, casting them would give wrong weights."""
     for name, tensor in tensors.items():
         stored = tensor.get_dtype() if hasattr(tensor, "get_dtype") else str(tensor.dtype).removeprefix("torch.")
         if stored.upper() not in PLAIN:
             raise BadCheckpoint(
-                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, as config.json states no "
+                f"tensor {name} holds {stored}; expected floating point of 16 bits or more, since config.json has no "
                 f"quantization_config"
             )

@@ -1,4 +1,4 @@
-"""A model's checkpoint written anew with some tensors changed: every other byte stays as it was.
+"""Rewrite a checkpoint with some tensors changed; every other byte stays as it is.
 
 Safetensors files are copied and only the bytes of the changed tensors are written, so that shards, names and dtypes
 stay. Also how a base model and its PEFT adapter are written as one.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mwtool.architecture.packed import PLAIN
 from mwtool.errors import UnsupportedModel
-from mwtool.files.atomic_write import check_free, filling
+from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.files.text import read_json
 from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, Checkpoint, open_checkpoint
 from mwtool.models.load import Loaded
@@ -28,18 +28,18 @@ KEPT = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja"),
     *("*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*"),
 )
-"""Configuration, tokenizer and licence; the model's card describes another model and stays behind."""
+"""Configuration, tokenizer and license. The model card describes another model and is not copied."""
 
 
 RECORD = "mwtool.json"
 
 
 New = Callable[[Tensor], Tensor]
-"""What a stored tensor becomes."""
+"""A function from the stored tensor to the new one."""
 
 
 def save_merged(loaded: Loaded, folder: Path) -> None:
-    """Write the sum of a base model and its adapter to `folder`, which must not exist or be empty.
+    """Write a base model merged with its PEFT adapter to `folder`, which must not exist or be empty.
 
     loaded: an adapter folder's model under ``on="merged"``. The checkpoint has the base's shards, names and types.
     Raises UnsupportedModel where the base's tensors cannot be changed, OutputError where it cannot be written; nothing
@@ -47,13 +47,13 @@ def save_merged(loaded: Loaded, folder: Path) -> None:
     """
     check_tied(loaded)
     check_free(folder)
-    with filling(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         rewrite_files(loaded.source, by_stored_name(loaded, whole_state(loaded.base)), temporary)
         copy_small_files(loaded.source, temporary)
 
 
 def check_tied(loaded: Loaded) -> None:
-    """An adapter may change one of two parameters that the checkpoint holds once for both."""
+    """Raises UnsupportedModel if the adapter changes one of two tied parameters: the checkpoint stores one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -63,13 +63,13 @@ def check_tied(loaded: Loaded) -> None:
         adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in modules)
         if adapted or modules[0].weight is not modules[1].weight:
             raise UnsupportedModel(
-                f"the adapter changes {pair[0]} or {pair[1]}, which the checkpoint holds once for both; untie them in "
-                f"the base model, or merge and save it with PEFT, then ablate that"
+                f"the adapter changes {pair[0]} or {pair[1]}, which are tied and stored once; untie them in the base "
+                f"model, or merge and save the model with PEFT and use the result"
             )
 
 
 def whole_state(model: Any) -> dict[str, New]:
-    """Stored name -> the tensor of this model, for all of its tensors."""
+    """Name in the checkpoint -> the tensor of this model, for all tensors."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = set(getattr(model, "all_tied_weights_keys", {}))
@@ -79,12 +79,17 @@ def whole_state(model: Any) -> dict[str, New]:
 
 def _cast(tensor: Tensor, stored: Tensor) -> Tensor:
     if stored.dtype not in PLAIN or tensor.shape != stored.shape:
-        raise UnsupportedModel("the base model's checkpoint is quantized; a sum with its adapter cannot be saved in it")
+        raise UnsupportedModel(
+            "the base model's checkpoint is quantized, so a merged model cannot be saved in it; use the original model"
+        )
     return tensor.to("cpu", stored.dtype)
 
 
 def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
-    """The same under names that the files use: some families' have the base model's prefix, some do not."""
+    """The tensors by the names in the files, with or without the base model's prefix.
+
+    Raises UnsupportedModel if the checkpoint has no tensor of that name.
+    """
     files, prefix = open_checkpoint(loaded.source).files, f"{loaded.base.base_model_prefix}."
     found = {}
     for name, value in new.items():
@@ -96,7 +101,7 @@ def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
 
 
 def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> None:
-    """The weight files, shard by shard, with new values for some tensors."""
+    """Write the weight files, shard by shard, with new values for some tensors."""
     checkpoint = open_checkpoint(source)
     if source.gguf is not None:
         _from_gguf(checkpoint, getattr(torch, source.gguf.dtype), new, temporary)
@@ -114,7 +119,7 @@ def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> No
 
 
 def _patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors over those of the same name, size and dtype in a safetensors file."""
+    """Overwrite tensors of the same name, size and dtype in a safetensors file."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -135,16 +140,16 @@ def _from_gguf(checkpoint: Checkpoint, dtype: torch.dtype, new: Mapping[str, New
 
 
 def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary: Path) -> None:
-    """A ``.bin`` checkpoint becomes one safetensors file: pickles cannot be changed in place."""
+    """Write a ``.bin`` checkpoint as one safetensors file, since a pickle cannot be changed in place."""
     from safetensors.torch import save_file
 
-    # cloned, because tied tensors share memory, which safetensors refuses
+    # cloned, because tied tensors share memory, which safetensors does not allow
     whole = {name: new[name](tensor) if name in new else tensor.clone() for name, tensor in stored.items()}
     save_file({name: tensor.contiguous() for name, tensor in whole.items()}, temporary / SAFETENSORS, {"format": "pt"})
 
 
 def copy_small_files(source: Source, temporary: Path) -> None:
-    """Copy configuration, tokenizer, chat templates and licence, and the code of a model that ships its own."""
+    """Copy configuration, tokenizer, chat templates and license, and the modeling code if there is any."""
     if source.gguf is not None:
         source.config().save_pretrained(temporary)
         tokenizer = source.tokenizer()

@@ -33,7 +33,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A model that has been located but not loaded.
 
@@ -168,7 +168,7 @@ def model_class(config: PretrainedConfig) -> Any:
 
 def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Source:
     if model == "demo":
-        return Source("demo", DEMO)
+        return Source(name="demo", folder=DEMO)
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
@@ -176,7 +176,7 @@ def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Sou
     if path.is_file():
         if not is_gguf(path):
             raise ModelNotFound(f"{model} is a file; expected a GGUF file or a folder with config.json and the weights")
-        source = Source(model, path.parent, gguf=open_gguf(path))
+        source = Source(name=model, folder=path.parent, gguf=open_gguf(path))
     elif model and path.is_dir():
         source = _local(model, path, gguf_file)
     else:
@@ -189,15 +189,15 @@ def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Sou
 def _local(model: str, folder: Path, gguf_file: str | None) -> Source:
     has_config = (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
     if gguf_file is None and has_config and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        return Source(model, folder)
+        return Source(name=model, folder=folder)
     name = _chosen(model, [path.name for path in folder.glob("*.gguf")], gguf_file)
     if name is not None:
-        return Source(str(Path(model) / name), folder, gguf=open_gguf(folder / name))
+        return Source(name=str(Path(model) / name), folder=folder, gguf=open_gguf(folder / name))
     if has_config:
-        return Source(model, folder)
+        return Source(name=model, folder=folder)
     sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
     if _original_format(folder) and (sibling / "config.json").exists():
-        return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
+        return Source(name=str(sibling), folder=sibling, notes=(f"{model} is in the original format; using {sibling}",))
     what = "it is in the original format, convert it or use its -hf version"
     raise ModelNotFound(
         f"{model} has no config.json; "
@@ -264,7 +264,7 @@ def _fetched(source: Source, name: str) -> Source:
 
 def _snapshot(repo: str, revision: str | None) -> Source:
     folder = fetch_small(repo, revision, SMALL_FILES)
-    return Source(repo, folder, repo=repo, revision=folder.name)
+    return Source(name=repo, folder=folder, repo=repo, revision=folder.name)
 
 
 def _follow_adapter(source: Source) -> Source:

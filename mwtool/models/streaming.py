@@ -1,9 +1,9 @@
-"""A model whose weights come and go with its forward: one decoder layer in memory at a time.
+"""Streaming: run a model with the weights of only one decoder layer in memory at a time.
 
-The model is built without weights, and each decoder layer reads its own
-from the checkpoint when its forward begins and drops them when it ends. Renaming,
-conversion, casting and dequantization are transformers' own, so a layer holds what
-`from_pretrained` would have given it. Of an embedding only the rows asked for are read.
+The model is built without weights. Each decoder layer reads its weights from the checkpoint
+when its forward begins and frees them when it ends. Renaming, conversion, casting and
+dequantization are done by transformers, so a layer has the weights that `from_pretrained`
+would load. Of an embedding, only the rows of the given token ids are read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from mwtool.models.source import Source
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stream:
-    """A model without weights and the checkpoint to take them from.
+    """A model without weights and the checkpoint they are read from.
 
-    names: in-memory module path of a decoder layer, or parameter name -> checkpoint names.
-    experts: path of a module of routed experts -> the tensors each of its parameters is made of.
-    bytes_read: bytes taken from the checkpoint so far, in the dtype they are computed in.
+    names: module path of a decoder layer, or parameter name -> checkpoint names.
+    experts: path of a module of routed experts -> the checkpoint tensors of each of its parameters.
+    bytes_read: bytes read from the checkpoint so far, counted in the dtype of the computation.
     """
 
     model: PreTrainedModel
@@ -53,7 +53,7 @@ class Stream:
 
     @contextmanager
     def flowing(self) -> Iterator[PreTrainedModel]:
-        """The model, fit for a forward: weights are read as they are needed and dropped after use."""
+        """The model, ready for a forward: weights are read when they are needed and freed after use."""
         layers = set(self.layers)
         inside = tuple(f"{path}." for path in self.layers)
         for name, module in self.model.named_modules():
@@ -63,7 +63,7 @@ class Stream:
                 self._hook(module, self._enter_experts(name), self._leave_experts(name))
             elif not name.startswith(inside) and any(p.is_meta for p in module.parameters(recurse=False)):
                 if isinstance(module, nn.Embedding) and _called_with_ids(module):
-                    module.padding_idx = None  # of use in a backward only, and seldom among the few rows in memory
+                    module.padding_idx = None  # needed in a backward only, and rarely among the rows in memory
                     self._hook(module, self._enter_embedding(name), self._leave_embedding)
                 else:
                     self._hook(module, self._enter_other(name), self._leave)
@@ -75,11 +75,11 @@ class Stream:
             self._handles.clear()
             for path in self.experts:
                 self._resize(path, None)
-            _drop(self.model)  # an interrupted forward leaves a layer behind
+            _drop(self.model)  # an interrupted forward leaves a layer in memory
 
     @contextmanager
     def layer(self, path: str) -> Iterator[nn.Module]:
-        """One decoder layer with its weights but for routed experts, outside a forward."""
+        """One decoder layer with its weights, except for routed experts, outside a forward."""
         module = self.model.get_submodule(path)
         self._load(path, module)
         try:
@@ -89,7 +89,7 @@ class Stream:
 
     @contextmanager
     def holding(self, layer: DecoderLayer, ffn: FFN) -> Iterator[FFN]:
-        """One FFN of a decoder layer with its weights, outside a forward; gives the FFN to read them through."""
+        """Load the weights of one FFN outside a forward; yields the FFN through which to read them."""
         if ffn.expert is None:
             with self.layer(layer.path):
                 yield ffn
@@ -98,12 +98,12 @@ class Stream:
         path = layer.experts.module
         self._load_experts(path, [ffn.expert])
         try:
-            yield layer.ffns[0]  # the only expert in memory takes the first place
+            yield layer.ffns[0]  # the only expert in memory is the first
         finally:
             self._resize(path, None)
 
     def checkpoint_name(self, parameter: str, expert: int | None = None) -> str | None:
-        """What the checkpoint calls a parameter; None where it is put together from several tensors.
+        """The name of a parameter in the checkpoint; None if it is assembled from several tensors.
 
         Of one expert's part all tensors are named, joined by " + ": gate and up are often stored apart. A GGUF
         file's tensors are named as they are there: `blk.11.ffn_up.weight`.
@@ -132,7 +132,7 @@ class Stream:
         return enter
 
     def _enter_other(self, name: str) -> Callable[..., None]:
-        """For modules outside the layers with weights of their own: norms behind an embedding, projections."""
+        """For modules outside the decoder layers: norms after an embedding, projections."""
 
         def enter(module: nn.Module, _args: Any) -> None:
             wanted = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
@@ -142,7 +142,7 @@ class Stream:
         return enter
 
     def _enter_embedding(self, name: str) -> Callable[..., Any]:
-        """Read the rows the ids ask for and number the ids anew: a table of 128k rows is never in memory."""
+        """Read only the rows of the token ids and renumber the ids, so that the whole table is never in memory."""
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             assert isinstance(module, nn.Embedding)
@@ -171,7 +171,7 @@ class Stream:
         return table.to(self.device, self.model.dtype)
 
     def _enter_experts(self, path: str) -> Callable[..., Any]:
-        """Read the experts the router chose and number them anew, as is done for an embedding's rows."""
+        """Read only the experts that the router chose and renumber them, as for the rows of an embedding."""
 
         def enter(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden, chosen, *rest = args
@@ -188,13 +188,13 @@ class Stream:
         return leave
 
     def _load_experts(self, path: str, experts: list[int]) -> None:
-        """These experts alone, in this order, in parameters as small as that."""
+        """Load only these experts, in this order, into parameters with room for as many."""
         module = self._resize(path, len(experts))
         self._convert(self.experts[path].of(experts))
         self._check(module, path)
 
     def _resize(self, path: str, count: int | None) -> nn.Module:
-        """Empty an experts module and make room for `count` of its experts; None: for all, as it was built."""
+        """Replace the parameters of an experts module by empty ones for `count` experts; None: for all of them."""
         module: Any = self.model.get_submodule(path)
         total = self.experts[path].count
         for name, parameter in module._parameters.items():  # noqa: SLF001 - replaced in place, as in _drop
@@ -209,9 +209,9 @@ class Stream:
         self._check(module, path)
 
     def _convert(self, sources: Mapping[str, list[int] | None]) -> None:
-        """Have transformers read, rename, convert, cast and place these tensors.
+        """Let transformers read, rename, convert, cast and assign these tensors.
 
-        sources: checkpoint name -> the entries to take along its first dimension, None for all.
+        sources: checkpoint name -> the entries to read along its first dimension, None for all.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
@@ -229,11 +229,11 @@ class Stream:
             raise BadCheckpoint(f"tensor {name} cannot be converted: {str(fault).strip().splitlines()[-1]}")
 
     def _check(self, module: nn.Module, path: str) -> None:
-        """Every weight is there and finite. A sum costs a hundredth of an elementwise test and shows any NaN or inf."""
+        """Raises BadCheckpoint if a weight is absent or not finite. A sum is 100 times faster than `isfinite`."""
         for name, tensor in module.named_parameters():
             if tensor.is_meta:
                 if f"{path}.{name}".rpartition(".")[0] in self.experts:
-                    continue  # read when the router has chosen
+                    continue  # read after the router has run
                 raise BadCheckpoint(f"the checkpoint has no tensor for {path}.{name}; it is incomplete")
             if not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise BadCheckpoint(f"tensor {path}.{name} holds NaN or inf; the checkpoint is damaged")
@@ -265,24 +265,31 @@ def open_stream(
     experts: Sequence[str] = (),
     check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
-    """A model of this configuration without weights, and the way to them.
+    """Build a model of this configuration without weights, to be streamed from its checkpoint.
 
-    layers: module paths of the decoder layers, as the adapter gives them; experts: those of routed experts.
-    check: called with the model before the checkpoint's tensors are looked for; it raises where paths do not fit.
-    Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint for absent weights.
+    layers: module paths of the decoder layers, from the architecture adapter. experts: those of routed experts.
+    check: called with the model before tensors are looked up in the checkpoint; raises if the paths do not fit.
+    Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint if weights are absent.
     """
     checkpoint = open_checkpoint(source)
     built = build(source, config, checkpoint, dtype, device, check=check)
     tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
     place = torch.device(device)
     return Stream(
-        built.model, checkpoint, layers, built.parameters, place, built.load_config, tensors.names, tensors.experts
+        model=built.model,
+        checkpoint=checkpoint,
+        layers=layers,
+        parameters=built.parameters,
+        device=place,
+        load_config=built.load_config,
+        names=tensors.names,
+        experts=tensors.experts,
     )
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for every load, which would be one for every layer."""
+    """Disable the progress bar that transformers shows for every load, here for every layer."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -295,13 +302,13 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _called_with_ids(embedding: nn.Embedding) -> bool:
-    """Whether its forward takes token ids first; OPT's positions, for one, take a mask and are read whole."""
+    """Whether the first argument of its forward are token ids. OPT's positions take a mask and are read whole."""
     name = next(iter(inspect.signature(embedding.forward).parameters))
     return name in ("input", "input_ids")
 
 
 def _drop(module: nn.Module) -> None:
-    """Give the memory back; the module is as it was before it was loaded."""
+    """Free the memory of the weights: the module is as before it was loaded."""
     for child in module.modules():
         for name, parameter in child._parameters.items():  # noqa: SLF001 - replaced in place, as accelerate's hooks do
             if parameter is not None and not parameter.is_meta:

@@ -26,7 +26,7 @@ KEPT = 4
 """Rows of ``W_down`` kept of each network: those of the entries the layer writes most to."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SuperWeight:
     """``down_proj[hidden_dim, ffn_index]``, one weight through which a spike passes (Yu et al. 2024)."""
 
@@ -37,7 +37,7 @@ class SuperWeight:
     expert: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """One feed-forward network of a layer, in float64 on the CPU.
 
@@ -56,7 +56,7 @@ class Part:
     down_rows: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerState:
     """One decoder layer at the first position, in float64 on the CPU.
 
@@ -117,14 +117,14 @@ def _capturing(
     handles: list[Any] = []
     try:
         for index, layer in enumerate(layers):
-            handles.extend(_Watch(model, index, layer, spike, captured).hooks())
+            handles.extend(_Watch(model=model, index=index, layer=layer, spike=spike, captured=captured).hooks())
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Watch:
     """The hooks of one decoder layer, and what they have captured of the forward in progress."""
 
@@ -167,7 +167,7 @@ class _Watch:
 
     def _at_down(self, ffn: FFN) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._take(Part(ffn, first(args[0]), first(output)), ffn)
+            self._take(Part(ffn=ffn, intermediate=first(args[0]), output=first(output)), ffn)
 
         return hook
 
@@ -185,7 +185,17 @@ class _Watch:
             z, out = recompute(self.layer.ffns[place], self.model, x)
             held, probability = self.layer.ffns[place], float(probabilities[expert])
             rows = _down_rows(held.down.read(self.model), out)
-            self._take(Part(self.layer.ffns[expert], wide(z), wide(out), probability, weight, rows), held)
+            self._take(
+                Part(
+                    ffn=self.layer.ffns[expert],
+                    intermediate=wide(z),
+                    output=wide(out),
+                    probability=probability,
+                    weight=weight,
+                    down_rows=rows,
+                ),
+                held,
+            )
 
     def _probabilities(self) -> Tensor:
         """The router's probabilities of all experts, (E,)."""
@@ -203,7 +213,14 @@ class _Watch:
         """Keep a part, its output not yet weighted. readable: the FFN whose slices hold its weights now."""
         found = super_weights(self.index, readable.down.read(self.model), part.intermediate, part.output, self.spike)
         self.supers += [
-            SuperWeight(one.layer, one.hidden_dim, one.ffn_index, one.value, part.ffn.expert) for one in found
+            SuperWeight(
+                layer=one.layer,
+                hidden_dim=one.hidden_dim,
+                ffn_index=one.ffn_index,
+                value=one.value,
+                expert=part.ffn.expert,
+            )
+            for one in found
         ]
         self.parts.append(part)
 
@@ -232,7 +249,16 @@ class _Watch:
         )
         self.parts, self.supers, self.caught = [], [], {}
         main = max(parts, key=lambda part: float(part.output.abs().max()))
-        self.captured(LayerState(self.index, hidden, main.intermediate, added, supers, parts))
+        self.captured(
+            LayerState(
+                layer=self.index,
+                hidden=hidden,
+                intermediate=main.intermediate,
+                added=added,
+                super_weights=supers,
+                parts=parts,
+            )
+        )
 
     def _kept(self, part: Part, added: Tensor) -> dict[int, Tensor]:
         """Read while the layer still has its weights; of routed experts this is done when they run."""
@@ -280,7 +306,7 @@ def first(output: Any) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A copy in float64 on the CPU."""
+    """A float64 copy on the CPU, (...)."""
     return tensor.to("cpu", torch.float64, copy=True)
 
 
@@ -299,6 +325,6 @@ def super_weights(layer: int, down: Tensor, z: Tensor, output: Tensor, spike: fl
         if abs(float(output[dim])) <= spike or any(s.hidden_dim == dim for s in found):
             break
         value = float(down[dim, index])
-        found.append(SuperWeight(layer, dim, index, value))
+        found.append(SuperWeight(layer=layer, hidden_dim=dim, ffn_index=index, value=value))
         output[dim] -= value * z[index]
     return tuple(found)

@@ -72,7 +72,7 @@ Absence = Literal["no massive dimension", "not written by an FFN", "written only
 
 
 def median(vector: Tensor) -> float:
-    """Median of the magnitudes; the mean of the two middle ones where their number is even."""
+    """Median of the magnitudes of a vector, (N,): the mean of the two middle ones if N is even."""
     return float(vector.abs().quantile(0.5))
 
 

@@ -138,7 +138,16 @@ def scan_checkpoint(
             *notes,
             f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
         )
-    subject = _Subject(stream.model, layers, bos, source.name, str(adapter), source.revision, notes, stream)
+    subject = _Subject(
+        model=stream.model,
+        layers=layers,
+        bos=bos,
+        name=source.name,
+        adapter=str(adapter),
+        revision=source.revision,
+        notes=notes,
+        stream=stream,
+    )
     return _scan(subject, settings, on_layer)
 
 
@@ -165,7 +174,7 @@ def scan_model(
     training: bool = base.training
     base.eval()
     try:
-        return _scan(_Subject(base, layers, bos, name, str(adapter)), settings)
+        return _scan(_Subject(model=base, layers=layers, bos=bos, name=name, adapter=str(adapter)), settings)
     finally:
         base.train(training)
 
@@ -191,7 +200,7 @@ def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
     return [ffn for layer in layers for ffn in layer.ffns if not ffn.expert]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Subject:
     """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
 

@@ -61,7 +61,7 @@ NOTHING = ByHand()
 """Everything as the definitions have it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to scan.
 

@@ -20,7 +20,7 @@ RANKED = 16
 """Rows ranked at least, so that random controls avoid all truly massive ones whatever k is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """Ranked rows of one FFN.
 
@@ -137,7 +137,9 @@ def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int
         raise BadValue(f"k is {k}; {choice.file or massive.module} ranks {len(massive.indices)} rows: scan with -k {k}")
     notes = (_unranked(massive),) if massive.count > len(massive.indices) else ()
     indices = massive.indices[: max(k, massive.count)]
-    return Target(massive.layer, loaded.ffn(massive), indices, massive.count, ranked=massive), notes
+    return Target(
+        layer=massive.layer, ffn=loaded.ffn(massive), indices=indices, count=massive.count, ranked=massive
+    ), notes
 
 
 def _at_layer(loaded: Loaded, scan: Scan, layer: int, expert: int | None, k: int) -> Target:
@@ -176,7 +178,12 @@ def _top(loaded: Loaded, state: LayerState, expert: int | None, k: int) -> Targe
             f"k is {k}; {part.ffn.module} in layer {state.layer} has {width} rows: k must be from 0 to {width}"
         )
     order = part.intermediate.abs().argsort(descending=True, stable=True).tolist()
-    return Target(state.layer, part.ffn, tuple(order[: max(k, 1)]), avoided=tuple(order[: _carrying(loaded, part)]))
+    return Target(
+        layer=state.layer,
+        ffn=part.ffn,
+        indices=tuple(order[: max(k, 1)]),
+        avoided=tuple(order[: _carrying(loaded, part)]),
+    )
 
 
 def _carrying(loaded: Loaded, part: Part) -> int:
@@ -196,7 +203,7 @@ def _given(loaded: Loaded, choice: Choice, layer: int, expert: int | None, k: in
         raise BadValue(f"row {outside[0]} does not exist; {ffn.module} in layer {layer} has rows 0 to {width - 1}")
     if k > len(choice.indices):
         raise BadValue(f"k is {k} and --indices names {len(choice.indices)} rows; name more, or lower -k")
-    return Target(layer, ffn, choice.indices)
+    return Target(layer=layer, ffn=ffn, indices=choice.indices)
 
 
 def _first_expert(loaded: Loaded, layer: int) -> int | None:

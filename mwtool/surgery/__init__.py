@@ -1,4 +1,4 @@
-"""Attack rows of a model and put them back, or save the attacked model.
+"""Attack rows of a model's FFN and restore them, or save the attacked model.
 
 Imports only from models, and from what these may import.
 """

@@ -1,9 +1,9 @@
-"""Attack rows of one FFN, and put them back: zero, retain, scale or fix them (paper, section 3).
+"""Attack rows of one FFN and restore them: zero, retain, scale, or fix them at their mean (paper, section 3).
 
-Row i of ``W_up`` and ``W_gate``, with its biases, makes intermediate entry i. Weights are
-edited in place through the adapter's views, so fused, transposed and expert matrices
-are served alike, and restored bit for bit when the block ends, however it ends. Where
-rows cannot be written, what they give is overridden instead (`mwtool.surgery.hooks`).
+Row i of ``W_up`` and ``W_gate``, with its biases, produces entry i of the intermediate state. Weights
+are edited in place through the views that the architecture adapter describes, so fused, transposed
+and expert matrices need no special case, and are restored bit for bit when the block ends, even by
+an exception. Where rows cannot be written, hooks override their outputs instead (`mwtool.surgery.hooks`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mwtool.architecture.packed import packed_dtype
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.interrupts import uninterrupted
 from mwtool.surgery.hooks import (
-    expert_output_with,
     owner,
     refuse_offloaded,
     refuse_unreadable,
-    state_with,
+    with_expert_output_added,
     with_outputs_scaled,
+    with_state_fixed,
     without_nan,
 )
 
@@ -40,13 +40,13 @@ Mode = Literal["none", "zero", "retain", "scale", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What is done to the top-k rows.
+    """An attack on the top-k rows.
 
-    `none`; `zero` them; `retain` only them (zero all others); `scale` them by `factor`; fix
+    mode: `none`; `zero` the rows; `retain` only them (zero all others); `scale` them by `factor`; fix
     their intermediate values at their `mean`.
-
-    layers: decoder layers, from 0, whose top-k rows are attacked together; empty: the massive layer, or where the
-    caller says. k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
+    k: number of rows in each layer. k = 0 changes nothing, except that retaining 0 rows zeroes them all (paper,
+    Figure 4). layers: decoder layers, counted from 0, that are attacked together; empty: the massive layer, or the one
+    that the caller chooses.
     """
 
     mode: Mode = "none"
@@ -66,18 +66,18 @@ class Attack:
 
     @property
     def idle(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the attack changes nothing."""
         return self.mode == "none" or (self.k == 0 and self.mode != "retain")
 
     def at(self, k: int) -> Attack:
-        """The same on k rows."""
+        """The same attack on k rows."""
         return replace(self, k=k)
 
 
 def parse_attack(text: str) -> Attack:
-    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k), with `@2` or `@2+11` for the layers.
+    """Parse `none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k), with `@2` or `@2+11` for layers.
 
-    Raises BadValue, saying what was expected.
+    Raises BadValue for any other text.
     """
     expected = "expected none, zero:K, retain:K, mean:K or scale:X:K, with @LAYER or @LAYER+LAYER for other layers"
     if text == "none":
@@ -86,23 +86,23 @@ def parse_attack(text: str) -> Attack:
     mode, _, k = head.rpartition(":")
     parsed, layers = _mode(mode), place.split("+") if at else []
     if parsed is None or not all(_is_number(part) for part in (k, *layers)):
-        raise BadValue(f"attack {text!r} is not understood; {expected}")
+        raise BadValue(f"unknown attack {text!r}; {expected}")
     numbers = tuple(map(int, layers))
     if len(set(numbers)) < len(numbers):
-        raise BadValue(f"attack {text!r} names a layer twice; expected different layers")
+        raise BadValue(f"attack {text!r} names a layer twice; expected distinct layers")
     return replace(parsed.at(int(k)), layers=numbers)
 
 
 def _is_number(text: str) -> bool:
-    """Digits, few enough for an index."""
+    """Whether it is a non-negative integer of at most nine digits."""
     return text.isascii() and text.isdigit() and len(text) <= 9  # noqa: PLR2004 - nine digits are beyond any layer or k
 
 
 def parse_mode(text: str) -> Attack:
-    """`zero`, `retain`, `mean` or `scale:X`, as an attack on no rows yet. Raises BadValue."""
+    """Parse `zero`, `retain`, `mean` or `scale:X` as an attack with k = 0. Raises BadValue for any other text."""
     parsed = _mode(text)
     if parsed is None:
-        raise BadValue(f"mode {text!r} is not understood; expected zero, retain, mean or scale:X, X a finite number")
+        raise BadValue(f"unknown mode {text!r}; expected zero, retain, mean or scale:X, where X is a finite number")
     return parsed
 
 
@@ -118,12 +118,12 @@ def _mode(text: str) -> Attack | None:
 
 
 def rows_of(massive: RankedRows, attack: Attack) -> tuple[int, ...]:
-    """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
+    """The first k ranked rows. Raises BadValue if fewer were ranked, or k is negative."""
     if attack.k < 0:
-        raise BadValue(f"k is {attack.k}; expected a number from 0 on")
+        raise BadValue(f"k is {attack.k}; expected 0 or more")
     if attack.k > len(massive.indices):
         raise BadValue(
-            f"{attack} needs {attack.k} ranked rows; the scan ranked {len(massive.indices)}: scan with -k {attack.k}"
+            f"{attack} needs {attack.k} ranked rows and the scan ranked {len(massive.indices)}; scan with -k {attack.k}"
         )
     return massive.indices[: attack.k]
 
@@ -133,7 +133,7 @@ class Edit:
     """Rows of one FFN that an attack takes.
 
     rows: indices into the intermediate state; the caller takes the first k of the ranked ones.
-    means: the mean of each intermediate entry, (I,), as `override.averaging` gathers it; for `mean` alone.
+    means: the mean of each intermediate entry, (I,), as `mwtool.surgery.hooks.averaging` measures it; for `mean` alone.
     """
 
     ffn: FFN
@@ -145,7 +145,7 @@ class Edit:
 def edited(
     model: nn.Module, ffn: FFN, rows: Sequence[int], attack: Attack, *, means: Tensor | None = None
 ) -> Iterator[None]:
-    """The model with `rows` of one `ffn` attacked inside the block, as `edited_together` does it."""
+    """Attack `rows` of one FFN inside the block, as `edited_together` does. means: (I,), for `mean` alone."""
     with edited_together(model, [Edit(ffn, tuple(rows), means)], attack):
         yield
 
@@ -183,7 +183,7 @@ def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> 
 
 
 def merged_edits(edits: Sequence[Edit]) -> list[Edit]:
-    """One edit for each FFN."""
+    """Merge the edits of the same FFN."""
     found: dict[tuple[str, int | None], Edit] = {}
     for edit in edits:
         key = (edit.ffn.module, edit.ffn.expert)
@@ -193,18 +193,18 @@ def merged_edits(edits: Sequence[Edit]) -> list[Edit]:
 
 
 def _fixed(model: nn.Module, edit: Edit, selected: list[int]) -> AbstractContextManager[None]:
-    """Intermediate values of these rows at their means; a routed expert gives them beside its zeroed rows."""
+    """Fix the intermediate values of these rows at their means; for a routed expert, besides zeroing its rows."""
     ffn = edit.ffn
     if edit.means is None:
         raise BadValue("mean needs the mean values of the rows; none were given")
     if ffn.expert is None:
-        return state_with(model, ffn, selected, edit.means)
+        return with_state_fixed(model, ffn, selected, edit.means)
     refuse_unreadable(model, ffn)
     if hasattr(owner(model, ffn.up), "get_base_layer"):
         raise UnsupportedModel(
-            f"{ffn.module} has a PEFT adapter of its own, whose part no mean replaces; use --on merged"
+            f"{ffn.module} has a PEFT adapter, whose contribution a mean cannot replace; use --on merged"
         )
-    return expert_output_with(model, ffn, selected, edit.means)
+    return with_expert_output_added(model, ffn, selected, edit.means)
 
 
 @contextmanager
@@ -233,12 +233,15 @@ def _rewritten(model: nn.Module, written: Sequence[tuple[FFN, list[int]]], facto
 
 
 def places(ffn: FFN) -> tuple[WeightSlice, ...]:
-    """What makes the intermediate state: up, gate, and their biases."""
+    """The weights that produce the intermediate state: up, gate, and their biases."""
     return (*ffn.inputs, *(bias for bias in (ffn.up_bias, ffn.gate_bias) if bias is not None))
 
 
 def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
-    """The rows to change: those given, or all others for `retain`."""
+    """The rows to change, sorted: those given, or all others for `retain`.
+
+    width: rows of the FFN, I. Raises BadValue for a row outside 0 to I - 1.
+    """
     outside = [row for row in rows if not 0 <= row < width]
     if outside:
         raise BadValue(f"row {outside[0]} does not exist; the FFN has rows 0 to {width - 1}")
@@ -247,7 +250,7 @@ def attacked_rows(rows: Sequence[int], width: int, attack: Attack) -> list[int]:
 
 
 def _packed(model: nn.Module, ffn: FFN) -> bool:
-    """Whether rows cannot be written, being quantized; raises UnsupportedModel where they are elsewhere."""
+    """Whether the rows are quantized and so cannot be written. Raises UnsupportedModel if they are offloaded."""
     refuse_offloaded(model, ffn)
     return any(packed_dtype(model, place) for place in places(ffn))
 

@@ -1,7 +1,7 @@
-"""An attacked model as a checkpoint of its own: the original's files with the rows changed in place.
+"""Save an attacked model as a checkpoint: the original's files with the rows changed in place.
 
-Files are copied and only the bytes of the attacked tensors are written anew, so that
-shards, names, dtypes and every other tensor stay as they were.
+Files are copied and only the bytes of the attacked tensors are rewritten, so that shards,
+names, dtypes and every other tensor stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mwtool._version import __version__
 from mwtool.architecture.layout import WeightSlice
 from mwtool.architecture.packed import PLAIN, is_packed
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.files.atomic_write import check_free, filling
+from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.models.load import Loaded
 from mwtool.models.rewrite import RECORD, New, by_stored_name, check_tied, copy_small_files, rewrite_files, whole_state
 from mwtool.surgery.attack import Attack, Edit, attacked_rows, edited_together, merged_edits, places
@@ -39,29 +39,30 @@ def save_attacked(loaded: Loaded, edits: Sequence[Edit], attack: Attack, folder:
     check_savable(loaded, attack)
     check_free(folder)
     new = _attacked(loaded, edits, attack) if loaded.source.adapter is None else _merged(loaded, edits, attack)
-    with filling(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         rewrite_files(loaded.source, by_stored_name(loaded, new), temporary)
         copy_small_files(loaded.source, temporary)
         _record(temporary / RECORD, loaded, edits, attack)
 
 
 def check_savable(loaded: Loaded, attack: Attack) -> None:
-    """Raise before the work begins if the attack is no change of weights, or the weights are packed."""
+    """Check, before any work is done, that the attacked model can be saved.
+
+    Raises BadValue if the attack is not a change of weights, UnsupportedModel if the weights are packed.
+    """
     if attack.mode == "mean":
-        raise BadValue(
-            "mean fixes intermediate values, which no weights of this model hold; save zero, retain or scale:X"
-        )
+        raise BadValue("mean fixes intermediate values, which is no change of weights; save zero, retain or scale:X")
     if getattr(loaded.base, "hf_quantizer", None) is not None:
         raise UnsupportedModel(
-            f"{loaded.source.name} is quantized, and packed rows cannot be saved changed; save from the "
-            f"model it was made of, then quantize that"
+            f"{loaded.source.name} is quantized, so changed rows cannot be saved; save from the original model, then "
+            f"quantize the result"
         )
     if loaded.source.adapter is not None:
         check_tied(loaded)
 
 
 def _attacked(loaded: Loaded, edits: Sequence[Edit], attack: Attack) -> dict[str, New]:
-    """Stored name -> the tensor with the attacked entries changed. Only shapes are read: the model may be offloaded."""
+    """Name in the checkpoint -> how to change the tensor. Reads shapes only, so the model may be offloaded."""
     from transformers.core_model_loading import revert_weight_conversion
 
     masks: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ def _attacked(loaded: Loaded, edits: Sequence[Edit], attack: Attack) -> dict[str
             mask = masks.setdefault(place.param, torch.zeros(_shape(loaded.base, place), dtype=torch.bool))
             view = mask[place.index]
             (view.T if place.transposed else view)[selected] = True
-    # masks go the way weights go when transformers saves: unfused, unstacked, renamed
+    # masks undergo the conversions that transformers applies to weights when it saves: unfuse, unstack, rename
     stored = revert_weight_conversion(loaded.base, masks) if masks else {}
     factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
     return {name: partial(_scaled, mask, factor) for name, mask in stored.items() if mask.any()}
@@ -87,7 +88,7 @@ def _scaled(mask: Tensor, factor: float, tensor: Tensor) -> Tensor:
 
 
 def _shape(model: PreTrainedModel, place: WeightSlice) -> tuple[int, ...]:
-    """Shape of the whole parameter; a packed one's is that of its module."""
+    """Shape of the whole parameter, (out, in) if its storage is packed."""
     path, _, name = place.param.rpartition(".")
     module: Any = model.get_submodule(path)
     parameter = getattr(module, name)

@@ -1,11 +1,11 @@
-"""The conformance kit for architecture adapters, and a new plugin to start from.
+"""The conformance checks for architecture adapters, and a template for new ones.
 
-A plugin's own tests call `check_adapter`:
+A plugin calls `check_adapter` in its tests:
 
     from mwtool.testing import check_adapter, tiny_config
 
-Imports only from scan and surgery, and from what these may import. The names below are imported when first used, so
-that `mwtool adapters` lists adapters without loading torch.
+Imports only from scan and surgery, and from what these may import. The names below are imported on first use, so
+that `mwtool adapters` lists adapters without importing torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,4 @@
-"""The properties an adapter's description must have, each held against a real model.
-
-Scan, ablation and MacDrop rely on them; `mwtool.testing` runs them.
-"""
+"""The conformance checks: properties that scan, ablation and MacDrop rely on, tested on a real model."""
 
 from __future__ import annotations
 
@@ -19,24 +16,24 @@ from mwtool.architecture.reference import recompute
 from mwtool.errors import BadPlugin
 from mwtool.scan.capture import LayerState, Part, walk, wide
 from mwtool.surgery.attack import Attack, edited
-from mwtool.testing.variants import exchanged, nearby
+from mwtool.testing.variants import exchanged, similar_descriptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BOS = 1
 TOLERANCE = 1e-5
-"""Of the largest entry, in float32: a matrix product taken in another order differs by a few 1e-7."""
+"""Largest difference allowed, relative to the largest entry, in float32. Summing in another order costs a few 1e-7."""
 APART = 1e-3
-"""Of the largest entry: swapped matrices must differ by more than this."""
+"""Smallest difference expected between outputs with gate and up swapped, relative to the largest entry."""
 IN_PROPORTION = 1e-4
-"""Of the largest: what ratios of an expert's weight to its probability may differ by."""
+"""Largest relative difference allowed between the experts' ratios of weight to probability."""
 LARGE = 30.0
-"""What up and gate are multiplied by so that a clamp of a few units is reached."""
+"""Factor applied to up and gate so that a clamp at a few units takes effect."""
 
 
-def writes_reach(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """One element written through each slice changes one element of the parameter it names."""
+def written(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
+    """Writing one element through each slice changes one element of the parameter it names."""
     for ffn in _ffns(layers):
         for place in (ffn.up, ffn.gate, ffn.down, ffn.up_bias, ffn.gate_bias, ffn.down_bias):
             if place is None:
@@ -53,21 +50,21 @@ def writes_reach(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | No
 
 
 def recomputed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """The formula applied to the slices gives what the real networks give, on random tokens, small and large."""
+    """The output recomputed from the slices is that of the real FFNs, on random tokens, with small and large values."""
     for factor in (1.0, LARGE):
         with _scaled(model, layers, factor):
             for layer, real in _calls(model, layers):
                 for name, found, expected in real.compare(model, layer, _same):
                     off = _apart(found, expected)
                     if off > TOLERANCE:
-                        said = f"{name}: recomputed from the slices it differs by {off:.1e} of its largest entry"
+                        said = f"{name}: the output recomputed from the slices is off by {off:.1e} of its largest entry"
                         return said + _remedy(model, layer, real, name)
     return None
 
 
 def _remedy(model: PreTrainedModel, layer: DecoderLayer, real: _Calls, name: str) -> str:
-    """The smallest change of the description under which this network agrees; empty where none is known."""
-    for words, change in nearby(layer.ffns[0], model):
+    """The smallest change of the description with which this FFN agrees; empty if none is known."""
+    for words, change in similar_descriptions(layer.ffns[0], model):
         for network, found, expected in real.compare(model, layer, change):
             if network == name and _apart(found, expected) <= TOLERANCE:
                 return f"; with {words} it agrees"
@@ -75,17 +72,17 @@ def _remedy(model: PreTrainedModel, layer: DecoderLayer, real: _Calls, name: str
 
 
 def swapped(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """With gate and up exchanged the formula must not give the same: they are told apart."""
+    """With gate and up exchanged, the output must change."""
     for layer, real in _calls(model, layers):
         ours = {name: found for name, found, _ in real.compare(model, layer, _same)}
         for name, found, expected in real.compare(model, layer, _swapped):
             if min(_apart(found, expected), _apart(found, ours[name])) < APART:
-                return f"{name}: gate and up may be exchanged without a difference"
+                return f"{name}: exchanging gate and up makes no difference"
     return None
 
 
 def captured(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """The intermediate states a walk captures are those recomputed from the networks' inputs."""
+    """The intermediate states that a scan captures are those recomputed from the inputs of the FFNs."""
     states = _walk(model, layers)
     for (layer, real), state in zip(_calls(model, layers, [BOS]), states, strict=True):
         for part in state.parts:
@@ -97,25 +94,25 @@ def captured(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
         if layer.experts is not None and layer.adds == layer.experts.block:
             total = sum((part.output for part in state.parts), torch.zeros_like(state.added)) * layer.scale
             if _apart(total, state.added) > TOLERANCE:
-                return f"{layer.experts.block}: its networks' outputs do not add up to what it gives"
+                return f"{layer.experts.block}: its output is not the sum of the outputs of its FFNs"
         if layer.experts is not None and layer.experts.proportional and not _in_proportion(state):
             return (
-                f"{layer.experts.router}: as {layer.experts.scores} its output is not in proportion to the weights of "
-                f"the experts chosen"
+                f"{layer.experts.router}: the {layer.experts.scores} of its output is not proportional to the weights "
+                f"of the chosen experts"
             )
     return None
 
 
 def _in_proportion(state: LayerState) -> bool:
-    """Whether the probabilities of the experts chosen are to each other as their weights are."""
+    """Whether the weights of the chosen experts are proportional to their probabilities."""
     ratios = [p.weight / p.probability for p in state.parts if p.weight is not None and p.probability is not None]
     return max(ratios) - min(ratios) <= IN_PROPORTION * max(ratios)
 
 
 def added(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """What a layer's FFN is said to add is what the residual stream lacks while its `down` matrices are zero.
+    """The output of the module `adds` is what the residual stream loses when the layer's `down` matrices are zero.
 
-    With them zero it must not depend on the token, or the residual is part of it.
+    With these matrices zero it must not depend on the token, or else it contains the residual.
     """
     states = _walk(model, layers)
     for index, layer in enumerate(layers):
@@ -125,14 +122,17 @@ def added(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
         size = float(state.hidden.abs().max())
         off = float((state.hidden - without.hidden - (state.added - without.added)).abs().max()) / size
         if off > TOLERANCE:
-            return f"{layer.adds} times {layer.scale:g} is not what the stream receives: {off:.1e} of its largest off"
+            return (
+                f"the output of {layer.adds} times {layer.scale:g} is not what is added to the residual stream: off by "
+                f"{off:.1e} of its largest entry"
+            )
         if float((without.added - other.added).abs().max()) > TOLERANCE * size:
-            return f"{layer.adds} gives more than the FFN's part: the residual, or attention, is in it"
+            return f"the output of {layer.adds} contains more than the FFN's: the residual stream or attention"
     return None
 
 
 def zeroed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
-    """Rows that surgery zeroes, biases included, are the entries of the state that become zero, and no others."""
+    """Zeroing rows, biases included, makes the same entries of the intermediate state zero and changes no others."""
     states = _walk(model, layers)
     for index in range(len(layers)):
         for part in states[index].parts:
@@ -141,14 +141,14 @@ def zeroed(model: PreTrainedModel, layers: list[DecoderLayer]) -> str | None:
                 after = _part(_walk(model, layers, index)[index], part.ffn).intermediate
             expected = part.intermediate.index_fill(0, rows, 0.0)
             if after[rows].any():
-                return f"{part.ffn.module}: rows {rows.tolist()} are zero and their entries of the state are not"
+                return f"{part.ffn.module}: zeroing rows {rows.tolist()} does not zero these entries of the state"
             if _apart(after, expected) > TOLERANCE:
-                return f"{part.ffn.module}: zeroing rows {rows.tolist()} changed other entries of the state"
+                return f"{part.ffn.module}: zeroing rows {rows.tolist()} changes other entries of the state"
     return None
 
 
 CHECKS: Mapping[str, Callable[[PreTrainedModel, list[DecoderLayer]], str | None]] = {
-    "writes": writes_reach,
+    "writes": written,
     "output": recomputed,
     "gate/up": swapped,
     "state": captured,
@@ -159,20 +159,20 @@ CHECKS: Mapping[str, Callable[[PreTrainedModel, list[DecoderLayer]], str | None]
 
 @dataclass(slots=True)
 class _Calls:
-    """What went in and out of one layer's networks: module path -> (arguments, output), in a forward of T tokens."""
+    """Captured inputs and outputs of one layer's FFNs in a forward of T tokens: module path -> (arguments, output)."""
 
-    seen: dict[str, tuple[tuple[Any, ...], Any]]
+    captured: dict[str, tuple[tuple[Any, ...], Any]]
     experts: str | None
 
     def input_of(self, ffn: FFN) -> Tensor:
-        """(T, H)."""
+        """The input of the FFN, (T, H)."""
         x: Tensor = self._at(self.experts if ffn.expert is not None and self.experts else _owner(ffn))[0][0]
         return x.reshape(-1, x.shape[-1])
 
     def compare(
         self, model: nn.Module, layer: DecoderLayer, change: Callable[[FFN], FFN | None]
     ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Name, output by the formula, real output of each network, the routed experts as one."""
+        """The name, recomputed output and real output of each FFN, (T, H) each; the routed experts count as one."""
         for ffn in layer.ffns:
             changed = change(ffn)
             if ffn.expert is None and ffn.hook is not None and changed is not None:
@@ -190,20 +190,22 @@ class _Calls:
             yield layer.experts.module, total, real
 
     def _at(self, path: str) -> tuple[tuple[Any, ...], Any]:
-        if path not in self.seen:
-            raise BadPlugin(f"{path} is never called as a module, so nothing can be captured there")
-        return self.seen[path]
+        if path not in self.captured:
+            raise BadPlugin(
+                f"{path} is never called as a module, so its output cannot be captured; describe another one"
+            )
+        return self.captured[path]
 
 
 def _calls(
     model: PreTrainedModel, layers: list[DecoderLayer], tokens: list[int] | None = None
 ) -> list[tuple[DecoderLayer, _Calls]]:
-    """One forward, by default of 16 random tokens, and what each layer's networks received and gave."""
-    seen: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    """Run one forward, by default of 16 random tokens, and capture the inputs and outputs of each layer's FFNs."""
+    calls: dict[str, tuple[tuple[Any, ...], Any]] = {}
     paths = {path for layer in layers for path in _places(layer)}
 
     def keep(path: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[path] = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args), output.detach().clone()
+        calls[path] = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args), output.detach().clone()
 
     hooks = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in paths]
     torch.manual_seed(1)
@@ -213,7 +215,7 @@ def _calls(
         model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return [(layer, _Calls(seen, None if layer.experts is None else layer.experts.module)) for layer in layers]
+    return [(layer, _Calls(calls, None if layer.experts is None else layer.experts.module)) for layer in layers]
 
 
 def _places(layer: DecoderLayer) -> Iterator[str]:
@@ -241,13 +243,13 @@ def _part(state: LayerState, ffn: FFN) -> Part:
 
 
 def _silenced(model: nn.Module, layer: DecoderLayer) -> AbstractContextManager[None]:
-    """The layer's networks give nothing inside the block."""
+    """The layer's FFNs output zero inside the block."""
     places = [place for ffn in layer.ffns for place in (ffn.down, ffn.down_bias) if place is not None]
     return _multiplied(model, places, 0.0)
 
 
 def _scaled(model: nn.Module, layers: list[DecoderLayer], factor: float) -> AbstractContextManager[None]:
-    """All networks' up and gate are larger inside the block."""
+    """Up and gate of all FFNs are multiplied by `factor` inside the block."""
     return _multiplied(model, [place for ffn in _ffns(layers) for place in ffn.inputs], factor)
 
 

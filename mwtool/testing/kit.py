@@ -1,6 +1,6 @@
-"""Conformance kit: proves on a tiny random model that what an adapter says about a model type is so.
+"""The conformance kit: tests on a tiny random model that an adapter describes a model type correctly.
 
-Seven checks, each a property that scan, ablation or MacDrop relies on::
+It runs seven checks, each of a property that scan, ablation or MacDrop relies on::
 
     from mwtool.testing import check_adapter, tiny_config
 
@@ -47,7 +47,7 @@ TINY: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One property; `detail` says what was found where it does not hold, or what it was held on."""
+    """The result of one check. detail: what was found if it failed; what was checked if it passed."""
 
     name: str
     passed: bool
@@ -56,7 +56,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Conformance:
-    """Every check of one model type; `source` is the distribution its adapter came with."""
+    """The results for one model type. source: the distribution that provides the adapter."""
 
     model_type: str
     source: str
@@ -64,7 +64,7 @@ class Conformance:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All checks there are, in order."""
+        """The names of all checks, in order."""
         return NAMES
 
     @property
@@ -74,7 +74,7 @@ class Conformance:
 
 
 def check_type(model_type: str, adapter: Installed) -> Conformance:
-    """Every check on a tiny model of this type, faults of the adapter among them."""
+    """Run every check on a tiny model of this type; errors of the adapter count as a failed check."""
     try:
         checks = run_checks(adapter, tiny_config(model_type, adapter))
     except MwtoolError as fault:
@@ -83,10 +83,10 @@ def check_type(model_type: str, adapter: Installed) -> Conformance:
 
 
 def check_adapter(adapter: Adapter, config: PretrainedConfig) -> tuple[Check, ...]:
-    """Run every check on a random float32 model of this configuration; see docs/adapters.md for what each proves.
+    """Run every check on a random float32 model of this configuration; docs/adapters.md says what each one proves.
 
-    config: a tiny one, see `tiny_config`; the model is built whole.
-    Raises AssertionError with every check that failed.
+    config: a tiny configuration, as `tiny_config` makes; the whole model is built.
+    Raises AssertionError, which lists every check that failed.
     """
     checks = run_checks(adapter, config)
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.passed]
@@ -95,15 +95,15 @@ def check_adapter(adapter: Adapter, config: PretrainedConfig) -> tuple[Check, ..
 
 
 def run_checks(adapter: Adapter, config: PretrainedConfig) -> tuple[Check, ...]:
-    """The checks in order, passed or not. Where shapes do not fit, the rest is not tried."""
+    """Run the checks in order, passed or not. If shapes do not match, no other check is run."""
     model = random_model(config)
     try:
         layers = decoder_layers(adapter, config)
         check_fit(adapter, layers, model)
     except MwtoolError as fault:
         return (Check("shapes", passed=False, detail=str(fault)),)
-    kinds = sum(len(layer.ffns) for layer in layers)
-    checks = [Check("shapes", passed=True, detail=f"{kinds} networks in {len(layers)} layers")]
+    ffns = sum(len(layer.ffns) for layer in layers)
+    checks = [Check("shapes", passed=True, detail=f"{ffns} FFNs in {len(layers)} layers")]
     for name, check in CHECKS.items():
         checks.append(_run(name, partial(check, model, layers)))
     return tuple(checks)
@@ -112,37 +112,37 @@ def run_checks(adapter: Adapter, config: PretrainedConfig) -> tuple[Check, ...]:
 def _run(name: str, check: Callable[[], str | None]) -> Check:
     try:
         fault = check()
-    except (MwtoolError, *UNBUILDABLE) as raised:  # what does not fit may fail anywhere in the model's own code
+    except (MwtoolError, *BUILD_ERRORS) as raised:  # a wrong description may fail anywhere in the model's code
         fault = str(raised) if isinstance(raised, MwtoolError) else f"{type(raised).__name__}: {raised}"
     return Check(name, fault is None, fault or "")
 
 
 def tiny_config(model_type: str, adapter: Adapter | None = None, **options: Any) -> PretrainedConfig:
-    """A configuration of this type: three layers of width 32, under the option names most types understand.
+    """A tiny configuration of this type: three layers of width 32, set by the option names most types understand.
 
-    adapter: where ``adapter.tiny[model_type]`` is found, the options this type needs besides, None for one that it
-    does not take; given `options` win. For a type made of several configurations they go to its text model.
-    Raises BadPlugin where no such configuration can be made.
+    adapter: its ``tiny[model_type]``, if any, holds further options that this type needs, or None for one that it does
+    not accept. options: override both. For a type made of several configurations they apply to its text model.
+    Raises BadPlugin if no such configuration can be built.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
         raise BadPlugin(
-            f"transformers does not know model type {model_type!r}; have the adapter's module register the type "
+            f"transformers does not know model type {model_type!r}; register the type in the adapter's module "
             f"(AutoConfig.register, AutoModelForCausalLM.register)"
         )
     special = dict(getattr(adapter, "tiny", {}).get(model_type, {}))
     inner = special.pop("text_config", None)
-    common = _taken({**TINY, **(special if inner is None else inner), **options})
+    common = _without_none({**TINY, **(special if inner is None else inner), **options})
     try:
         if inner is None:
             return AutoConfig.for_model(model_type, **common)
         return AutoConfig.for_model(model_type, **special, text_config=common)
-    except UNBUILDABLE as fault:
-        raise BadPlugin(_unbuildable(model_type, fault)) from fault
+    except BUILD_ERRORS as fault:
+        raise BadPlugin(_build_failure(model_type, fault)) from fault
 
 
-UNBUILDABLE = (
+BUILD_ERRORS = (
     StrictDataclassError,
     ValueError,
     KeyError,
@@ -152,22 +152,25 @@ UNBUILDABLE = (
     IndexError,
     ZeroDivisionError,
 )
-"""What model code raises when options do not go together."""
+"""Exceptions that model code raises for incompatible options."""
 
 
-def _unbuildable(model_type: str, fault: BaseException) -> str:
+def _build_failure(model_type: str, fault: BaseException) -> str:
     return (
-        f"no tiny model of type {model_type!r} can be made: {line_of(fault)}; "
-        f"give the options it needs in the adapter's `tiny`"
+        f"a tiny model of type {model_type!r} could not be built: {line_of(fault)}; "
+        f"add the options it needs to the adapter's `tiny`"
     )
 
 
-def _taken(options: dict[str, Any]) -> dict[str, Any]:
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
 def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model whose every number that a checkpoint holds is random: norms, biases, what routers add to scores."""
+    """A model in which every number that a checkpoint holds is random: also norms, biases and router biases.
+
+    Raises BadPlugin if the model cannot be built or run.
+    """
     torch.manual_seed(seed)
     try:
         model: PreTrainedModel = model_class(config).from_config(config, dtype=dtype).eval()
@@ -179,6 +182,6 @@ def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
                 nn.init.normal_(buffer, std=0.3)
         with torch.no_grad():
             model(input_ids=torch.tensor([[BOS]]), use_cache=False)
-    except UNBUILDABLE as fault:
-        raise BadPlugin(_unbuildable(config.model_type, fault)) from fault
+    except BUILD_ERRORS as fault:
+        raise BadPlugin(_build_failure(config.model_type, fault)) from fault
     return model

@@ -1,4 +1,4 @@
-"""Installed adapters, and how they pass the conformance kit, as tables for people, with Rich."""
+"""Installed adapters and the results of the conformance checks as Rich tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def adapters_table(plugins: Sequence[Plugin]) -> Table:
-    """Installed adapters: model type, the object that serves it, and the distribution it came with."""
+    """Installed adapters: model type, adapter object, and the distribution that provides it."""
     table = Table(box=None, pad_edge=False)
     for column in ("model type", "adapter", "distribution", "version"):
         table.add_column(column)
@@ -24,13 +24,13 @@ def adapters_table(plugins: Sequence[Plugin]) -> Table:
 
 
 def conformance_table(results: Sequence[Conformance]) -> Table:
-    """One row a model type, one column a check; a check that was not tried is left empty."""
+    """One line for each model type, one column for each check; a check that was not run is left empty."""
     table = Table(box=None, pad_edge=False)
     names = results[0].names if results else ()
     table.add_column("model type", no_wrap=True)
     for name in names:
         table.add_column(name, justify="center")
-    table.add_column("from", overflow="fold")  # a distribution's name is never cut
+    table.add_column("from", overflow="fold")  # never truncates the name of a distribution
     for result in results:
         marks = {check.name: Text("✓", "green") if check.passed else Text("✗", "bold red") for check in result.checks}
         table.add_row(result.model_type, *[marks.get(name, Text()) for name in names], result.source)

@@ -1,4 +1,4 @@
-"""A new adapter package for others to own: what `mwtool adapters new` writes."""
+"""The template of a package with an adapter, which `mwtool adapters new` writes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ INIT = Template('''\
 ''')
 
 ADAPTER = Template('''\
-"""Where $name keeps its feed-forward networks."""
+"""Where $name models keep their feed-forward networks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mwtool.layout import DecoderLayer, gated_mlp
+from mwtool.architecture.layout import DecoderLayer, gated_mlp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
 
 class $class_:
     tiny: ClassVar[dict[str, dict[str, Any]]] = {"$name": {}}
-    """Options a tiny configuration needs besides the common ones, for the checks."""
+    """Options that a tiny configuration needs besides the common ones, for the checks."""
 
     def layer(self, config: PretrainedConfig, index: int) -> DecoderLayer:
-        """As in Llama: change the names to those of `model.named_parameters()`."""
+        """The layout of Llama: change the names to those in `model.named_parameters()`."""
         path = f"model.layers.{index}"
         ffn = gated_mlp(f"{path}.mlp", config.hidden_act)
         return DecoderLayer(path, (ffn,), adds=f"{path}.mlp")
@@ -78,10 +78,10 @@ README = Template("""\
 Lets [mwtool](https://pypi.org/project/mwtool/) read `$name` models.
 
     pip install -e '.[test]'
-    mwtool adapters check $name    # every check, with what is wrong
+    mwtool adapters check $name    # runs every check and reports what is wrong
     pytest
 
-`mwtool_$module/adapter.py` starts out as Llama's layout. Change it until the checks pass; then
+`mwtool_$module/adapter.py` starts with Llama's layout. Change it until the checks pass; then
 `mwtool scan MODEL` works on any `$name` checkpoint. If transformers does not know the type, import
 the module that registers it there (`AutoConfig.register`, `AutoModelForCausalLM.register`) in
 `adapter.py`. mwtool's docs/adapters.md walks through a whole example.
@@ -89,14 +89,16 @@ the module that registers it there (`AutoConfig.register`, `AutoModelForCausalLM
 
 
 def write_package(name: str, folder: Path) -> list[Path]:
-    """Write a package with an adapter for model type `name` into `folder`, and return its files.
+    """Write a package with an adapter for model type `name` to `folder`, and return its files.
 
-    Raises BadValue if the name cannot be a model type, OutputError if the folder is in use or cannot be written.
+    Raises BadValue if the name cannot be a model type, OutputError if the folder is not empty or cannot be written.
     """
     if not re.fullmatch(r"[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?", name):
-        raise BadValue(f"{name!r} cannot be a model type; expected letters, digits and, between them, '_', '-' or '.'")
+        raise BadValue(
+            f"{name!r} cannot be a model type; expected letters and digits, with '_', '-' or '.' between them"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not an empty folder; name another")
+        raise OutputError(f"{folder} exists and is not an empty folder; choose another")
     module = re.sub(r"[.-]", "_", name).lower()
     words = {
         "name": name,
@@ -119,5 +121,5 @@ def _write(path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as fault:
-        raise OutputError(f"{path} cannot be written: {fault.strerror or fault}") from fault
+        raise OutputError(f"{path} could not be written: {fault.strerror or fault}; choose another folder") from fault
     return path

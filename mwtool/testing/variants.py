@@ -1,4 +1,4 @@
-"""Descriptions of a network close to one that is wrong: what an adapter's author mistakes most often, one by one."""
+"""Variants of a wrong description of an FFN, one for each common mistake, to find the one that is right."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
-"""Those in use in feed-forward networks."""
+"""Activations used in FFNs."""
 
 Change = Callable[[FFN], FFN]
 
 
-def nearby(ffn: FFN, model: nn.Module) -> Iterator[tuple[str, Change]]:
-    """What may be changed in a layer's descriptions, in words, the fewest changes first; all keep their shapes.
+def similar_descriptions(ffn: FFN, model: nn.Module) -> Iterator[tuple[str, Change]]:
+    """Changes of a layer's descriptions that keep all shapes, each with its name, the fewest changes first.
 
-    ffn: one network of the layer, which shows what can be changed at all.
+    ffn: one FFN of the layer, from which the possible changes are derived.
     """
     kinds: list[list[tuple[str, Change] | None]] = [[None], [None], [None], [None]]
     if ffn.gate is not None:
-        kinds[0] += _arranged(ffn, model)
+        kinds[0] += _arrangements(ffn, model)
         kinds[1].append(("gate and up exchanged", exchanged))
     missing = [f"{name} in {place.param}" for name, place in _biases(ffn, model).items()]
     if missing:
@@ -39,7 +39,7 @@ def nearby(ffn: FFN, model: nn.Module) -> Iterator[tuple[str, Change]]:
 
 
 def exchanged(ffn: FFN) -> FFN:
-    """With gate for up; the same where there is no gate."""
+    """The FFN with gate and up exchanged; unchanged if there is no gate."""
     if ffn.gate is None:
         return ffn
     return replace(ffn, up=ffn.gate, gate=ffn.up, up_bias=ffn.gate_bias, gate_bias=ffn.up_bias)
@@ -58,7 +58,7 @@ def _biased(model: nn.Module, ffn: FFN) -> FFN:
 
 
 def _biases(ffn: FFN, model: nn.Module) -> dict[str, Any]:
-    """The biases beside the matrices that the description leaves out, by the names of FFN's fields."""
+    """Biases in the model that the description leaves out, by field name of FFN."""
     there = dict(model.named_parameters())
     matrices = {"up": ffn.up, "gate": ffn.gate, "down": ffn.down}
     given = {"up": ffn.up_bias, "gate": ffn.gate_bias, "down": ffn.down_bias}
@@ -72,15 +72,15 @@ def _biases(ffn: FFN, model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _arranged(ffn: FFN, model: nn.Module) -> list[tuple[str, Change]]:
-    """Gate and up of one parameter as its two halves, and row by row in turn."""
+def _arrangements(ffn: FFN, model: nn.Module) -> list[tuple[str, Change]]:
+    """Gate and up as the two halves of one parameter, and as alternating rows."""
     if ffn.gate is None or ffn.gate.param != ffn.up.param:
         return []
     rows = ffn.up.read(model).shape[0]
     halves, turns = (slice(0, rows), slice(rows, None)), (slice(0, None, 2), slice(1, None, 2))
     return [
         ("gate and up in halves", partial(_cut, halves)),
-        ("gate and up row by row in turn", partial(_cut, turns)),
+        ("gate and up in alternating rows", partial(_cut, turns)),
     ]
 
 
@@ -96,7 +96,7 @@ def _cut(parts: tuple[slice, slice], ffn: FFN) -> FFN:
 
 
 def _at(place: WeightSlice | None, other: WeightSlice | None, part: slice) -> WeightSlice | None:
-    """The place with this part where the index of the other one differs."""
+    """The slice with `part` where its index differs from that of the other one."""
     if place is None or other is None:
         return place
     index: Index = tuple(part if one != two else one for one, two in zip(place.index, other.index, strict=False))

@@ -194,8 +194,8 @@ def test_the_context_manager_does_what_the_sweep_does(loaded: Loaded) -> None:
     for options, message in (
         ({"mode": "mean"}, "mean needs windows=, token ids .* none were given"),
         ({"mode": "mean", "windows": []}, "mean needs windows=, token ids .* none were given"),
-        ({"k": -1}, "k is -1; expected a number from 0 on"),
-        ({"k": 99}, "the scan ranked 5: scan with -k 99"),
+        ({"k": -1}, "k is -1; expected 0 or more"),
+        ({"k": 99}, "the scan ranked 5; scan with -k 99"),
     ):
         with pytest.raises(BadValue, match=message), mwtool.ablated(loaded.base, massive, **options):
             pass

@@ -31,12 +31,12 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 def accuracy(value: float) -> Measured:
-    return Measured("mc:x.jsonl", "acc", value, None, 4, 0.0, (1.0, 0.0))
+    return Measured(task="mc:x.jsonl", metric="acc", value=value, stderr=None, n=4, seconds=0.0, samples=(1.0, 0.0))
 
 
 def made_up(loaded: Loaded) -> Ablation:
     """A perplexity and an accuracy, under one attack, two random controls and the rows of largest norm."""
-    target, attack = Target(1, loaded.layers[1].ffns[0], (17, 3)), Attack("zero", 1)
+    target, attack = Target(layer=1, ffn=loaded.layers[1].ffns[0], indices=(17, 3)), Attack("zero", 1)
     plain = [3.0, 4.0, 5.0, 6.0, 2.0]
     counts = [1.0] * 5
 

@@ -58,7 +58,7 @@ def test_truly_massive_rows_that_a_saved_scan_does_not_rank_are_said(loaded: Loa
 
 
 def test_random_rows_are_nested_and_depend_on_the_seed_alone(loaded: Loaded) -> None:
-    target = Target(1, loaded.layers[1].ffns[0], (17, 3))
+    target = Target(layer=1, ffn=loaded.layers[1].ffns[0], indices=(17, 3))
     draws = [random_rows(target, 64, 5, seed) for seed in range(20)]
     assert draws == [random_rows(target, 64, 5, seed) for seed in range(20)]
     assert len(set(draws)) == 20
@@ -70,7 +70,10 @@ def test_random_rows_are_nested_and_depend_on_the_seed_alone(loaded: Loaded) -> 
 def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) -> None:
     mlp: Any = loaded.base.get_submodule("model.layers.3.mlp")
     norms = (mlp.up_proj.weight.double() ** 2 + mlp.gate_proj.weight.double() ** 2).sum(1)
-    assert list(norm_rows(loaded, Target(3, loaded.layers[3].ffns[0], ()), 4) or ()) == norms.topk(4).indices.tolist()
+    assert (
+        list(norm_rows(loaded, Target(layer=3, ffn=loaded.layers[3].ffns[0], indices=()), 4) or ())
+        == norms.topk(4).indices.tolist()
+    )
 
 
 def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
@@ -141,7 +144,7 @@ def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(t
     sweep = Sweep((Attack("zero"),), (1,), draws=1)
     found, expected = (swept(one, sweep, Choice(layers=(2,))) for one in (loaded, here))
     assert [run.measured[0].value for run in found.runs] == [run.measured[0].value for run in expected.runs]
-    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded .* without offloading"):
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded.* without offloading"):
         swept(loaded, sweep)
     # a value is fixed on its way, wherever the rows are
     fixed, plain = (swept(one, Sweep((Attack("mean"),), (1,), draws=1)) for one in (loaded, here))

@@ -112,9 +112,9 @@ def test_an_adapter_that_fails_is_named_with_the_layer(announce: Announce) -> No
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        (property(lambda _: 1 / 0), "failed to give its `tiny`: ZeroDivisionError"),
-        (["here"], r"has \['here'\] for its `tiny`; expected options by model type"),
-        ({"here": 3}, r"has \{'here': 3\} for its `tiny`; expected options by model type"),
+        (property(lambda _: 1 / 0), "reading its `tiny` failed: ZeroDivisionError"),
+        (["here"], r"`tiny` is \['here'\]; expected a mapping from model type to options"),
+        ({"here": 3}, r"`tiny` is \{'here': 3\}; expected a mapping from model type to options"),
     ],
 )
 def test_tiny_configurations_that_are_none_are_told_of(
@@ -122,7 +122,7 @@ def test_tiny_configurations_that_are_none_are_told_of(
 ) -> None:
     announce(here="test_registry:GOOD")
     monkeypatch.setattr(Here, "tiny", given)
-    with pytest.raises(BadPlugin, match=rf"some-plugin 1\.2\) {fault}"):
+    with pytest.raises(BadPlugin, match=rf"some-plugin 1\.2\): {fault}"):
         _ = adapter_for("here").tiny
 
 
@@ -170,7 +170,7 @@ def test_a_type_unknown_to_transformers_needs_an_adapter_or_code_of_its_own(anno
 
 def test_what_no_adapter_can_describe_is_refused_with_the_reason_unless_a_plugin_does(announce: Announce) -> None:
     announce()
-    with pytest.raises(UnsupportedModel, match="'bitnet' cannot be described by an adapter: it normalises the interm"):
+    with pytest.raises(UnsupportedModel, match="'bitnet' cannot be described by an adapter: it normalizes the interm"):
         adapter_for("bitnet")
     announce(bitnet="test_registry:GOOD")
     assert adapter_for("bitnet").adapter is GOOD

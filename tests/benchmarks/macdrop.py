@@ -187,7 +187,19 @@ def model_of(shape: str, args: argparse.Namespace) -> tuple[Any, MassiveWeights]
     finally:
         torch.set_default_dtype(torch.float32)
     some = (1.0,) * len(ROWS)
-    return model, MassiveWeights(1, "model.layers.1.mlp", None, ROWS, some, some, 0.1, 1, 0.0, 0, 1.0)
+    return model, MassiveWeights(
+        layer=1,
+        module="model.layers.1.mlp",
+        expert=None,
+        indices=ROWS,
+        magnitudes=some,
+        shares=some,
+        median=0.1,
+        count=1,
+        share_of_parameters=0.0,
+        dimension=0,
+        value=1.0,
+    )
 
 
 def adapted(model: Any, kind: str) -> Any:

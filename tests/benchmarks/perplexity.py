@@ -90,7 +90,15 @@ def cut(shape: str, length: int, count: int) -> Windows:
         return whole.first(count)
     source = torch.Generator().manual_seed(0)
     ids = tuple(torch.randint(VOCABULARY, (length,), generator=source) for _ in range(count))
-    return Windows(ids, (length - 1,) * count, tuple(range(count)), (length - 1,) * count, "sun-4096", length, None)
+    return Windows(
+        ids=ids,
+        scored=(length - 1,) * count,
+        sample=tuple(range(count)),
+        units=(length - 1,) * count,
+        protocol="sun-4096",
+        metric=length,
+        length=None,
+    )
 
 
 def reference(model: Any, cut: Windows) -> float:

@@ -160,11 +160,11 @@ def test_the_document_of_an_ablation_gives_the_rows_it_attacked(folder: Path, tm
     [
         (["--indices", "64"], "row 64 does not exist"),
         (["--layer", "8"], "layer 8 does not exist; the model has layers 0 to 7"),
-        (["--mode", "drop"], "mode 'drop' is not understood; expected zero, retain, mean or scale:X"),
-        (["--mode", "scale:nan"], "mode 'scale:nan' is not understood"),
+        (["--mode", "drop"], "unknown mode 'drop'; expected zero, retain, mean or scale:X"),
+        (["--mode", "scale:nan"], "unknown mode 'scale:nan'"),
         (["-k", "99"], "k is 99"),
         (["--task", "pl:x"], "did you mean ppl:x?"),
-        (["--plot", "curve.doc"], "no figure of type .doc; expected one of"),
+        (["--plot", "curve.doc"], "matplotlib cannot write files of type .doc; expected one of"),
         (["--massive", "absent.json"], "absent.json"),
         (["--generate", "w1 " * 64], "the prompt has 65 tokens with bos and the model 64 positions"),
     ],
@@ -202,7 +202,7 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
     assert "finite" in document["runs"][0]["nonfinite"][task]
     said = " ".join(ablate(folder, *options).out.split())
     assert "not finite" in said
-    assert "ppl:text.txt is not finite scale:1e+38:1 in layer 1: 7 of 7 samples gave no finite loss" in said
+    assert "ppl:text.txt is not finite scale:1e+38:1 in layer 1: 7 of 7 samples have no finite loss" in said
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_former_figure(folder: Path, tmp_path: Path) -> N
         fault = ablate(folder, "-k", "1", "--no-controls", "--plot", tmp_path / "curve.png", "--json")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "curve.png cannot be written: File too large; nothing was left there" in fault.err
+    assert "curve.png could not be written: File too large; no partial file is left" in fault.err
     assert fault.code == 1
     assert fault.document["runs"]  # what was measured is not lost with it
     assert (tmp_path / "curve.png").read_text() == "former"
@@ -268,7 +268,7 @@ def test_a_full_disk_while_saving_leaves_nothing(folder: Path, tmp_path: Path) -
         ran = ablate(folder, "--mode", "zero", "-k", "1", "--no-controls", "--save", tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "saved cannot be written: File too large; nothing was left there" in ran.err
+    assert "saved could not be written: File too large; no partial folder is left" in ran.err
     assert ran.code == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -72,7 +72,7 @@ def test_a_figure_shows_the_states_and_what_the_ffns_add_as_the_document_has_it(
 
 
 def test_a_figure_that_cannot_be_written_is_told_before_the_scan(model: Path, tmp_path: Path) -> None:
-    assert "no figure of type .doc" in run("scan", model, "--plot", tmp_path / "x.doc").fault
+    assert "matplotlib cannot write files of type .doc" in run("scan", model, "--plot", tmp_path / "x.doc").fault
     assert "does not exist" in run("scan", model, "--plot", tmp_path / "no" / "x.png").fault
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from words import WORDS, planted_folder, with_tokenizer
 
-from mwtool.evaluation.comparison import Row
+from mwtool.evaluation.comparison import Entry
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.report import eval_report
 from mwtool.files.document import text_of
@@ -48,7 +48,7 @@ def evaluated(folder: Path, *arguments: object) -> Any:
 
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
-EVAL = "adapter on attention bos options batch_size massive attacks tasks complete results notes"
+EVAL = "adapter on attention bos options batch_size massive places attacks tasks complete results notes"
 RESULT = (
     "attack task part metric value stderr n seconds nonfinite higher_is_better digest setting samples weights answers"
 )
@@ -99,7 +99,7 @@ def test_every_key_of_the_documents_is_described(folder: Path, tmp_path: Path) -
 def test_the_table_is_model_by_attack_by_task_with_standard_errors(folder: Path, questions: Any) -> None:
     ran = evaluated(folder, "--task", questions[0], "--attack", "none", "--attack", "zero:3")
     lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == "task metric attack value ± s.e. n beside the first".split()
+    assert lines[0] == "task metric attack value ± s.e. n vs first".split()
     assert [line[:3] for line in lines[1:]] == [
         ["ppl:text.txt", "perplexity", "none"], ["ppl:text.txt", "perplexity", "zero:3"],
         ["mc:mc.jsonl", "acc", "none"], ["mc:mc.jsonl", "acc", "zero:3"],
@@ -150,8 +150,8 @@ def test_a_run_is_not_resumed_under_other_conditions(folder: Path, tmp_path: Pat
     output = tmp_path / "a.json"
     assert evaluated(folder, "-o", output).code == 0
     fault = evaluated(folder, "-o", output, "--resume", "--limit", 2).fault
-    assert "a.json was made with options limit None, now it is limit 2; give the same" in fault
-    assert "give the same to go on, or write elsewhere" in fault
+    assert "a.json was made with options limit None, now it is limit 2; use the same" in fault
+    assert "use the same to resume, or write elsewhere" in fault
     assert "was made with bos" in evaluated(folder, "-o", output, "--resume", "--bos", "w1").fault
     more = evaluated(folder, "-o", output, "--resume", "--attack", "none", "--attack", "zero:2", "--json").document
     assert [one["attack"] for one in more["results"]] == ["none", "zero:2"]
@@ -193,7 +193,7 @@ def test_other_windows_are_not_paired_and_said_so(folder: Path, tmp_path: Path) 
     assert run("eval", folder, "--task", task, "--window", 16, "-o", tmp_path / "a.json").code == 0
     assert run("eval", folder, "--task", task, "--window", 32, "-o", tmp_path / "b.json").code == 0
     ran = run("eval", "--compare", tmp_path / "a.json", tmp_path / "b.json")
-    assert "other examples" in ran.out
+    assert "different examples" in ran.out
     assert (
         run("eval", "--compare", tmp_path / "a.json", tmp_path / "b.json", "--json").document["pairs"][0]["kind"]
         is None
@@ -274,7 +274,7 @@ def test_what_is_not_finite_is_null_in_the_document_and_said_in_the_table(folder
         ('{"query": "a", "choices": ["b", "c"], "gold": true}\n', "line 1: gold is True"),
         ('{"query": "a", "choices": ["b", "c"]}\n', "line 1: gold is None"),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n', "line 1: choices is ['b']; expected a list of at least two"),
-        ('{"choices": ["b", "c"], "gold": 0}\n', "line 1: query is absent (the row has choices, gold)"),
+        ('{"choices": ["b", "c"], "gold": 0}\n', "line 1: query is missing (the record has choices, gold)"),
         ("", "mc.jsonl is empty"),
     ],
 )
@@ -293,14 +293,14 @@ def test_a_malformed_line_is_named_with_its_file_before_a_model_is_opened(
         (["--task", "arc_eesy"], "has no task 'arc_eesy'; did you mean arc_easy"),
         (["--task", "papr"], "did you mean paper"),
         (["--task", "pp:demo"], "did you mean ppl:demo?"),
-        (["--task", "mc:"], "says no file"),
+        (["--task", "mc:"], "names no file"),
         (["--task", "ppl:absent.txt"], "absent.txt does not exist"),
         (["--task", "generate:absent.txt"], "absent.txt does not exist"),
-        (["--attack", "zero"], "attack 'zero' is not understood; expected none, zero:K"),
+        (["--attack", "zero"], "unknown attack 'zero'; expected none, zero:K"),
         (["--attack", "zero:99"], "k is 99"),
         (["--massive", "absent.json", "--attack", "zero:1"], "absent.json"),
         (["--bos", "never"], "protocol bos puts bos first and none was given"),
-        (["--task", "ppl:wikitext2"], "ppl:FILE measures a local one"),
+        (["--task", "ppl:wikitext2"], "use a local text with ppl:FILE"),
         (["-o", "no/where.json"], "does not exist"),
     ],
 )
@@ -335,8 +335,8 @@ def test_windows_are_shortened_to_the_model_and_short_texts_are_evaluated_and_bo
 ) -> None:
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     ran = run("eval", folder, "--task", f"ppl:{tmp_path / 'short.txt'}", "--protocol", "sun-4096", "--json")
-    assert "windows of 4096 tokens are shortened to the 64 the model has" in ran.err
-    assert "3 tokens, less than a window of 64: it is evaluated as one short window" in ran.err
+    assert "windows of 4096 tokens are shortened to the 64 positions of the model" in ran.err
+    assert "3 tokens, fewer than a window of 64: it is evaluated as one short window" in ran.err
     assert [line.partition(": ")[2].split(": ")[0] for line in ran.document["notes"]] != []
     assert ran.document["results"][0]["n"] == 1
     assert ran.document["results"][0]["stderr"] is None
@@ -362,7 +362,21 @@ def test_a_run_with_an_adapter_says_nothing_of_kernels(folder: Path, tmp_path: P
 
 def test_only_a_ratio_close_to_one_has_more_decimals() -> None:
     figures = [
-        Row(name, "none", Measured("ppl:x", "perplexity", value, stderr, 4, 0.1, (1.0,) * 4, (1.0,) * 4, digest="d"))
+        Entry(
+            name,
+            "none",
+            Measured(
+                task="ppl:x",
+                metric="perplexity",
+                value=value,
+                stderr=stderr,
+                n=4,
+                seconds=0.1,
+                samples=(1.0,) * 4,
+                weights=(1.0,) * 4,
+                digest="d",
+            ),
+        )
         for name, value, stderr in (("one", 25.74, 1.0058), ("two", 25.76, 0.9921))
     ]
     console = Console(width=200, record=True, file=io.StringIO())

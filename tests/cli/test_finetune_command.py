@@ -279,7 +279,7 @@ def test_two_processes_show_one_progress_and_leave_one_set_of_files(folder: Path
         (["--massive", "absent.json"], "absent.json"),
         (["--target-modules", "absent_proj"], "no adapter can be put on"),
         (["--report-to", "abacus"], "--report-to abacus"),
-        (["-o", "absent/out"], "absent does not exist; make it, or save elsewhere"),
+        (["-o", "absent/out"], "absent does not exist; create it, or save elsewhere"),
     ],
 )
 def test_a_bad_value_is_one_line_and_exit_1(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:

@@ -22,7 +22,7 @@ from mwtool.ablation.sweep import Sweep, ablate
 from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluation import harness
-from mwtool.evaluation.comparison import Row, beside_first, paired, student_t
+from mwtool.evaluation.comparison import Entry, compare_with_first, paired, student_t
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import check, evaluate, measure
 from mwtool.evaluation.measurement import Measured
@@ -165,7 +165,7 @@ def test_what_cannot_be_attacked_is_refused_before_anything_runs(loaded: Loaded)
     massive, _ = massive_for(loaded, settings=Settings(k=3))
     seen.clear()
     try:
-        for name, words_ in (("zero:4", "needs 4 ranked rows"), ("mean:2", "`mwtool ablate` gathers")):
+        for name, words_ in (("zero:4", "needs 4 ranked rows"), ("mean:2", "`mwtool ablate` measures")):
             with pytest.raises(BadValue, match=words_):
                 evaluate(loaded, massive, (parse_attack("none"), parse_attack(name)), tasks)
         with pytest.raises(BadValue, match="no massive weights to attack with zero:1"):
@@ -257,7 +257,7 @@ def test_a_generating_task_runs_in_batches_with_bos_in_front_and_no_bars(
 
 
 def prepared(loaded: Loaded, *names: str) -> list[harness.Named]:
-    return [harness.prepare_named(loaded, Task("harness", name), Options()) for name in names]
+    return [harness.prepare_harness(loaded, Task("harness", name), Options()) for name in names]
 
 
 def test_what_is_no_number_is_named_in_every_kind_of_task(tmp_path: Path, own_tasks: Path) -> None:
@@ -267,7 +267,7 @@ def test_what_is_no_number_is_named_in_every_kind_of_task(tmp_path: Path, own_ta
     named = [Task("harness", "first"), rows(tmp_path, "mc", CHOICES), rows(tmp_path, "cloze", CLOZE), prompts(tmp_path)]
     for one in measure(broken, named, Options(new_tokens=8)):
         assert one.nonfinite is not None, one
-        assert "gave no finite loss, the first is number" in one.nonfinite
+        assert "have no finite loss, the first is number" in one.nonfinite
         assert one.stderr is None
         assert math.isnan(one.value)
 
@@ -280,16 +280,16 @@ def test_a_task_that_is_not_known_offers_the_nearest_and_data_that_cannot_be_had
     with pytest.raises(BadValue, match="has no task 'zzzzzz'; `lm-eval ls tasks` lists"):
         check([Task("harness", "zzzzzz")])
     (own_tasks / "first.json").unlink()
-    with pytest.raises(ModelNotFound, match=r"cannot be had .*; mc:FILE.jsonl and cloze:FILE.jsonl measure local ones"):
+    with pytest.raises(ModelNotFound, match=r"could not be loaded .*; use a local file with mc:FILE.jsonl or"):
         prepared(loaded, "first")
     (own_tasks / "first.json").write_text("nonsense")
-    with pytest.raises(ModelNotFound, match="the dataset of first cannot be had"):
+    with pytest.raises(ModelNotFound, match="the dataset of first could not be loaded"):
         prepared(loaded, "first")
 
 
 def test_a_harness_that_gives_up_is_one_line(loaded: Loaded, own_tasks: Path) -> None:
     (ready,) = prepared(loaded, "saying")
-    with pytest.raises(BadValue, match="saying: lm-evaluation-harness gave up: Invalid configuration: requested max"):
+    with pytest.raises(BadValue, match="saying: lm-evaluation-harness failed: Invalid configuration: requested max"):
         ready.run(loaded, Options(window=3))
 
 
@@ -305,10 +305,10 @@ def test_without_lm_eval_the_message_says_what_to_install(monkeypatch: pytest.Mo
 
 def test_a_continuation_without_tokens_or_with_too_many_is_refused(loaded: Loaded, tmp_path: Path) -> None:
     long = rows(tmp_path, "cloze", [*CLOZE[:2], {"context": words(1, 3), "continuation": words(1, 17)}])
-    with pytest.raises(BadValue, match="row 3: a continuation has 17 tokens; expected at least 1 and at most the 16"):
+    with pytest.raises(BadValue, match="question 3: a continuation has 17 tokens; expected at least 1 and at most"):
         measure(loaded, [long], Options(window=16))
     none = rows(tmp_path, "cloze", [{"context": words(1, 3), "continuation": " "}])
-    with pytest.raises(BadValue, match="row 1: a continuation has 0 tokens; expected at least 1"):
+    with pytest.raises(BadValue, match="question 1: a continuation has 0 tokens; expected at least 1"):
         measure(loaded, [none], Options(delimiter=""))
 
 
@@ -316,7 +316,17 @@ def figure(samples: list[float], weights: list[float] | None = None, digest: str
     n = len(samples)
     kept = None if weights is None else tuple(weights)
     value = sum(samples) / n if weights is None else math.exp(sum(samples) / sum(weights))
-    return Measured("t", "m", value, None, n, 0.0, samples=tuple(samples), weights=kept, digest=digest)
+    return Measured(
+        task="t",
+        metric="m",
+        value=value,
+        stderr=None,
+        n=n,
+        seconds=0.0,
+        samples=tuple(samples),
+        weights=kept,
+        digest=digest,
+    )
 
 
 def test_accuracies_of_the_same_questions_differ_by_points_with_a_paired_interval() -> None:
@@ -350,8 +360,8 @@ def test_other_examples_other_weights_and_what_is_not_finite_are_not_paired() ->
 
 def test_every_figure_stands_beside_the_first_of_its_kind() -> None:
     a, b = figure([1.0, 0, 1, 1]), figure([1.0, 1, 1, 1])
-    several = [Row("x", "none", a), Row("x", "zero:3", b), Row("y", "none", replace(b, metric="other"))]
-    found = list(beside_first([*several, Row("y", "none", a)]))
+    several = [Entry("x", "none", a), Entry("x", "zero:3", b), Entry("y", "none", replace(b, metric="other"))]
+    found = list(compare_with_first([*several, Entry("y", "none", a)]))
     assert [(row.model, row.attack, reference.model) for row, reference, _ in found] == [
         ("x", "zero:3", "x"),
         ("y", "none", "x"),

@@ -54,7 +54,7 @@ def test_an_interrupted_evaluation_is_resumed_and_measures_only_what_is_missing(
     assert document["complete"]
     assert document["results"][0] == before["results"][0]
     plain = evaluate_models([str(folder)], config)
-    assert [row.measured.samples for row in plain.rows] == [row.measured.samples for row in found.rows]
+    assert [row.measured.samples for row in plain.entries] == [row.measured.samples for row in found.entries]
 
 
 def test_a_model_is_compared_with_a_saved_result(folder: Path, config: EvalConfig, tmp_path: Path) -> None:

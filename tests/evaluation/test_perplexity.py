@@ -19,7 +19,7 @@ from mwtool.errors import BadValue, NoBos
 from mwtool.evaluation import chunked_loss as head
 from mwtool.evaluation.corpora import default_protocol, text_for
 from mwtool.evaluation.perplexity import measure_perplexity, perplexity, summarize, tokens_at_once
-from mwtool.evaluation.windows import Text, Windows, _rolling, windows
+from mwtool.evaluation.windows import PROTOCOLS, Text, Windows, _cut, windows
 
 TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in range(95))
 
@@ -28,6 +28,14 @@ TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in ran
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = with_tokenizer(tmp_path_factory.mktemp("tokenizer"), tiny.model("llama", num_hidden_layers=2))
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def one_window(ids: torch.Tensor) -> Windows:
+    units = (len(ids) - 1,)
+    return Windows(
+        ids=(ids,), scored=units, sample=(0,), units=units, protocol="sun-4096", metric="perplexity", length=len(ids),
+        bos=None,
+    )  # fmt: skip
 
 
 def by_a_loop(model: Any, cut: Windows) -> float:
@@ -61,8 +69,8 @@ def test_from_python_it_is_the_same_and_leaves_the_mode_as_it_was(tokenizer: Any
     assert model.training
     assert found.value == pytest.approx(by_a_loop(model.eval(), cut), rel=1e-6)
     assert measure_perplexity(model, tokenizer, "w1 w2").notes == (
-        "windows of 4096 tokens are shortened to the 32 the model has",
-        "the text has 2 tokens, less than a window of 31: it is evaluated as one short window",
+        "windows of 4096 tokens are shortened to the 32 positions of the model",
+        "the text has 2 tokens, fewer than a window of 31: it is evaluated as one short window",
     )
     with pytest.raises(NoBos, match="sun-4096"):
         measure_perplexity(model, tokenizer, TEXT, bos="never")
@@ -76,7 +84,7 @@ def test_in_bfloat16_the_chunked_loss_is_the_unchunked_one_on_the_same_logits(
     ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, 0] = False
-    monkeypatch.setattr(head, "rows_at_once", lambda *_: 7)
+    monkeypatch.setattr(head, "positions_per_chunk", lambda *_: 7)
     seen = []
     plain = head.Head._logits
     monkeypatch.setattr(head.Head, "_logits", lambda *args: seen.append(plain(*args)) or seen[-1])
@@ -92,7 +100,7 @@ def test_in_bfloat16_the_chunked_loss_is_the_unchunked_one_on_the_same_logits(
 
 def test_the_logits_of_a_window_are_never_held_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", num_hidden_layers=2, vocab_size=8192)
-    cut = Windows((torch.arange(3, 99),), (95,), (0,), (95,), "sun-4096", 96, None)
+    cut = one_window(torch.arange(3, 99))
     monkeypatch.setattr(head, "LEAST", 2**16)
     sizes = []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel() * out.element_size()))
@@ -103,12 +111,12 @@ def test_the_logits_of_a_window_are_never_held_whole(monkeypatch: pytest.MonkeyP
     assert len(chunks) > 10
     for device, rows in (("meta", 512), ("cpu", 128)):  # the first stands for any but a CPU, whose caches are small
         hidden_states = torch.empty(2, 4096, 2048, dtype=torch.bfloat16, device=device)
-        assert head.rows_at_once(hidden_states, 128_256) == rows
+        assert head.positions_per_chunk(hidden_states, 128_256) == rows
 
 
 def test_a_model_whose_logits_do_not_follow_from_its_hidden_state_runs_whole_and_says_so() -> None:
     model = tiny.model("llama", num_hidden_layers=2)
-    cut = Windows((torch.arange(3, 35),), (31,), (0,), (31,), "sun-4096", 32, None)
+    cut = one_window(torch.arange(3, 35))
 
     def copying(_module: Any, _args: Any, options: Any, out: Any) -> None:
         out.logits += 9 * torch.nn.functional.one_hot(options["input_ids"], 64)
@@ -116,7 +124,7 @@ def test_a_model_whose_logits_do_not_follow_from_its_hidden_state_runs_whole_and
     model.register_forward_hook(copying, with_kwargs=True)
     found = perplexity(model, cut)
     assert found.value == pytest.approx(by_a_loop(model, cut), rel=1e-6)
-    assert "do not follow from its last hidden state: logits of whole windows are held" in found.notes[0]
+    assert "depend on more than its last hidden state: the logits of whole windows are held" in found.notes[0]
 
 
 @pytest.mark.parametrize("size", [1, 4, 7])
@@ -164,7 +172,7 @@ def test_windows_do_not_overlap_and_only_the_default_keeps_the_end(tokenizer: An
 @given(st.integers(2, 40), st.integers(2, 12))
 def test_each_token_of_a_document_is_scored_once_and_none_is_read_beyond_the_window(count: int, length: int) -> None:
     tokens = list(range(count))
-    cut = list(_rolling(tokens, length))
+    cut = list(_cut(tokens[1:], PROTOCOLS["word"], length, tokens[:1]))
     assert [token for window, last in cut for token in window[len(window) - last :]] == tokens[1:]
     assert all(len(window) <= length + 1 for window, _ in cut)
 
@@ -179,13 +187,13 @@ def test_nan_logits_are_named_and_not_averaged_away(tokenizer: Any) -> None:
     assert math.isnan(found.value)
     assert found.stderr is None
     assert found.nonfinite is not None
-    assert found.nonfinite.endswith(f"gave no finite loss, the first is number {first}")
+    assert found.nonfinite.endswith(f"have no finite loss, the first is number {first}")
 
 
 def test_a_perplexity_beyond_float64_is_infinite_and_said_to_be() -> None:
     found = summarize([1e6, 1e6], [10, 10], 0.0)
     assert found.value == math.inf
-    assert "beyond float64" in str(found.nonfinite)
+    assert "overflows float64" in str(found.nonfinite)
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_sums() -> None:
@@ -204,7 +212,7 @@ def test_a_protocol_with_bos_needs_one_and_a_text_needs_a_token(tokenizer: Any) 
         windows(tokenizer, TEXT, "bos", 1, tiny.BOS)
     short = windows(tokenizer, "w1 w2 w3", "sun-4096", 16)
     assert [ids.tolist() for ids in short.ids] == [tokenizer("w1 w2 w3").input_ids]
-    assert "3 tokens, less than a window of 16: it is evaluated as one short window" in short.notes[0]
+    assert "3 tokens, fewer than a window of 16: it is evaluated as one short window" in short.notes[0]
 
 
 def test_the_papers_datasets_have_the_papers_protocol_and_other_texts_bos(tmp_path: Path) -> None:
@@ -213,5 +221,5 @@ def test_the_papers_datasets_have_the_papers_protocol_and_other_texts_bos(tmp_pa
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
     assert text_for(str(tmp_path / "rows.jsonl")).documents == ("one", "two")
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n{"txt": "two"}\n')
-    with pytest.raises(BadValue, match=r"rows\.jsonl, line 2: has no text under the key text"):
+    with pytest.raises(BadValue, match=r"rows\.jsonl, line 2: the key text has no string"):
         text_for(str(tmp_path / "rows.jsonl"))

@@ -149,7 +149,7 @@ def test_files_that_do_not_exist_or_are_no_text_are_refused(tmp_path: Path) -> N
 def test_a_dataset_that_cannot_be_had_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets", reason="an optional library")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotFound, match=r"the dataset nobody/nothing \(split train\) cannot be had"):
+    with pytest.raises(ModelNotFound, match=r"the dataset nobody/nothing \(split train\) could not be loaded"):
         read_data("nobody/nothing")
 
 

@@ -40,7 +40,7 @@ def test_a_schedule_is_read_from_what_it_prints(schedule: Schedule) -> None:
 
 @given(schedules(), st.integers(1, 300), st.integers(1, 300))
 def test_p_stays_between_0_and_1(schedule: Schedule, steps: int, per_epoch: int) -> None:
-    assert all(0 <= p <= 1 for p in Curriculum((Phase(schedule),)).values(steps, per_epoch))
+    assert all(0 <= p <= 1 for p in Curriculum(phases=(Phase(schedule),)).values(steps, per_epoch))
 
 
 @given(st.text(alphabet="abcdefilnoprstx:-.,=e0189\n", max_size=14))
@@ -129,10 +129,13 @@ def test_a_parse_error_points_at_the_character(text: str, position: int, message
         (lambda: curriculum_of("step:0.8", scope="other"), "scope is 'other'; did you mean others"),
         (lambda: curriculum_of("step:0.8", resample="batch"), "resample is 'batch'; did you mean microbatch"),
         (lambda: curriculum_of("step:0.8", masks="one"), "masks is 'one'; known are shared, separate"),
-        (lambda: Curriculum(()), "needs phases"),
-        (lambda: Curriculum((Phase(Schedule()), Phase(Schedule()))), "either steps or a share, the last none"),
-        (lambda: Curriculum((Phase(Schedule(), steps=3),)), "the last none"),
-        (lambda: Curriculum((*[Phase(Schedule(), share=0.5)] * 2, Phase(Schedule()))), "sum to 1 or more"),
+        (lambda: Curriculum(phases=()), "do not add up to one run"),
+        (
+            lambda: Curriculum(phases=(Phase(Schedule()), Phase(Schedule()))),
+            "steps or a share, and the last neither",
+        ),
+        (lambda: Curriculum(phases=(Phase(Schedule(), steps=3),)), "the last neither"),
+        (lambda: Curriculum(phases=(*[Phase(Schedule(), share=0.5)] * 2, Phase(Schedule()))), "sum to 1 or more"),
     ],
 )
 def test_what_is_made_in_python_is_held_to_the_same(make: Callable[[], Any], message: str) -> None:
@@ -143,7 +146,7 @@ def test_what_is_made_in_python_is_held_to_the_same(make: Callable[[], Any], mes
 @given(st.lists(st.floats(0.02, 0.3), min_size=1, max_size=3), st.integers(60, 2000))
 def test_shares_end_where_their_sum_says_to_half_a_step(shares: list[float], steps: int) -> None:
     phases = [Phase(Schedule("constant", n / 10), share=share) for n, share in enumerate(shares, start=1)]
-    values = Curriculum((*phases, Phase(Schedule()))).values(steps)
+    values = Curriculum(phases=(*phases, Phase(Schedule()))).values(steps)
     for n in range(1, len(shares) + 1):
         ended = max(t for t, p in enumerate(values, start=1) if p == n / 10)
         assert abs(ended - sum(shares[:n]) * steps) <= 0.5 + 1e-9
@@ -173,7 +176,9 @@ def test_a_file_gives_every_setting_and_its_phases_follow_one_another() -> None:
 
 def test_defaults_are_the_papers() -> None:
     found = parse_curriculum("schedule: step:0.8")
-    assert found == Curriculum((Phase(Schedule("step", 0.8)),), 5, "massive", "step", "shared", 0)
+    assert found == Curriculum(
+        phases=(Phase(Schedule("step", 0.8)),), k=5, scope="massive", resample="step", masks="shared", seed=0
+    )
 
 
 def test_phases_that_do_not_fit_are_refused() -> None:
@@ -194,7 +199,7 @@ def test_phases_that_do_not_fit_are_refused() -> None:
         ("constant:0.5", "constant:5", 7, 24, "p is 5"),
         ("constant:0.5", '"constant:5"', 7, 25, "p is 5"),
         ("constant:0.5", "|\n      constant:5", 7, 15, "p is 5"),
-        ("  - schedule: none", "  - schedule: none\n    steps: 3", 12, 12, "the last phase takes the steps left"),
+        ("  - schedule: none", "  - schedule: none\n    steps: 3", 12, 12, "the last phase takes the remaining steps"),
         ("    steps: 2\n", "", 7, 5, "needs either steps or share"),
         ("seed: 7", "seed: 7\nk: 4", 6, 1, "k is given twice"),
         ("seed: 7", "schedule: none", 1, 1, "expected either schedule or phases"),
@@ -226,6 +231,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @given(st.integers(1, 50), st.integers(1, 400))
 def test_phases_cover_every_step_once(first: int, steps: int) -> None:
-    both: Any = Curriculum((Phase(Schedule("constant", 1.0), steps=first), Phase(Schedule("constant", 0.5))))
+    both: Any = Curriculum(phases=(Phase(Schedule("constant", 1.0), steps=first), Phase(Schedule("constant", 0.5))))
     with suppress(BadValue):
         assert both.values(steps) == (1.0,) * first + (0.5,) * (steps - first)

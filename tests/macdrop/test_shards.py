@@ -15,7 +15,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 
 from mwtool.architecture.layout import WeightSlice
 from mwtool.errors import UnsupportedModel
-from mwtool.macdrop.fsdp import local, reach
+from mwtool.macdrop.fsdp import local_index, local_tensor
 
 ROWS = [5, 0, 3]
 PLACES = {
@@ -73,7 +73,7 @@ def test_parts_are_disjoint_and_together_the_rows(
         weight: Any = SimpleNamespace(
             shape=torch.Size(shape), device=torch.device("cpu"), device_mesh=mesh, placements=placements
         )
-        index, part = reach(place, ROWS, weight)
+        index, part = local_index(place, ROWS, weight)
         assert torch.equal(held[index], expected if part is None else expected[part])
         seen[slice(None) if part is None else part] += 1
     assert seen.eq(1).all()
@@ -83,14 +83,14 @@ def test_another_placement_is_refused() -> None:
     weight: Any = SimpleNamespace(
         shape=torch.Size((7, 5)), device="cpu", device_mesh=Mesh((2,), (0,)), placements=[Partial()]
     )
-    with pytest.raises(UnsupportedModel, match="placed as"):
-        reach(WeightSlice("w"), ROWS, weight)
+    with pytest.raises(UnsupportedModel, match="has placement"):
+        local_index(WeightSlice("w"), ROWS, weight)
 
 
 def test_an_ordinary_weight_is_held_whole_and_reading_it_is_a_view() -> None:
     weight = torch.nn.Parameter(torch.zeros(7, 5))
-    index, part = reach(WeightSlice("w"), ROWS, weight)
+    index, part = local_index(WeightSlice("w"), ROWS, weight)
     assert part is None
-    local(weight)[index] = 1.0
+    local_tensor(weight)[index] = 1.0
     assert weight[ROWS].eq(1).all()
     assert weight.sum() == 15

@@ -231,7 +231,7 @@ def test_a_layer_and_an_expert_are_found_by_number_or_refused_by_it() -> None:
     assert ffn_at(layers, 1).module.endswith("shared_expert")
     with pytest.raises(BadValue, match="layer 2 does not exist; the model has layers 0 to 1"):
         ffn_at(layers, 2)
-    with pytest.raises(BadValue, match=r"layer 1 has experts 0 to \d+; there is no expert 99 \(--expert\)"):
+    with pytest.raises(BadValue, match=r"layer 1 has experts 0 to \d+; there is no expert 99: change --expert"):
         ffn_at(layers, 1, 99)
     only_routed = tuple(tiny.layers_of(tiny.model("mixtral", num_hidden_layers=2)))
     with pytest.raises(BadValue, match="which expert is meant must be said"):
@@ -274,7 +274,7 @@ def test_packed_weights_cannot_be_scanned_and_the_message_says_what_can_be_done(
         massive_for(loaded)
     with pytest.raises(UnsupportedModel, match=rf"is quantized \(packed {stored}\) in layer 0 and cannot be scanned"):
         scan_model(loaded.base)
-    assert norm_rows(loaded, Target(1, loaded.layers[1].ffns[0], (3,)), 2) is None
+    assert norm_rows(loaded, Target(layer=1, ffn=loaded.layers[1].ffns[0], indices=(3,)), 2) is None
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ WIDTH = 6
 def state(layer: int, hidden: Sequence[float], added: Sequence[float] = ()) -> LayerState:
     h = torch.tensor(hidden, dtype=torch.float64)
     w = torch.tensor(added or [0.0] * len(hidden), dtype=torch.float64)
-    return LayerState(layer, h, torch.zeros(1, dtype=torch.float64), w)
+    return LayerState(layer=layer, hidden=h, intermediate=torch.zeros(1, dtype=torch.float64), added=w)
 
 
 VALUES = st.sampled_from([0.0, 1.0, -2.0, 9.0, 10.0, 11.0, 50.0, 99.0, 101.0, -101.0, 120.0, -1000.0, 1000.0, 24960.0])
@@ -159,7 +159,19 @@ def test_traces_hold_value_and_contribution_at_every_layer() -> None:
 
 
 def event(layer: int, z: float, kind: Any = "up") -> Event:
-    rows = MassiveWeights(layer, "mlp", None, (0,), (z,), (1.0,), 1.0, 1, 0.1, 0, 200.0)
+    rows = MassiveWeights(
+        layer=layer,
+        module="mlp",
+        expert=None,
+        indices=(0,),
+        magnitudes=(z,),
+        shares=(1.0,),
+        median=1.0,
+        count=1,
+        share_of_parameters=0.1,
+        dimension=0,
+        value=200.0,
+    )
     return Event(
         layer=layer,
         dimension=0,

@@ -268,7 +268,14 @@ VERSION_1 = json.loads((Path(__file__).parents[1] / "support" / "scan-1.json").r
 
 def test_a_document_of_schema_1_is_still_read(tmp_path: Path) -> None:
     massive = VERSION_1["massive"]
-    identity = Identity("demo", None, "llama", 10, 192, 512)
+    identity = Identity(
+        model="demo",
+        revision=None,
+        model_type="llama",
+        layers=10,
+        hidden_size=192,
+        intermediate_size=512,
+    )
     found, notes = load_massive(saved(tmp_path, VERSION_1), identity)
     assert found is not None
     assert (found.layer, list(found.indices), notes) == (massive["layer"], massive["indices"], [])

@@ -24,4 +24,14 @@ def swept(loaded: Loaded, sweep: Sweep, choice: Choice | None = None) -> Ablatio
 
 def measured(nll: list[float], counts: list[float]) -> Measured:
     value = math.exp(math.fsum(nll) / sum(counts))
-    return Measured("ppl:x", "perplexity", value, None, len(nll), 0.0, tuple(nll), tuple(counts), digest="d")
+    return Measured(
+        task="ppl:x",
+        metric="perplexity",
+        value=value,
+        stderr=None,
+        n=len(nll),
+        seconds=0.0,
+        samples=tuple(nll),
+        weights=tuple(counts),
+        digest="d",
+    )

@@ -33,7 +33,19 @@ def massive(model: PreTrainedModel, layer: int = 1, expert: int | None = None) -
     """Rows as a scan would give them; random models have none of their own."""
     ffn = next(one for one in tiny.layers_of(model)[layer].ffns if one.expert == expert)
     some = (1.0,) * len(ROWS)
-    return MassiveWeights(layer, ffn.module, expert, ROWS, some, some, 0.1, 1, 0.001, 5, 200.0)
+    return MassiveWeights(
+        layer=layer,
+        module=ffn.module,
+        expert=expert,
+        indices=ROWS,
+        magnitudes=some,
+        shares=some,
+        median=0.1,
+        count=1,
+        share_of_parameters=0.001,
+        dimension=5,
+        value=200.0,
+    )
 
 
 def with_adapter(model: PreTrainedModel, *, dora: bool = False, trained: bool = True, **options: Any) -> PeftModel:

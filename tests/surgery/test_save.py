@@ -197,7 +197,7 @@ def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp
     (temporary / "model.safetensors").write_text("half")
     holder = os.open(tmp_path / ".saved.incomplete.lock", os.O_RDWR | os.O_CREAT)
     assert lock_descriptor(holder)
-    with pytest.raises(OutputError, match="is being filled by another process"):
+    with pytest.raises(OutputError, match="is being written by another process"):
         save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert (temporary / "model.safetensors").read_text() == "half"
     os.close(holder)  # as the system does for a process that is killed
@@ -228,7 +228,7 @@ def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_writt
     )
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     loaded = load(str(tmp_path / "adapter"), on=on)
-    with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):
+    with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* stored once"):
         save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     if on == "merged":
         with pytest.raises(UnsupportedModel, match="once for both"):
@@ -241,7 +241,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights are larger
     try:
-        with pytest.raises(OutputError, match=r"saved cannot be written: .*; nothing was left there") as caught:
+        with pytest.raises(OutputError, match=r"saved could not be written: .*; no partial folder is left") as caught:
             save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -271,6 +271,6 @@ def test_a_quantized_model_is_refused_before_anything_is_written(tmp_path: Path)
     tiny.saved(tmp_path / "model", tiny.model("llama", num_hidden_layers=2, hidden_size=64, head_dim=16))
     options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     loaded = load(str(tmp_path / "model"), model_options=options)
-    with pytest.raises(UnsupportedModel, match="is quantized, and packed rows cannot be saved changed"):
+    with pytest.raises(UnsupportedModel, match="is quantized, so changed rows cannot be saved"):
         save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -190,7 +190,7 @@ def test_options_a_type_does_not_take_can_be_left_out() -> None:
 def test_options_that_do_not_go_together_are_reported_with_what_to_do() -> None:
     from mwtool.errors import BadPlugin
 
-    with pytest.raises(BadPlugin, match=r"no tiny model of type 'llama'.*not a multiple.*`tiny`"):
+    with pytest.raises(BadPlugin, match=r"a tiny model of type 'llama'.*not a multiple.*`tiny`"):
         check_adapter(adapter_for("llama"), tiny_config("llama", num_attention_heads=3, head_dim=None))
 
 
