@@ -44,15 +44,12 @@ def export(
 ) -> None:
     """Write the FFN matrices of a scan's events in the syntax of a quantization tool."""
     from mwtool.files.atomic_write import check_writable, write
-    from mwtool.files.scan_schema import ScanDocument
-    from mwtool.files.schema import read_document
-    from mwtool.massive import SCHEMA
+    from mwtool.quantization.export import read_scan
 
     if output is not None:
         check_writable(output)
     events = None if event is None else numbers(event, "--event")
-    document, _ = read_document(scan, {SCHEMA: ScanDocument}, "mwtool scan -o")
-    chosen = select(document, events, bits)
+    chosen = select(read_scan(scan), events, bits)
     text = exported(to, chosen)
     if output is None:
         sys.stdout.write(text)

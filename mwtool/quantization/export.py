@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue, nearest
+from mwtool.errors import BadCheckpoint, BadValue, nearest
+from mwtool.files.text import read_json
+from mwtool.massive import SCHEMA
 
 HEAD = "lm_head"
 """What transformers leaves unquantized by default; a list of our own replaces that default, so it is named again."""
@@ -46,6 +49,17 @@ class Selection:
         kept = "not quantized" if self.bits is None else f"kept at {self.bits} bits"
         layers = ", ".join(map(str, self.layers))
         return f"FFN matrices of layers {layers} of {self.model}{count}: whole matrices, {kept} (mwtool export)"
+
+
+def read_scan(path: Path) -> dict[str, Any]:
+    """A saved scan of schema mwtool.scan/2. Raises BadValue if the file is anything else."""
+    try:
+        document = read_json(path)
+    except BadCheckpoint as fault:
+        raise BadValue(str(fault)) from fault
+    if document.get("schema") != SCHEMA:
+        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
+    return document
 
 
 def select(document: Mapping[str, Any], events: Sequence[int] | None, bits: int | None) -> Selection:

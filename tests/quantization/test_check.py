@@ -44,7 +44,15 @@ def found(demo: Loaded, scan: Scan) -> QuantizeCheck:
 
 def perplexity(samples: list[float]) -> Measured:
     return Measured(
-        "ppl:x", "perplexity", 1.0, None, len(samples), 0, tuple(samples), (10.0,) * len(samples), digest="a"
+        task="ppl:x",
+        metric="perplexity",
+        value=1.0,
+        stderr=None,
+        n=len(samples),
+        seconds=0,
+        samples=tuple(samples),
+        weights=(10.0,) * len(samples),
+        digest="a",
     )
 
 
