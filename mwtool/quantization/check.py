@@ -150,29 +150,31 @@ def protections_for(loaded: Loaded, scan: Scan, plan: QuantizeConfig) -> Iterato
     massive = scan.massive or events[0]
     for k in plan.ks:
         yield Protection(
-            f"{_columns(k)} of down_proj, layer {massive.layer}",
-            "columns at the massive layer",
-            columns_of_down(model, {_ffn(loaded, massive): massive.indices[:k]}),
-            k,
+            name=f"{_columns(k)} of down_proj, layer {massive.layer}",
+            kind="columns at the massive layer",
+            masks=columns_of_down(model, {_ffn(loaded, massive): massive.indices[:k]}),
+            k=k,
         )
     yield Protection(
-        f"{most} rows of up and gate, layer {massive.layer}",
-        "rows of up and gate at the massive layer",
-        rows_of_inputs(model, {_ffn(loaded, massive): massive.indices[:most]}),
-        most,
+        name=f"{most} rows of up and gate, layer {massive.layer}",
+        kind="rows of up and gate at the massive layer",
+        masks=rows_of_inputs(model, {_ffn(loaded, massive): massive.indices[:most]}),
+        k=most,
     )
     for k in plan.ks:
         yield Protection(
-            f"{_columns(k)} of down_proj, {_layers(events)}",
-            "columns at every event",
-            columns_of_down(model, {_ffn(loaded, rows): rows.indices[:k] for rows in events}),
-            k,
+            name=f"{_columns(k)} of down_proj, {_layers(events)}",
+            kind="columns at every event",
+            masks=columns_of_down(model, {_ffn(loaded, rows): rows.indices[:k] for rows in events}),
+            k=k,
         )
     yield Protection(
-        f"{most} random columns of down_proj, {_layers(events)}",
-        "random columns at every event",
-        columns_of_down(model, {_ffn(loaded, rows): _random_columns(loaded, rows, most, plan.seed) for rows in events}),
-        most,
+        name=f"{most} random columns of down_proj, {_layers(events)}",
+        kind="random columns at every event",
+        masks=columns_of_down(
+            model, {_ffn(loaded, rows): _random_columns(loaded, rows, most, plan.seed) for rows in events}
+        ),
+        k=most,
         control=True,
     )
     if scan.super_weights:
@@ -187,21 +189,25 @@ def _super_weights(loaded: Loaded, scan: Scan) -> Protection:
         places.setdefault(place, []).append((one.hidden_dim, one.ffn_index))
     count = len(scan.super_weights)
     name = f"{count} super weight{'s' if count > 1 else ''}"
-    return Protection(name, "super weights", entries_of_down(loaded.base, places))
+    return Protection(name=name, kind="super weights", masks=entries_of_down(loaded.base, places))
 
 
 def _matrices(loaded: Loaded, events: Sequence[MassiveWeights], seed: int) -> Iterator[Protection]:
     """The FFN matrices of the events, and of as many other layers as there are, drawn at random."""
     chosen = sorted({rows.layer for rows in events})
     ffns = [_ffn(loaded, rows) for rows in events]
-    yield Protection(f"FFN matrices, {_layers(events)}", "FFN matrices of the events", matrices_of(loaded.base, ffns))
+    yield Protection(
+        name=f"FFN matrices, {_layers(events)}", kind="FFN matrices of the events", masks=matrices_of(loaded.base, ffns)
+    )
     others = [layer for layer in range(len(loaded.layers)) if layer not in chosen]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = sorted(others[at] for at in order[: len(chosen)])
     if drawn:
         control = [_largest_ffn(loaded, layer, ffns) for layer in drawn]
         name = f"FFN matrices, {len(drawn)} other layers: {', '.join(map(str, drawn))}"
-        yield Protection(name, "FFN matrices of other layers", matrices_of(loaded.base, control), control=True)
+        yield Protection(
+            name=name, kind="FFN matrices of other layers", masks=matrices_of(loaded.base, control), control=True
+        )
 
 
 def _largest_ffn(loaded: Loaded, layer: int, like: Sequence[FFN]) -> FFN:

@@ -17,7 +17,7 @@ Masks = dict[str, "Tensor"]
 """Parameter name -> which of its entries stay, bool, of the parameter's shape as it is stored."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Protection:
     """A set of weights to keep, under a name.
 
@@ -55,7 +55,7 @@ def rows_of_inputs(model: nn.Module, places: Mapping[FFN, Sequence[int]]) -> Mas
 
 
 def matrices_of(model: nn.Module, ffns: Iterable[FFN]) -> Masks:
-    """All of up, gate and down of these FFNs."""
+    """All of up and gate (I, H) and down (H, I) of these FFNs."""
     masks: Masks = {}
     for ffn in ffns:
         for matrix in (*ffn.inputs, ffn.down):
@@ -64,7 +64,7 @@ def matrices_of(model: nn.Module, ffns: Iterable[FFN]) -> Masks:
 
 
 def entries_of_down(model: nn.Module, places: Mapping[FFN, Sequence[tuple[int, int]]]) -> Masks:
-    """Single weights ``W_down[d, i]``, such as super weights."""
+    """Single weights ``W_down[d, i]`` of (H, I), such as super weights."""
     masks: Masks = {}
     for ffn, coordinates in places.items():
         for dimension, index in coordinates:

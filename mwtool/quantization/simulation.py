@@ -75,9 +75,9 @@ def quantized(
 ) -> Iterator[None]:
     """The model computing with quantized weights inside the block; its own are untouched.
 
-    masks: parameter name -> entries that stay, bool, of the parameter's shape.
+    masks: parameter name -> entries that stay, bool, of the parameter's shape: (out, in), (E, out, in) for experts in one.
     """
-    swaps = [_Swap(model.get_submodule(one.path), one, scheme, masks) for one in weights]
+    swaps = [_Swap(module=model.get_submodule(one.path), linear=one, scheme=scheme, masks=masks) for one in weights]
     handles: list[Any] = []
     try:
         for swap in swaps:
@@ -91,7 +91,7 @@ def quantized(
             swap.restore()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Swap:
     """The hooks of one module."""
 
