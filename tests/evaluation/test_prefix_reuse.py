@@ -31,8 +31,9 @@ def cut(count: int = 3, length: int = 12) -> Windows:
         sample=tuple(range(count)),
         units=scored,
         protocol="bos",
-        metric=length,
-        length=1,
+        metric="perplexity",
+        length=length,
+        bos=1,
     )
 
 

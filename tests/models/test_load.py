@@ -234,7 +234,7 @@ def test_a_layer_and_an_expert_are_found_by_number_or_refused_by_it() -> None:
     with pytest.raises(BadValue, match=r"layer 1 has experts 0 to \d+; there is no expert 99: change --expert"):
         ffn_at(layers, 1, 99)
     only_routed = tuple(tiny.layers_of(tiny.model("mixtral", num_hidden_layers=2)))
-    with pytest.raises(BadValue, match="which expert is meant must be said"):
+    with pytest.raises(BadValue, match="choose one with --expert"):
         ffn_at(only_routed, 0)
 
 
