@@ -40,6 +40,17 @@ def fetch(repo: str, file: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def holds(repo: str, file: str, revision: str | None) -> bool:
+    """Whether a repository has this file, without fetching it; offline, whether the cache has. Raises ModelNotFound."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+        return True
+    if constants.is_offline_mode():
+        return False
+    return _asking(repo, revision, lambda: HfApi().file_exists(repo, file, revision=revision))
+
+
 def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
     """Call the Hub and turn its refusals into one line each."""
     from huggingface_hub import constants, errors

@@ -31,10 +31,14 @@ class Skeleton:
     load_config: Any
 
 
-def empty_model(source: Source) -> PreTrainedModel:
-    """Modules and shapes alone: buffers, too, are on the meta device."""
-    config = source.config()
-    with torch.device("meta"):
+def empty_model(source: Source, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """Modules and shapes alone: buffers, too, are on the meta device.
+
+    config: the model's configuration where it has been read already. Raises BadCheckpoint where no model can be built
+    from it.
+    """
+    config = source.config() if config is None else config
+    with torch.device("meta"), _building(source):
         made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return made
 
@@ -56,7 +60,7 @@ def build(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    torch_dtype = _resolved(dtype, config, checkpoint)
+    torch_dtype = resolved_dtype(dtype, config, checkpoint)
     quantizer = dequantizer(source, config)
     model = _built(source, config, torch_dtype)
     parameters = model.num_parameters()
@@ -80,19 +84,25 @@ def build(
 
 
 def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with _without_weights():
-            model: PreTrainedModel = model_class(config).from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
-    except unusable() as fault:
-        line = " ".join(f"{type(fault).__name__} {fault}".split())
-        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
+    with _building(source), _without_weights():
+        model: PreTrainedModel = model_class(config).from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
     model.tie_weights()  # not inside the block, which gives every module a parameter of its own
     return model
 
 
-def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+@contextmanager
+def _building(source: Source) -> Iterator[None]:
+    """What a model's constructor raises or asserts over its configuration, in one line."""
+    try:
+        yield
+    except unusable() as fault:
+        line = " ".join(f"{type(fault).__name__} {fault}".split())
+        raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault
+
+
+def resolved_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """`auto` as `from_pretrained` understands it: what the configuration says, else what the weights are stored in."""
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
@@ -102,7 +112,9 @@ def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> t
         return stated
     for name in checkpoint.files:
         with checkpoint.tensors([name]) as tensors:
-            stored: torch.dtype = tensors[name][:1].dtype
+            tensor = tensors[name]
+            scalar = not (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+            stored: torch.dtype = (tensor[...] if scalar else tensor[:1]).dtype
         if stored.is_floating_point and stored.itemsize > 1:
             return stored
     return torch.float32

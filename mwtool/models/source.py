@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.registry import register
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
-from mwtool.files.text import read_json
+from mwtool.files.text import link_fault, read_json
 from mwtool.models.hub import fetch, fetch_small
+from mwtool.models.weight_files import find_weights, present
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(str(resources.files("mwtool.demo")))
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,11 @@ class Source:
         """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
         from transformers import AutoConfig
 
+        from mwtool.models.depth import check_depth  # which opens checkpoints, which know sources
+
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
+        check_depth(self, raw)
         register(raw["model_type"], own_code="auto_map" in raw)
         try:
             with _silent():
@@ -115,8 +121,8 @@ def unusable() -> tuple[type[Exception], ...]:
     """What transformers raises over a configuration or tokenizer that it can read but not use."""
     from huggingface_hub.errors import StrictDataclassError
 
-    plain = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
-    return (*plain, StrictDataclassError)
+    plain = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
+    return (*plain, AssertionError, MemoryError, StrictDataclassError)
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -143,6 +149,8 @@ def _find(model: str, revision: str | None) -> Source:
         path = Path(model).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
+    if fault := link_fault(path):
+        raise ModelNotFound(fault)
     if path.is_file():
         packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
         raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
@@ -153,7 +161,9 @@ def _find(model: str, revision: str | None) -> Source:
 
 
 def _local(model: str, folder: Path) -> Source:
-    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+    for name in ("config.json", ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES, *OTHER_FILES):
+        present(folder, name)  # a link that leads nowhere is not the same as no file
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
         sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
         if _original_format(folder) and (sibling / "config.json").exists():
             return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
@@ -190,7 +200,7 @@ def _hub(model: str, revision: str | None) -> Source:
     except HFValidationError as fault:
         raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
     source = _snapshot(model, revision)
-    if (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists():
+    if (source.folder / "config.json").exists() or (source.folder / ADAPTER_CONFIG).exists():
         return source
     try:
         sibling = _snapshot(f"{model}-hf", revision)
@@ -207,22 +217,43 @@ def _snapshot(repo: str, revision: str | None) -> Source:
 
 
 def _follow_adapter(source: Source) -> Source:
-    """A PEFT adapter's folder stands for its base model."""
-    if (source.folder / "config.json").exists():
-        return source
-    base = read_json(source.folder / "adapter_config.json").get("base_model_name_or_path")
+    """A PEFT adapter's folder stands for its base model; a whole model with an adapter's files beside it for itself."""
+    if _whole(source):
+        return _leaving_adapter(source)
+    base = read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise BadCheckpoint(f"{source.folder / 'adapter_config.json'} names no base_model_name_or_path")
+        raise BadCheckpoint(f"{source.folder / ADAPTER_CONFIG} names no base_model_name_or_path")
     try:
         found = _find(base, None)
     except ModelNotFound as fault:
         raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
-    if not (found.folder / "config.json").exists():
+    if not _whole(found):
         raise BadCheckpoint(
             f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
         )
     # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
-    return replace(found, adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
+    return replace(
+        _leaving_adapter(found), adapter=str(source.folder), trust_remote_code=source.trust_remote_code
+    )
+
+
+def _whole(source: Source) -> bool:
+    """Whether a folder is a model's, and not an adapter's beside which the base's configuration may lie."""
+    if not (source.folder / ADAPTER_CONFIG).exists():
+        return True
+    return (source.folder / "config.json").exists() and find_weights(source) is not None
+
+
+def _leaving_adapter(source: Source) -> Source:
+    """The same, with a note where an adapter's files lie beside a whole model."""
+    files = [name for name in (ADAPTER_CONFIG, *ADAPTER_FILES) if (source.folder / name).exists()]
+    if ADAPTER_CONFIG not in files:
+        return source
+    return _noted(
+        source,
+        f"{source.name} is a whole model with the files of a PEFT adapter beside it ({', '.join(files)}); the model is "
+        f"used without the adapter",
+    )
 
 
 def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
