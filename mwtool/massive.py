@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mwtool.errors import BadCheckpoint, BadValue
-from mwtool.files.text import read_json
+from mwtool.errors import BadValue
+
+if TYPE_CHECKING:
+    from mwtool.files.scan_schema import Rows
 
 SCHEMA = "mwtool.scan/2"
-READABLE = ("mwtool.scan/1", SCHEMA)
-"""Schemas whose `massive` and `shape` this version reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class MassiveWeights:
 
     def document(self) -> dict[str, Any]:
         """The `massive` object of a scan document."""
-        return asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, list[str]]:
@@ -67,62 +66,22 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
 
     Raises BadValue if the file is no scan document or belongs to a model of another shape.
     """
-    if not path.exists():
-        raise BadValue(f"there is no {path}; expected a document that `mwtool scan -o` wrote")
-    try:
-        document = read_json(path)
-    except BadCheckpoint as fault:
-        raise BadValue(str(fault)) from fault
-    if document.get("schema") not in READABLE:
-        expected = " or ".join(map(repr, reversed(READABLE)))
-        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {expected}, as `mwtool scan -o` writes")
-    try:
-        scanned = _identity(document)
-        massive = None if document["massive"] is None else _parse(document["massive"], scanned)
-    except (KeyError, TypeError, ValueError) as fault:
-        raise BadValue(f"{path} is not a complete scan document: {type(fault).__name__} {fault}") from fault
+    from mwtool.files.scan_schema import ScanDocument, ScanDocument1, Scanned
+    from mwtool.files.schema import read_document
+
+    models: dict[str, type[Scanned]] = {SCHEMA: ScanDocument, "mwtool.scan/1": ScanDocument1}
+    _, found = read_document(path, models, "mwtool scan -o")
+    scanned = Identity(found.model, found.revision, found.model_type, **found.shape.model_dump())
     _refuse_other_shape(path, scanned, model)
-    return massive, _differences(path, scanned, model)
+    return _rows(found.massive), _differences(path, scanned, model)
 
 
-def _identity(document: Mapping[str, Any]) -> Identity:
-    shape = document["shape"]
-    names = ("layers", "hidden_size", "intermediate_size", "experts")  # of keys that newer versions add, none
-    for name in ("model", "revision"):
-        if not isinstance(document[name], str) and not (name == "revision" and document[name] is None):
-            raise TypeError(f"{name} is {document[name]!r}; expected a text")
-    return Identity(
-        document["model"], document["revision"], document["model_type"], **{name: shape[name] for name in names}
-    )
-
-
-def _parse(massive: Mapping[str, Any], scanned: Identity) -> MassiveWeights:
-    values = {field.name: massive[field.name] for field in fields(MassiveWeights)}
-    for name in ("indices", "magnitudes", "shares"):
-        values[name] = tuple(values[name])
-    one = MassiveWeights(**values)
-    if fault := _fault(one, scanned):
-        raise ValueError(fault)
-    return one
-
-
-def _fault(one: MassiveWeights, scanned: Identity) -> str | None:
-    """What no scan would have written; rows are held against I where they are used, as it differs among layers."""
-    if not _within(one.layer, scanned.layers):
-        return f"layer {one.layer!r} of {scanned.layers!r}"
-    if not _within(one.dimension, scanned.hidden_size):
-        return f"dimension {one.dimension!r} of {scanned.hidden_size!r}"
-    if one.expert is not None and not _within(one.expert, scanned.experts):
-        return f"expert {one.expert!r} of {scanned.experts!r}"
-    if not one.indices or not all(_within(i, i + 1) for i in one.indices) or len(set(one.indices)) < len(one.indices):
-        return f"indices {list(one.indices)!r}; expected different row numbers"
-    if not len(one.indices) == len(one.magnitudes) == len(one.shares):
-        return f"{len(one.indices)} indices, {len(one.magnitudes)} magnitudes and {len(one.shares)} shares"
-    return None
-
-
-def _within(value: object, limit: object) -> bool:
-    return isinstance(value, int) and isinstance(limit, int) and 0 <= value < limit
+def _rows(found: Rows | None) -> MassiveWeights | None:
+    """Of a valid document; rows are held against I where they are used, as it differs among layers."""
+    if found is None:
+        return None
+    values = found.model_dump()
+    return MassiveWeights(**{key: tuple(one) if isinstance(one, list) else one for key, one in values.items()})
 
 
 def _refuse_other_shape(path: Path, scanned: Identity, model: Identity) -> None:

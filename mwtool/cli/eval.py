@@ -199,7 +199,7 @@ class _Run:
 
     def _evaluate(self, model: str) -> None:
         from mwtool.cli.terminal import note, note_all, run_progress
-        from mwtool.evaluation.document import earlier_results
+        from mwtool.evaluation.document import earlier_notes, earlier_results
         from mwtool.evaluation.evaluate import evaluate
         from mwtool.models.load import load
 
@@ -212,6 +212,8 @@ class _Run:
             if self.output is None
             else earlier_results(self.output, document([], notes, complete=False), self.earlier)
         )
+        if earlier:
+            notes[:0] = earlier_notes(document([], notes, complete=False), self.earlier)
         results: list[Result] = list(earlier)
         self.documents.append(document(results, notes, complete=False))
         self.names.append(model)
