@@ -55,7 +55,7 @@ class Rows(Strict):
         for name, limit in bounds.items():
             value = getattr(self, name)
             if value is not None and (limit is None or value >= limit):
-                raise ValueError(f"{name} {value}; the model that was scanned has {limit or 'none'}")
+                raise ValueError(f"{name} {value} of {limit} in the model that was scanned, counted from 0")
 
 
 class Places(Strict):
