@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mwtool.errors import BadValue
 
@@ -29,6 +29,30 @@ class Identity:
     hidden_size: int
     intermediate_size: int
     experts: int | None = None
+
+
+class RankedRows(Protocol):
+    """Ranked rows of one FFN: of a scan (`MassiveWeights`), or chosen by the user."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer, from 0."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """The FFN's path."""
+        ...
+
+    @property
+    def expert(self) -> int | None:
+        """The routed expert; None if dense."""
+        ...
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """Rows, the first ranked first."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +104,9 @@ def _rows(found: Rows | None) -> MassiveWeights | None:
     """Of a valid document; rows are held against I where they are used, as it differs among layers."""
     if found is None:
         return None
-    values = found.model_dump()
-    return MassiveWeights(**{key: tuple(one) if isinstance(one, list) else one for key, one in values.items()})
+    values: dict[str, Any] = found.model_dump()
+    values |= {key: tuple(one) for key, one in values.items() if isinstance(one, list)}
+    return MassiveWeights(**values)
 
 
 def _refuse_other_shape(path: Path, scanned: Identity, model: Identity) -> None:

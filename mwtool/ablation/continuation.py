@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mwtool.ablation.sweep import Sweep, means_for
-from mwtool.ablation.targets import Target
+from mwtool.ablation.sweep import Sweep, edits_of, means_for
 from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import Prepared
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.windows import positions
 from mwtool.models.bos import find_bos
 from mwtool.models.load import Loaded
-from mwtool.surgery.attack import Attack, edited
+from mwtool.scan.targets import Group
+from mwtool.surgery.attack import Attack, edited_together
 
 
 def continuations(
     loaded: Loaded,
-    target: Target,
+    group: Group,
     sweep: Sweep,
     tasks: Sequence[Prepared],
     prompt: str,
@@ -36,11 +36,12 @@ def continuations(
     ids = prompt_ids(loaded, prompt, bos)
     most = positions(loaded.base.config)
     room = new_tokens if most is None else min(new_tokens, most - ids.shape[1])
-    means = means_for(loaded, target, sweep, tasks)
+    means = means_for(loaded, [group], sweep, tasks)
     said = []
     for mode in (Attack(), *sweep.modes):
         attack = mode.at(max(sweep.ks)) if mode.mode != "none" else mode
-        with edited(loaded.base, target.ffn, target.indices[: attack.k], attack, means=means):
+        rows = [target.indices[: attack.k] for target in group]
+        with edited_together(loaded.base, edits_of(group, rows, means), attack):
             said.append((str(attack) if attack.mode != "none" else "original", _greedy(loaded, ids, room)))
     return said
 

@@ -60,10 +60,11 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "mode": run.attack.name,
         "k": run.attack.k,
         "control": run.control,
-        "layer": run.target.layer,
-        "module": run.target.ffn.module,
-        "expert": run.target.ffn.expert,
-        "indices": list(run.indices),
+        **_first_place(run),
+        "places": [
+            {"layer": target.layer, "module": target.module, "expert": target.expert, "indices": list(rows)}
+            for target, rows in zip(run.targets, run.rows, strict=True)
+        ],
         "results": {name: finite(one.value) for name, one in results.items()},
         "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
         "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
@@ -72,12 +73,26 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
     }
 
 
+def _first_place(run: Run) -> dict[str, Any]:
+    """The place of an attack on one layer; null for each of several, which `places` lists."""
+    if len(run.targets) > 1:
+        return {"layer": None, "module": None, "expert": None, "indices": None}
+    target = run.targets[0]
+    return {
+        "layer": target.layer,
+        "module": target.module,
+        "expert": target.expert,
+        "indices": list(run.rows[0]),
+    }
+
+
 def _verdict(one: Verdict) -> dict[str, Any]:
     return {
         "mode": one.attack.name,
         "k": one.attack.k,
-        "layer": one.layer,
-        "expert": one.expert,
+        "layer": one.layers[0] if len(one.layers) == 1 else None,
+        "expert": one.experts[0] if len(one.experts) == 1 else None,
+        "layers": list(one.layers),
         "task": one.task,
         "ratio": finite(one.ratio.value),
         "interval": _interval(one.ratio),

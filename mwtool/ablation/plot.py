@@ -34,7 +34,7 @@ def plot_ablation(found: Ablation, path: Path) -> None:
 
 def _curves(panel: Any, found: Ablation, task: str) -> None:
     """Over k, a line a mode; where several layers were attacked over them, a line an attack."""
-    several = len({run.target.layer for run in found.runs}) > 1
+    several = len({run.targets for run in found.runs}) > 1
     lines = dict.fromkeys(run.attack if several else run.attack.at(0) for run in found.runs)
     for at, line in enumerate(lines):
         runs = [run for run in found.runs if line == (run.attack if several else run.attack.at(0))]
@@ -72,10 +72,10 @@ def _points(runs: list[Run], found: Ablation, task: str, *, layers: bool) -> dic
     """k, or the layer -> the ratios, or differences of accuracies in points, that are finite."""
     plain = named(found.baseline)[task]
     points: dict[int, list[float]] = {}
-    for run in sorted(runs, key=lambda one: (one.target.layer, one.attack.k)):
+    for run in sorted(runs, key=lambda one: (one.layers, one.attack.k)):
         one = named(run.measured)[task]
         ratio = ratio_of(one, plain)
         change = points_of(one, plain) if ratio is None else ratio.value
         if change is not None and math.isfinite(change):
-            points.setdefault(run.target.layer if layers else run.attack.k, []).append(change)
+            points.setdefault(run.layers[0] if layers else run.attack.k, []).append(change)
     return points

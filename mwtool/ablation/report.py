@@ -17,6 +17,7 @@ from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import named, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.numbers import figure, short
+from mwtool.scan.targets import Target
 
 BESIDE, WIDE = 26, 46
 """Columns that name the attack, and those that one task with its controls takes."""
@@ -42,18 +43,23 @@ def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), wi
 
 
 def _where(found: Ablation) -> Text:
-    targets = list(dict.fromkeys(run.target for run in found.runs))
-    if len(targets) > 1:
+    groups = list(dict.fromkeys(run.targets for run in found.runs))
+    if len(groups) > 1:
         return Text("the rows of largest |z| in each layer\n")
-    rows = ", ".join(map(str, targets[0].indices[:SHOWN])) + (" ..." if len(targets[0].indices) > SHOWN else "")
-    expert = "" if targets[0].ffn.expert is None else f", expert {targets[0].ffn.expert}"
-    return Text(f"rows of {targets[0].ffn.module}{expert} (layer {targets[0].layer}), ranked: {rows}\n")
+    together = "" if len(groups[0]) == 1 else "attacked together:\n"
+    return Text(together + "".join(_ranked(target) for target in groups[0]))
+
+
+def _ranked(target: Target) -> str:
+    rows = ", ".join(map(str, target.indices[:SHOWN])) + (" ..." if len(target.indices) > SHOWN else "")
+    expert = "" if target.expert is None else f", expert {target.expert}"
+    return f"rows of {target.module}{expert} (layer {target.layer}), ranked: {rows}\n"
 
 
 def _table(found: Ablation, tasks: Sequence[int]) -> Table:
     """A line for each attack; for each task its value, its ratio, and that of as many rows chosen otherwise."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    layers = len({run.target.layer for run in found.runs}) > 1
+    layers = len({run.targets for run in found.runs}) > 1
     controls = any(run.control for run in found.runs)
     for column in (*(["layer"] if layers else []), "attack", "rows"):
         table.add_column(column, justify="left" if column == "attack" else "right")
@@ -66,7 +72,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
     table.add_row(*start, *(cell for at in tasks for cell in (_value(found.baseline[at]), *blank)))
     for run in found.runs:
         if run.control is None:
-            place = [str(run.target.layer)] if layers else []
+            place = [run.place] if layers else []
             table.add_row(*place, run.attack.name, str(run.attack.k), *_cells(run, found, tasks, controls=controls))
     return table
 
@@ -107,19 +113,20 @@ def _change(one: Measured, plain: Measured) -> str:
 
 def _foremost(found: Ablation) -> Iterator[Verdict]:
     """For each mode the verdict at the largest k, and at the truly massive rows' number if that was tried."""
-    counts = {run.target.layer: run.target.count for run in found.runs}
-    if len(counts) > 1:
+    groups = {run.targets for run in found.runs}
+    if len(groups) > 1:
         return  # a line a layer is enough
+    counts = {target.count for group in groups for target in group}
     largest = max((one.attack.k for one in found.verdicts), default=0)
     for one in found.verdicts:
-        if one.attack.k in (largest, counts[one.layer]):
+        if one.attack.k in (largest, *counts):
             yield one
 
 
 def _nonfinite(found: Ablation) -> Iterator[str]:
     """Why figures are missing."""
     measured = [("without an attack", found.baseline)]
-    measured += [(f"{run.attack} in layer {run.target.layer}", run.measured) for run in found.runs if not run.control]
+    measured += [(f"{run.attack} in layer {run.place}", run.measured) for run in found.runs if not run.control]
     for under, several in measured:
         for name, one in named(several).items():
             if one.nonfinite:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mwtool.ablation.targets import Target, norm_rows, random_rows
+from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.verdict import Verdict, judge
-from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
-from mwtool.evaluation.evaluate import Prepared, prepare
+from mwtool.evaluation.evaluate import PerplexityTask, Prepared, prepare
 from mwtool.evaluation.measurement import Measured, OnProgress, Options
 from mwtool.evaluation.perplexity import check_vocabulary
+from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
+from mwtool.layout import FFN
 from mwtool.models.load import Loaded
-from mwtool.surgery.attack import Attack, edited, parse_mode, rows_of
+from mwtool.scan.targets import Group
+from mwtool.surgery.attack import Attack, Edit, edited_together, parse_mode, rows_of
 from mwtool.surgery.hooks import averaging
 
 if TYPE_CHECKING:
@@ -45,18 +48,29 @@ class Sweep:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One attack and what was measured under it.
 
-    control: None for the ranked rows, ``random:SEED`` or ``norm``. indices: the rows the attack is named for.
+    control: None for the ranked rows, ``random:SEED`` or ``norm``. targets: the places attacked together.
+    rows: of each place the rows the attack is named for.
     """
 
     attack: Attack
     control: str | None
-    target: Target
-    indices: tuple[int, ...]
+    targets: Group
+    rows: tuple[tuple[int, ...], ...]
     measured: tuple[Measured, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers attacked together."""
+        return tuple(target.layer for target in self.targets)
+
+    @property
+    def place(self) -> str:
+        """The layers as they are named on the command line: `11`, or `2+11`."""
+        return "+".join(map(str, self.layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,7 @@ OnRun = Callable[[int, int, str], OnProgress | None]
 
 def ablate(
     loaded: Loaded,
-    targets: Sequence[Target],
+    groups: Sequence[Group],
     tasks: Sequence[Task],
     sweep: Sweep,
     options: Options | None = None,
@@ -84,36 +98,41 @@ def ablate(
 ) -> Ablation:
     """Measure every task on the model as it is, under every attack, and under its controls.
 
-    The model is attacked in place and put back after each run. Raises BadValue before anything runs where rows or
-    tasks do not fit; what is not finite is reported as such in `Measured`.
+    groups: rows to attack, those of one group together, one group after the other.
+    The model is attacked in place and put back after each run. A perplexity is measured under all attacks batch by
+    batch, running only the layers an attack can change. Raises BadValue before anything runs where rows or tasks do
+    not fit; what is not finite is reported as such in `Measured`.
     """
     options = options or Options()
     ready = prepare(loaded, tasks, options)
-    plans = [plan for target in targets for plan in _plans(loaded, target, sweep)]
-    means = {target.layer: means_for(loaded, target, sweep, ready) for target in targets}
+    plans = [plan for group in groups for plan in _plans(loaded, group, sweep)]
+    means = means_for(loaded, groups, sweep, ready)
     _try(loaded, plans, means)
     distinct: dict[Any, _Plan] = {}
     for plan in plans:
         if not plan.attack.idle:
             distinct.setdefault(plan.same, plan)
-    measured = _Measuring(loaded, ready, options, on_run, 1 + len(distinct))
-    baseline = measured.under("baseline", None)
-    found = {
-        same: measured.under(
-            plan.name,
-            edited(loaded.base, plan.target.ffn, plan.indices, plan.attack, means=means[plan.target.layer]),
+    measuring = _Measuring(loaded, list(distinct.values()), means, ready, options, on_run)
+    baseline, *under = measuring.all()
+    found = dict(zip(distinct, under, strict=True))
+    runs = [
+        Run(
+            attack=plan.attack,
+            control=plan.control,
+            targets=plan.targets,
+            rows=plan.rows,
+            measured=found.get(plan.same, baseline),
         )
-        for same, plan in distinct.items()
-    }
-    runs = [Run(plan.attack, plan.control, plan.target, plan.indices, found.get(plan.same, baseline)) for plan in plans]
-    notes = [note for one in ready for note in one.notes] + _notes(targets, sweep, plans)
+        for plan in plans
+    ]
+    notes = [note for one in ready for note in one.notes] + _notes(groups, sweep, plans)
     return Ablation(baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes))
 
 
 @contextmanager
 def ablated(
     model: PreTrainedModel | PeftModel,
-    massive: MassiveWeights | None,
+    massive: MassiveWeights | Sequence[MassiveWeights] | None,
     *,
     mode: str = "zero",
     k: int = 5,
@@ -121,19 +140,22 @@ def ablated(
 ) -> Iterator[None]:
     """A transformers model, wrapped by PEFT or not, with its massive rows attacked inside the block.
 
+    massive: rows of one layer, or of several, which are attacked together.
     mode: ``zero``, ``retain``, ``scale:X`` or ``mean``. windows: token ids, each (T,), over which ``mean`` averages.
     Under PEFT the rows are those of the pre-trained weights. Raises BadValue, also for None, which is what the scan of
     a model without massive weights gives, and UnsupportedModel.
     """
-    if massive is None:
+    if massive is None or massive == ():
         raise BadValue("there are no massive weights to attack: the scan found none")
     base: Any = unwrapped(model)
     layers = tuple(decoder_layers(adapter_for(base.config.model_type), base.config))
-    ffn, attack = ffn_at(layers, massive.layer, massive.expert), parse_mode(mode).at(k)
-    means = None
-    if attack.mode == "mean":
-        means = mean_state(model, base, ffn, layers[massive.layer].path, () if windows is None else windows)
-    with edited(base, ffn, rows_of(massive, attack), attack, means=means):
+    attack, edits = parse_mode(mode).at(k), []
+    windows = () if windows is None else list(windows)
+    for one in massive if isinstance(massive, Sequence) else (massive,):
+        ffn = ffn_at(layers, one.layer, one.expert)
+        means = mean_state(model, base, ffn, layers[one.layer].path, windows) if attack.mode == "mean" else None
+        edits.append(Edit(ffn, rows_of(one, attack), means))
+    with edited_together(base, edits, attack):
         yield
 
 
@@ -166,7 +188,7 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
 
 def controls_of(run: Run, runs: Sequence[Run]) -> list[Run]:
     """The same attack on as many rows chosen otherwise."""
-    return [one for one in runs if one.control and (one.attack, one.target) == (run.attack, run.target)]
+    return [one for one in runs if one.control and (one.attack, one.targets) == (run.attack, run.targets)]
 
 
 def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verdict]:
@@ -175,19 +197,25 @@ def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verd
         if run.control is not None or run.attack.idle or run.attack.k == 0:
             continue
         beside = controls_of(run, runs)
+        norm = next((one for one in beside if one.control == "norm"), None)
         for at, (attacked, plain) in enumerate(zip(run.measured, baseline, strict=True)):
             found = judge(
                 run.attack,
                 attacked,
                 plain,
                 random=[one.measured[at] for one in beside if one.control != "norm"],
-                norm=next((one.measured[at] for one in beside if one.control == "norm"), None),
-                shared=sum(row in run.indices for one in beside if one.control == "norm" for row in one.indices),
-                layer=run.target.layer,
-                expert=run.target.ffn.expert,
+                norm=None if norm is None else norm.measured[at],
+                shared=0 if norm is None else _shared(run, norm),
+                layers=run.layers,
+                experts=tuple(target.ffn.expert for target in run.targets),
             )
             if found is not None:
                 yield found
+
+
+def _shared(run: Run, other: Run) -> int:
+    """How many rows both attack."""
+    return sum(len({*ours} & {*theirs}) for ours, theirs in zip(run.rows, other.rows, strict=True))
 
 
 class _Stop(Exception):
@@ -198,92 +226,145 @@ class _Stop(Exception):
 class _Plan:
     attack: Attack
     control: str | None
-    target: Target
-    indices: tuple[int, ...]
+    targets: Group
+    rows: tuple[tuple[int, ...], ...]
 
     @property
-    def same(self) -> tuple[Attack, int, frozenset[int]]:
+    def same(self) -> tuple[Attack, frozenset[tuple[int, int | None, frozenset[int]]]]:
         """Equal where the same is done to the same rows: those of largest norm may be the massive ones."""
-        return self.attack, self.target.layer, frozenset(self.indices)
+        places = zip(self.targets, self.rows, strict=True)
+        return self.attack, frozenset((one.layer, one.ffn.expert, frozenset(rows)) for one, rows in places)
 
     @property
     def name(self) -> str:
         beside = "" if self.control is None else f" ({self.control})"
-        return f"layer {self.target.layer}, {self.attack}{beside}"
+        several = "layers" if len(self.targets) > 1 else "layer"
+        return f"{several} {'+'.join(str(one.layer) for one in self.targets)}, {self.attack}{beside}"
 
 
-def _plans(loaded: Loaded, target: Target, sweep: Sweep) -> Iterator[_Plan]:
+def _plans(loaded: Loaded, group: Group, sweep: Sweep) -> Iterator[_Plan]:
     wanted = sweep.draws > 0 and max(sweep.ks) > 0
-    largest = norm_rows(loaded, target, max(sweep.ks)) if wanted else None  # reads all rows: once
+    # reads all rows: once
+    largest = [norm_rows(loaded, target, max(sweep.ks)) if wanted else None for target in group]
     for mode in sweep.modes:
         for k in sweep.ks:
             attack = mode.at(k)
-            yield _Plan(attack, None, target, target.indices[:k])
+            yield _Plan(attack, None, group, tuple(target.indices[:k] for target in group))
             if k > 0 and sweep.draws > 0:
-                yield from _controls(loaded, target, attack, sweep, largest)
+                yield from _controls(loaded, group, attack, sweep, largest)
 
 
 def _controls(
-    loaded: Loaded, target: Target, attack: Attack, sweep: Sweep, largest: tuple[int, ...] | None
+    loaded: Loaded, group: Group, attack: Attack, sweep: Sweep, largest: Sequence[tuple[int, ...] | None]
 ) -> Iterator[_Plan]:
-    width = target.ffn.width(loaded.base)
+    """As many rows of each place; the draws of several places are apart, with seeds of their own."""
     for seed in range(sweep.seed, sweep.seed + sweep.draws):
-        rows = random_rows(target, width, attack.k, seed)
-        if rows is not None:
-            yield _Plan(attack, f"random:{seed}", target, rows)
-    if largest is not None:
-        yield _Plan(attack, "norm", target, largest[: attack.k])
+        drawn = [
+            random_rows(target, target.ffn.width(loaded.base), attack.k, seed + at * sweep.draws)
+            for at, target in enumerate(group)
+        ]
+        if (rows := _complete(drawn)) is not None:
+            yield _Plan(attack, f"random:{seed}", group, rows)
+    if (rows := _complete(largest)) is not None:
+        yield _Plan(attack, "norm", group, tuple(one[: attack.k] for one in rows))
 
 
-def _try(loaded: Loaded, plans: Sequence[_Plan], means: dict[int, Tensor | None]) -> None:
+def _complete(rows: Sequence[tuple[int, ...] | None]) -> tuple[tuple[int, ...], ...] | None:
+    """The rows of every place, or None where one has none."""
+    found = tuple(one for one in rows if one is not None)
+    return found if len(found) == len(rows) else None
+
+
+Means = dict[tuple[int, int | None], Tensor]
+"""The mean intermediate state, (I,), of the network of a layer and expert; empty where no mode needs it."""
+
+
+def edits_of(targets: Group, rows: Sequence[tuple[int, ...]], means: Means) -> list[Edit]:
+    """These rows of each place, with their means where there are any."""
+    return [
+        Edit(target.ffn, some, means.get((target.layer, target.ffn.expert)))
+        for target, some in zip(targets, rows, strict=True)
+    ]
+
+
+def _try(loaded: Loaded, plans: Sequence[_Plan], means: Means) -> None:
     """Every mode in every place once, changing nothing: a refusal comes before hours of measuring, not after."""
-    for plan in {(plan.target.layer, plan.attack.name): plan for plan in plans}.values():
-        with edited(loaded.base, plan.target.ffn, plan.indices, plan.attack, means=means[plan.target.layer]):
+    for plan in {(plan.targets, plan.attack.name): plan for plan in plans}.values():
+        with edited_together(loaded.base, edits_of(plan.targets, plan.rows, means), plan.attack):
             pass
 
 
-def means_for(loaded: Loaded, target: Target, sweep: Sweep, tasks: Sequence[Prepared]) -> Tensor | None:
-    """Mean intermediate state over the windows of every perplexity task; None where no mode needs it."""
+def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequence[Prepared]) -> Means:
+    """Mean intermediate states over the windows of every perplexity task, where a mode needs them."""
     if all(mode.mode != "mean" for mode in sweep.modes):
-        return None
-    windows = [ids for one in tasks for ids in getattr(getattr(one, "windows", None), "ids", ())]
+        return {}
+    windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]
     if not windows:
         raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
-    return mean_state(loaded.model, loaded.base, target.ffn, loaded.layers[target.layer].path, windows)
+    return {
+        (target.layer, target.ffn.expert): mean_state(
+            loaded.model, loaded.base, target.ffn, loaded.layers[target.layer].path, windows
+        )
+        for target in dict.fromkeys(target for group in groups for target in group)
+    }
 
 
 @dataclass(slots=True)
 class _Measuring:
+    """All tasks on the model as it is and under every plan: perplexities batch by batch, other tasks plan by plan."""
+
     loaded: Loaded
+    plans: Sequence[_Plan]
+    means: Means
     tasks: Sequence[Prepared]
     options: Options
     on_run: OnRun | None
-    total: int
     done: int = 0
+    measured: list[list[Measured]] = field(default_factory=list)
 
-    def under(self, name: str, context: AbstractContextManager[None] | None) -> tuple[Measured, ...]:
-        on_progress = None if self.on_run is None else self.on_run(self.done, self.total, name)
+    def all(self) -> list[tuple[Measured, ...]]:
+        """Of the baseline, then of each plan, the figures of all tasks in order."""
+        others = [one for one in self.tasks if not isinstance(one, PerplexityTask)]
+        found: dict[int, list[list[Measured]]] = {}
+        for one in self.tasks:
+            if isinstance(one, PerplexityTask):
+                found[id(one)] = [[measured] for measured in self._batchwise(one)]
+        for plan in (None, *self.plans) if others else ():
+            with self.applied(plan):
+                for one in others:
+                    name = f"{'baseline' if plan is None else plan.name}, {one.task}"
+                    found.setdefault(id(one), []).append(one.run(self.loaded, self.options, self._next(name)))
+        runs = range(1 + len(self.plans))
+        return [tuple(measured for one in self.tasks for measured in found[id(one)][at]) for at in runs]
+
+    def applied(self, plan: _Plan | None) -> AbstractContextManager[None]:
+        """The model under this plan."""
+        if plan is None:
+            return edited_together(self.loaded.base, (), Attack())
+        return edited_together(self.loaded.base, edits_of(plan.targets, plan.rows, self.means), plan.attack)
+
+    def _batchwise(self, task: PerplexityTask) -> list[Measured]:
+        variants = [Variant(min(one.layer for one in plan.targets), partial(self.applied, plan)) for plan in self.plans]
+        return task.under(self.loaded, variants, self.options, self._next(f"{task.task} under all attacks"))
+
+    def _next(self, name: str) -> OnProgress | None:
+        """Called before each part of the work: a perplexity under all attacks, or another task under one."""
+        apart = sum(isinstance(one, PerplexityTask) for one in self.tasks)
+        total = apart + (len(self.tasks) - apart) * (1 + len(self.plans))
         self.done += 1
-        if context is None:
-            return self._measured(on_progress)
-        with context:
-            return self._measured(on_progress)
-
-    def _measured(self, on_progress: OnProgress | None) -> tuple[Measured, ...]:
-        found = (one.run(self.loaded, self.options, on_progress) for one in self.tasks)
-        return tuple(measured for several in found for measured in several)
+        return None if self.on_run is None else self.on_run(self.done - 1, total, name)
 
 
-def _notes(targets: Sequence[Target], sweep: Sweep, plans: Sequence[_Plan]) -> list[str]:
+def _notes(groups: Sequence[Group], sweep: Sweep, plans: Sequence[_Plan]) -> list[str]:
     notes = []
-    biased = next((one.ffn for one in targets if one.ffn.up_bias or one.ffn.gate_bias), None)
+    biased = next((one.ffn for group in groups for one in group if one.ffn.up_bias or one.ffn.gate_bias), None)
     if biased is not None:
         notes.append(f"the rows of {biased.module} have biases, which are attacked with them")
     wanted = sweep.draws > 0 and max(sweep.ks) > 0
     if wanted and not any(plan.control == "norm" for plan in plans):
         notes.append("the weights are quantized or offloaded: rows of largest norm are left out of the controls")
     if wanted and len([p for p in plans if p.control and p.control != "norm"]) < sum(
-        sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in targets
+        sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in groups
     ):
         notes.append("an FFN has too few rows beside the ranked ones to draw as many at random for every k")
     return notes

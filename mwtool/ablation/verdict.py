@@ -12,10 +12,11 @@ from mwtool.evaluation.numbers import figure, short
 from mwtool.surgery.attack import Attack
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """One attack beside its controls, on one perplexity task.
 
+    layers, experts: where its rows are, attacked together.
     ratio: over the baseline. random: of each seed. norm: of the rows of largest norm, of which `norm_shared` are
     the attacked ones themselves. None or empty: not run.
     beyond: attacked over the random rows' geometric mean, paired by windows.
@@ -23,8 +24,8 @@ class Verdict:
 
     attack: Attack
     task: str
-    layer: int
-    expert: int | None
+    layers: tuple[int, ...]
+    experts: tuple[int | None, ...]
     ratio: Ratio
     random: tuple[float, ...]
     norm: float | None
@@ -41,8 +42,8 @@ def judge(
     random: Sequence[Measured],
     norm: Measured | None,
     shared: int,
-    layer: int,
-    expert: int | None,
+    layers: tuple[int, ...],
+    experts: tuple[int | None, ...],
 ) -> Verdict | None:
     """The verdict in words; None where it is no perplexity or not finite."""
     if not comparable(attacked, baseline):
@@ -51,15 +52,29 @@ def judge(
     ratio, each = paired_ratio(attacked, [baseline]), tuple(paired_ratio(one, [baseline]).value for one in drawn)
     largest = paired_ratio(norm, [baseline]).value if norm is not None and comparable(norm, baseline) else None
     beyond = paired_ratio(attacked, drawn) if drawn else None
-    said = [f"{_doing(attack)} multiplies {short(attacked.task)} by {ratio}"]
+    said = [f"{_doing(attack)}{_where(layers)} multiplies {short(attacked.task)} by {ratio}"]
     if each:
         said.append(f"{_rows(attack.k, 'random row')} by {figure(statistics.fmean(each))}{_spread(each)}")
     if largest is not None:
-        said.append(f"{_largest(attack.k)}{_same(shared, attack.k)} by {figure(largest)}")
+        said.append(f"{_largest(attack.k)}{_same(shared, attack.k * len(layers))} by {figure(largest)}")
     text = "; ".join(said) + (f". {_conclusion(attack, beyond)}" if beyond is not None else ".")
     return Verdict(
-        attack, attacked.task, layer, expert, ratio, each, largest, None if largest is None else shared, beyond, text
+        attack=attack,
+        task=attacked.task,
+        layers=layers,
+        experts=experts,
+        ratio=ratio,
+        random=each,
+        norm=largest,
+        norm_shared=None if largest is None else shared,
+        beyond=beyond,
+        text=text,
     )
+
+
+def _where(layers: tuple[int, ...]) -> str:
+    """Nothing for one layer, which the report names above."""
+    return f" in each of layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}" if len(layers) > 1 else ""
 
 
 def _conclusion(attack: Attack, beyond: Ratio) -> str:

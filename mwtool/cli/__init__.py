@@ -13,7 +13,7 @@ from mwtool.cli.ablate import ablate
 from mwtool.cli.adapters import adapters
 from mwtool.cli.eval import evaluate
 from mwtool.cli.finetune import finetune
-from mwtool.cli.scan import scan
+from mwtool.cli.scan import ScanCommand, scan
 from mwtool.errors import MwtoolError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(scan)
+app.command(cls=ScanCommand)(scan)
 app.command()(ablate)
 app.command("eval")(evaluate)
 app.command()(finetune)

@@ -14,21 +14,8 @@ from mwtool.cli.options import DType, On
 
 if TYPE_CHECKING:
     from mwtool.ablation.sweep import Ablation, Sweep
-    from mwtool.ablation.targets import Target
     from mwtool.models.load import Loaded
-
-
-def numbers(text: str, name: str) -> tuple[int, ...]:
-    """A list like 0,1,3: no duplicates, none negative. Raises BadParameter, which is wrong usage."""
-    parts = [part.strip() for part in text.split(",")]
-    bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
-    if bad is not None:
-        raise typer.BadParameter(f"{name} {text!r}: {bad!r} is no number from 0 on; expected a list such as 0,1,3")
-    values = [int(part) for part in parts]
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise typer.BadParameter(f"{name} {text!r} names {twice} twice")
-    return tuple(values)
+    from mwtool.scan.targets import Group
 
 
 def ablate(
@@ -44,9 +31,10 @@ def ablate(
         list[str] | None, typer.Option(help="What to measure, as in eval; repeatable.", show_default="ppl:demo")
     ] = None,
     massive: options.Massive = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Rows of this layer instead.")] = None,
-    indices: Annotated[str | None, typer.Option(help="These rows, in this order: I,J,...")] = None,
-    expert: Annotated[int | None, typer.Option(min=0, help="Rows of this expert.")] = None,
+    layer: options.Layers = None,
+    event: options.Event = None,
+    indices: options.Indices = None,
+    expert: options.Expert = None,
     each_layer: Annotated[bool, typer.Option("--each-layer", help="The top rows of every layer, one by one.")] = False,
     controls: Annotated[
         bool | None,
@@ -66,6 +54,7 @@ def ablate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many windows or questions.")] = None,
     window: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the first random control.")] = 0,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -77,9 +66,11 @@ def ablate(
     debug: options.Debug = False,
 ) -> None:
     """Take rows out and measure what it does, beside random rows and rows of large norm."""
-    given = numbers(indices, "--indices") if indices is not None else ()
-    wanted = numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
-    _usage(each_layer=each_layer, given=bool(given), layer=layer, expert=expert, massive=massive)
+    choice = options.chosen(
+        massive=massive, event=event, layer=layer, expert=expert, indices=indices, each_layer=each_layer
+    )
+    given = choice.indices
+    wanted = options.numbers(k, "-k") if k is not None else (len(given),) if given else (0, 1, 3, 5)
     if each_layer and generate is not None:
         raise typer.BadParameter("--generate shows one place; leave out --each-layer, or name a --layer")
     modes = list(dict.fromkeys(mode or ["zero", "retain"]))
@@ -87,12 +78,12 @@ def ablate(
         raise typer.BadParameter("--save takes one --mode, one -k and one place")
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.sweep import Sweep
-    from mwtool.ablation.targets import Choice, find_targets
     from mwtool.cli.terminal import note_all, say_once
     from mwtool.evaluation.measurement import Options
     from mwtool.evaluation.tasks import parse_tasks
     from mwtool.models.load import load
     from mwtool.scan.scanner import Settings
+    from mwtool.scan.targets import find_targets
     from mwtool.surgery.attack import parse_mode
     from mwtool.surgery.save import check_savable
 
@@ -108,6 +99,7 @@ def ablate(
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
     )
     loaded = load(model, **opening)
     if save is not None:
@@ -115,25 +107,13 @@ def ablate(
     if generate is not None:
         prompt_ids(loaded, generate, bos)
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
-    choice = Choice(massive, layer, expert, given, each_layer)
-    targets, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
+    groups, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
     note_all((*loaded.notes, *notes))
-    found = _measured(loaded, targets, tasks, sweep, measuring)
+    found = _measured(loaded, groups, tasks, sweep, measuring)
     note_all(found.notes)
     found = replace(found, notes=(*notes, *found.notes))
-    said = _said(loaded, targets, tasks, sweep, measuring, generate)
-    _give(loaded, found, targets[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
-
-
-def _usage(*, each_layer: bool, given: bool, layer: int | None, expert: int | None, massive: Path | None) -> None:
-    if each_layer and (given or layer is not None or expert is not None or massive is not None):
-        raise typer.BadParameter(
-            "--each-layer finds its own rows; leave out --layer, --indices, --expert and --massive"
-        )
-    if massive is not None and layer is not None:
-        raise typer.BadParameter("--massive FILE names its layer; leave out --layer")
-    if expert is not None and layer is None and not given:
-        raise typer.BadParameter("--expert goes with --layer or --indices")
+    said = _said(loaded, groups, tasks, sweep, measuring, generate)
+    _give(loaded, found, groups[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
 
 
 def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
@@ -153,29 +133,29 @@ def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None
         check_free(save)
 
 
-def _measured(loaded: Loaded, targets: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
+def _measured(loaded: Loaded, groups: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
     from mwtool.ablation.sweep import ablate
     from mwtool.cli.terminal import run_progress
 
     with run_progress() as on_run:
-        return ablate(loaded, targets, tasks, sweep, measuring, on_run=on_run)
+        return ablate(loaded, groups, tasks, sweep, measuring, on_run=on_run)
 
 
 def _said(
-    loaded: Loaded, targets: tuple[Target, ...], tasks: Any, sweep: Sweep, measuring: Any, prompt: str | None
+    loaded: Loaded, groups: tuple[Group, ...], tasks: Any, sweep: Sweep, measuring: Any, prompt: str | None
 ) -> list[tuple[str, str]]:
     if prompt is None:
         return []
     from mwtool.ablation.continuation import continuations
     from mwtool.evaluation.evaluate import prepare
 
-    return continuations(loaded, targets[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
+    return continuations(loaded, groups[0], sweep, prepare(loaded, tasks, measuring), prompt, bos=measuring.bos)
 
 
 def _give(
     loaded: Loaded,
     found: Ablation,
-    target: Target,
+    group: Group,
     said: list[tuple[str, str]],
     *,
     seed: int,
@@ -189,11 +169,13 @@ def _give(
     from mwtool.cli.terminal import command_line, note
     from mwtool.files.atomic_write import write
     from mwtool.files.document import text_of
+    from mwtool.surgery.attack import Edit
     from mwtool.surgery.save import save_attacked
 
     if save is not None:
         attack = found.runs[0].attack
-        save_attacked(loaded, target.ffn, target.indices[: attack.k], attack, save)
+        edits = [Edit(target.ffn, target.indices[: attack.k]) for target in group]
+        save_attacked(loaded, edits, attack, save)
         note(f"the attacked model is in {save}")
     saved = None if save is None else str(save)
     document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)

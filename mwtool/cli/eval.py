@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mwtool.evaluation.tasks import Task
     from mwtool.massive import MassiveWeights
     from mwtool.models.load import Loaded
+    from mwtool.scan.targets import Choice, Group
     from mwtool.surgery.attack import Attack
 
 
@@ -52,9 +53,16 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option(help="none, zero:K, retain:K or scale:FACTOR:K; repeatable.", show_default="none"),
+        typer.Option(
+            help="none, zero:K, retain:K or scale:FACTOR:K, with @2+11 for rows of these layers; repeatable.",
+            show_default="none",
+        ),
     ] = None,
     massive: options.Massive = None,
+    event: options.Event = None,
+    layer: options.Layers = None,
+    indices: options.Indices = None,
+    expert: options.Expert = None,
     on: Annotated[On, typer.Option(help="Adapters: attack rows of the base model, or of the sum.")] = On.base,
     compare: Annotated[
         bool,
@@ -76,6 +84,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of few-shot examples and of sampling, where a task does that.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what the file of -o has already.")] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -88,7 +97,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity and zero-shot tasks, on any model or adapter, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
-    _usage(models, compare=compare, resume=resume, output=output, revision=revision, massive=massive)
+    _usage(models, compare=compare, resume=resume, output=output, of_one=(revision, gguf_file, massive))
     from mwtool.cli.terminal import say_once
     from mwtool.evaluation.evaluate import check
     from mwtool.evaluation.measurement import Options
@@ -117,10 +126,12 @@ def evaluate(
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
     )
     tasks = parse_tasks(task or ["ppl:demo"])
     check(tasks)
-    run = _Run(tasks, attacks, massive, measuring, opening, output, compare, resume)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    run = _Run(tasks, attacks, choice, measuring, opening, output, compare, resume)
     run.measure(models)
     if json:
         sys.stdout.write(run.text())
@@ -138,13 +149,14 @@ def _usage(
     compare: bool,
     resume: bool,
     output: Path | None,
-    revision: str | None,
-    massive: Path | None,
+    of_one: tuple[str | Path | None, ...],
 ) -> None:
     if len(models) > 1 and not compare:
         raise typer.BadParameter(f"one MODEL is evaluated, {len(models)} are given; --compare puts them side by side")
-    if len(models) > 1 and (revision is not None or massive is not None):
-        raise typer.BadParameter("--revision and --massive belong to one MODEL; evaluate them one by one with -o FILE")
+    if len(models) > 1 and any(value is not None for value in of_one):
+        raise typer.BadParameter(
+            "--revision, --gguf-file and --massive belong to one MODEL; evaluate them one by one with -o FILE"
+        )
     if resume and output is None:
         raise typer.BadParameter("--resume goes on from the file of -o; say which")
 
@@ -155,7 +167,7 @@ class _Run:
 
     tasks: Sequence[Task]
     attacks: Sequence[Attack]
-    massive: Path | None
+    choice: Choice
     measuring: Options
     opening: dict[str, Any]
     output: Path | None
@@ -204,9 +216,9 @@ class _Run:
         from mwtool.models.load import load
 
         loaded = load(model, **self.opening)
-        massive, notes = self._massive(loaded)
+        massive, groups, notes = self._rows(loaded)
         note_all((*loaded.notes, *notes))
-        document = self._document(loaded, massive)
+        document = self._document(loaded, massive, groups)
         earlier = (
             []
             if self.output is None
@@ -239,21 +251,39 @@ class _Run:
                 on_task=on_task,
                 on_note=on_note,
                 done=done,
+                groups=groups,
             )
         self.documents[-1] = document(results, notes, complete=True)
 
-    def _massive(self, loaded: Loaded) -> tuple[MassiveWeights | None, list[str]]:
-        """Massive weights where an attack needs them."""
-        if all(attack.idle for attack in self.attacks):
-            return None, []
-        from mwtool.scan.loaded import massive_for
+    def _rows(self, loaded: Loaded) -> tuple[MassiveWeights | None, dict[tuple[int, ...], Group], list[str]]:
+        """The massive weights, where an attack needs them, and the rows of layers that are named; one scan for all."""
+        from functools import cache, partial
+
+        from mwtool.scan.loaded import massive_for, scan_loaded
         from mwtool.scan.scanner import Settings
+        from mwtool.scan.targets import Choice, find_targets
 
-        most = max(attack.k for attack in self.attacks)
-        massive, notes = massive_for(loaded, self.massive, Settings(k=max(most, 1), bos=self.measuring.bos))
-        return massive, list(notes)
+        wanted: dict[tuple[int, ...], int] = {}
+        for attack in self.attacks:
+            if not attack.idle:
+                wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
+        settings = Settings(k=max(wanted.values(), default=1), bos=self.measuring.bos)
+        massive: MassiveWeights | None = None
+        notes: dict[str, None] = {}
+        groups: dict[tuple[int, ...], Group] = {}
+        scanned = cache(partial(scan_loaded, loaded))
+        for layers, k in wanted.items():
+            if not layers and self.choice == Choice(file=self.choice.file):
+                massive, said = massive_for(loaded, self.choice.file, settings)
+            else:
+                choice = Choice(layers=layers) if layers else self.choice
+                (groups[layers],), said = find_targets(loaded, choice, k, settings, scanned=scanned)
+            notes |= dict.fromkeys(said)
+        return massive, groups, list(notes)
 
-    def _document(self, loaded: Loaded, massive: MassiveWeights | None) -> Callable[..., dict[str, Any]]:
+    def _document(
+        self, loaded: Loaded, massive: MassiveWeights | None, groups: dict[tuple[int, ...], Group]
+    ) -> Callable[..., dict[str, Any]]:
         from mwtool.cli.terminal import command_line
         from mwtool.evaluation.document import eval_document
 
@@ -265,6 +295,7 @@ class _Run:
                 tasks=[str(task) for task in self.tasks],
                 results=results,
                 massive=massive,
+                groups=groups,
                 notes=notes,
                 command=command_line(),
                 complete=complete,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mwtool.finetune.plan import Asked, Plan
     from mwtool.finetune.trainer import Telling
     from mwtool.macdrop.curriculum import Curriculum
+    from mwtool.models.source import Source
 
 
 class Peft(StrEnum):
@@ -117,6 +118,14 @@ def finetune(
     scope: Annotated[Scope | None, _of_macdrop(help="Rows dropped from.", show_default="massive")] = None,
     resample: Annotated[Resample | None, _of_macdrop(help="A mask for each of these.", show_default="step")] = None,
     massive: Annotated[Path | None, _of_macdrop(help="A saved scan; without it the model is scanned first.")] = None,
+    event: Annotated[
+        str | None, _of_macdrop(metavar="N[,N...]|all|up|down", help="Rows of these events of the scan, together.")
+    ] = None,
+    layer: Annotated[str | None, _of_macdrop(metavar="N[,N...]", help="Top rows of these layers, together.")] = None,
+    expert: Annotated[int | None, _of_macdrop(min=0, help="With one layer or event: the routed expert.")] = None,
+    indices: Annotated[
+        str | None, _of_macdrop(metavar="I[,J...]", help="With one layer or event: these rows, in this order.")
+    ] = None,
     allow_none: Annotated[
         bool, _of_macdrop("--allow-none", help="Train a model without massive weights, without MacDrop.")
     ] = False,
@@ -132,6 +141,7 @@ def finetune(
     resume: Annotated[bool, _of_run("--resume", help="Go on from the newest whole checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and stop.")] = False,
     show_curriculum: Annotated[bool, _of_run("--show-curriculum", help="Draw p over the steps and stop.")] = False,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: Annotated[
         DType, _of_model(help="Precision to train in; auto is bfloat16 where the hardware has it, else float32.")
@@ -154,6 +164,7 @@ def finetune(
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.finetune.config import Recipe
     from mwtool.finetune.plan import Asked
+    from mwtool.models.source import locate
 
     quiet_libraries()
     place = process.training_device(device)
@@ -180,10 +191,14 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     form: Any = None if format_ is Format.auto else format_.value  # its values are the forms
-    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none)
+    choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
+    if curriculum.layers and replace(choice, file=None) != type(choice)():
+        raise typer.BadParameter(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
+    asked = Asked(data, form, split, skip_bad_rows, massive, allow_none, replace(choice, file=None))
     if output is not None and not dry_run and _ended(output, resume=resume):
         return
-    plan = _planned(model, revision, trust_remote_code, recipe, asked)
+    source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    plan = _planned(source, recipe, asked)
     if dry_run or output is None:
         _show_plan(plan, json=json)
         return
@@ -237,12 +252,10 @@ def _ended(folder: Path, *, resume: bool) -> bool:
     return False
 
 
-def _planned(model: str, revision: str | None, trust: bool, recipe: Recipe, asked: Asked) -> Plan:
+def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.finetune.plan import make_plan
-    from mwtool.models.source import locate
 
-    source = locate(model, revision, trust_remote_code=trust)
     note_all(source.notes)
     with layer_progress() as on_layer:
         plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
@@ -282,7 +295,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
         trained = train(
             model,
             (plan.train, plan.held),
-            plan.massive,
+            plan.places,
             plan.recipe,
             folder,
             settings=settings,

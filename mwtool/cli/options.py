@@ -7,11 +7,14 @@ import math
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mwtool.errors import BadValue
+
+if TYPE_CHECKING:
+    from mwtool.scan.targets import Choice
 
 
 class DType(StrEnum):
@@ -40,7 +43,14 @@ class DeviceMap(StrEnum):
 
 
 def opening(
-    *, on: On, revision: str | None, dtype: DType, device: str, device_map: DeviceMap | None, trust_remote_code: bool
+    *,
+    on: On,
+    revision: str | None,
+    dtype: DType,
+    device: str,
+    device_map: DeviceMap | None,
+    trust_remote_code: bool,
+    gguf_file: str | None,
 ) -> dict[str, Any]:
     """What `mwtool.load.load` is told of the options with which a whole model is opened."""
     return {
@@ -50,6 +60,7 @@ def opening(
         "device": device,
         "device_map": None if device_map is None else device_map.value,
         "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file,
     }
 
 
@@ -111,6 +122,45 @@ def _known(path: Path, values: dict[Any, Any], names: list[str]) -> dict[str, An
     return known
 
 
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """A list like 0,1,3: no duplicates, none negative. Raises BadParameter, which is wrong usage."""
+    parts = [part.strip() for part in text.split(",")]
+    bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
+    if bad is not None:
+        raise typer.BadParameter(f"{name} {text!r}: {bad!r} is no number from 0 on; expected a list such as 0,1,3")
+    values = [int(part) for part in parts]
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise typer.BadParameter(f"{name} {text!r} names {twice} twice")
+    return tuple(values)
+
+
+def chosen(
+    *,
+    massive: Path | None,
+    event: str | None,
+    layer: str | None,
+    expert: int | None,
+    indices: str | None,
+    each_layer: bool = False,
+) -> Choice:
+    """Which rows the user chose. Raises BadParameter, which is wrong usage."""
+    from mwtool.scan.targets import Choice
+
+    events: Any = () if event is None else event if event in ("all", "up", "down") else numbers(event, "--event")
+    try:
+        return Choice(
+            file=massive,
+            events=events,
+            layers=() if layer is None else numbers(layer, "--layer"),
+            expert=expert,
+            indices=() if indices is None else numbers(indices, "--indices"),
+            each_layer=each_layer,
+        )
+    except BadValue as fault:
+        raise typer.BadParameter(str(fault)) from fault
+
+
 MODEL, OUTPUT = "Opening the model", "Configuration and output"
 """Panels of `--help`, behind what is the command's own."""
 
@@ -118,10 +168,18 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Hub id, local folder, PEFT adapter folder, or demo, the bundled model.",
+        help="Hub id, local folder, PEFT adapter folder, GGUF file, or demo, the bundled model.",
     ),
 ]
-BaseModel = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or demo, the bundled model.")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or demo, the bundled model.")
+]
+GGUFFile = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-file", metavar="NAME", help="Which GGUF file of a folder or repository.", rich_help_panel=MODEL
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel=MODEL)]
 Precision = Annotated[
     DType,
@@ -140,6 +198,20 @@ Spread = Annotated[
     ),
 ]
 Massive = Annotated[Path | None, typer.Option(help="A saved scan; without it the model is scanned first.")]
+Event = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N...]|all|up|down", help="Rows of these events of the scan, together.", show_default=False
+    ),
+]
+Layers = Annotated[
+    str | None, typer.Option(metavar="N[,N...]", help="Top rows of these layers, together.", show_default=False)
+]
+Expert = Annotated[int | None, typer.Option(min=0, help="With one layer or event: the routed expert.")]
+Indices = Annotated[
+    str | None,
+    typer.Option(metavar="I[,J...]", help="With one layer or event: these rows, in this order.", show_default=False),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.", rich_help_panel=MODEL)
 ]

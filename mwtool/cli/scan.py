@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mwtool.cli import options
-from mwtool.cli.ablate import numbers
-from mwtool.cli.options import DType
+from mwtool.cli.options import DType, numbers
 
 if TYPE_CHECKING:
+    from mwtool.ablation.check import Check
     from mwtool.scan.scanner import Scan, Settings
 
-BY_HAND, TABLES = "Choosing another event or other rows", "More tables"
+
+class ScanCommand(TyperCommand):
+    """`--check` may stand alone: the bundled text is then meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a `--check` that ends the line, or comes before another option, its default value."""
+        for at, arg in enumerate(args):
+            if arg == "--check" and (at + 1 == len(args) or args[at + 1].startswith("-")):
+                args = [*args[:at], "--check=demo", *args[at + 1 :]]
+                break
+        return super().parse_args(ctx, args)
+
+
+BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
 """Panels of `--help`."""
 
 
@@ -72,9 +86,21 @@ def scan(
         ),
     ] = False,
     every: Annotated[bool, typer.Option("--all", help="Fold no layers and no events.", rich_help_panel=TABLES)] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[TEXT]",
+            help="Measure what each event's rows carry, on the bundled text or as in ppl:TEXT.",
+            rich_help_panel=CHECK,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Windows of the text.", rich_help_panel=CHECK)] = 8,
+    window: Annotated[int, typer.Option(min=32, help="Tokens of a window.", rich_help_panel=CHECK)] = 512,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer: .png, .svg, .pdf.")
     ] = None,
+    gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = DType.auto,
     device: options.Device = "cpu",
@@ -110,9 +136,10 @@ def scan(
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
-    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code)
+    found = _scan(model, settings, revision, dtype.value, device, trust_remote_code, gguf_file)
     note_all(found.notes)
-    text = text_of(scan_document(found, command_line()))
+    checked = None if check is None else _checked(found, check, limit, window, dtype, device, trust_remote_code)
+    text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     if output is not None:
         write(output, text)
     if plot is not None:
@@ -122,7 +149,7 @@ def scan(
     if json:
         typer.echo(text, nl=False)
     else:
-        _show(found, states=states, super_weights=super_weights, protect=protect, every=every)
+        _show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
 
 
 def _last(layers: str) -> int:
@@ -142,6 +169,7 @@ def _scan(
     dtype: str,
     device: str,
     trust: bool,
+    gguf_file: str | None,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
@@ -154,19 +182,44 @@ def _scan(
             dtype=dtype,
             device=device,
             trust_remote_code=trust,
+            gguf_file=gguf_file,
             on_layer=on_layer,
         )
 
 
-def _show(found: Scan, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
+def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, device: str, trust: bool) -> Check:
+    """Load the scanned model whole and measure on it; on a device that emulates bfloat16, in float32 by default."""
+    from mwtool.ablation.check import check_scan
+    from mwtool.cli.process import training_precision
+    from mwtool.cli.terminal import note_all, run_progress, say_once
+    from mwtool.models.load import load
+
+    say_once()
+    stored = training_precision(dtype, device)
+    wanted = "auto" if dtype is DType.auto and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
+    loaded = load(
+        found.identity.model, revision=found.identity.revision, dtype=wanted, device=device, trust_remote_code=trust
+    )
+    with run_progress() as on_run:
+        checked = check_scan(loaded, found, text, limit=limit, window=window, on_progress=on_run(0, 1, "check"))
+    note_all(checked.notes)
+    return checked
+
+
+def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
     """The report, or in its place the tables asked for."""
     from mwtool.cli.terminal import report_console
-    from mwtool.scan.report import scan_report
+    from mwtool.scan.report import Checked, scan_report
     from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
     console = report_console()
     if not (states or super_weights or protect):
-        console.print(scan_report(found, console.width, every=every))
+        made = None
+        if checked is not None:
+            from mwtool.ablation.check import cells_of, lines_of
+
+            made = Checked(checked.k, cells_of(checked), lines_of(checked))
+        console.print(scan_report(found, console.width, every=every or made is not None, check=made))
     if states:
         console.print(states_table(found, console.width, every=every))
     if super_weights:

@@ -55,6 +55,7 @@ def fail(line: str) -> None:
 def quiet_libraries() -> None:
     """What libraries say to those who program with them is not for those who run a command."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT's use of it
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")  # PEFT: a GGUF has none
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which kernels it does without
     from transformers.utils import logging as transformers_logging
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import load
 from mwtool.scan.definitions import median
 from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.scanner import Scan
+from mwtool.scan.targets import Choice, find_targets
 
 KS = (0, 1, 3, 5)
 HEAD = ["run", "lr", "decay", "batch", "shape", "seed", "M tokens", "layer", "rows", "hidden top-1 / median"]

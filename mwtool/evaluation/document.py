@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from mwtool.evaluation.measurement import Measured, Options, bos_for
 from mwtool.files.document import envelope, finite, text_of
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
+from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, parse_attack
 
 SCHEMA = "mwtool.eval/1"
@@ -37,6 +38,7 @@ def eval_document(
     notes: Sequence[str] = (),
     command: str | None = None,
     complete: bool = True,
+    groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> dict[str, Any]:
     """The document. A number that is not finite is null, and `nonfinite` says why."""
     from mwtool.evaluation.schema import EvalDocument
@@ -60,6 +62,12 @@ def eval_document(
         "massive": None
         if massive is None
         else {"layer": massive.layer, "expert": massive.expert, "indices": list(massive.indices)},
+        "places": {
+            "+".join(map(str, layers)): [
+                {"layer": one.layer, "expert": one.expert, "indices": list(one.indices)} for one in group
+            ]
+            for layers, group in (groups or {}).items()
+        },
         "attacks": [str(attack) for attack in attacks],
         "tasks": list(tasks),
         "complete": complete,
@@ -168,6 +176,8 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         other = next((key for key in SAME if one[key] != now[key]), None)
         if other is None and not _same_rows(one["massive"], now["massive"]):
             other = "massive"
+        if other is None and _conflicting(one.get("places", {}), now["places"]):
+            other = "places"
         if other is not None:
             was, new = _differing(one[other], now[other])
             raise BadValue(
@@ -175,6 +185,15 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
             )
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
+
+
+def _conflicting(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether layers that both attack have other rows; k may have grown since, which ranks more of them."""
+    return any(
+        len(one[name]) != len(other[name])
+        or not all(_same_rows(*pair) for pair in zip(one[name], other[name], strict=True))
+        for name in one.keys() & other.keys()
+    )
 
 
 def _differing(one: Any, other: Any) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from mwtool.evaluation.corpora import DATASETS, default_protocol, text_for
 from mwtool.evaluation.generation import prepare_answers
 from mwtool.evaluation.harness import check_name, check_rows, prepare_named, prepare_rows
 from mwtool.evaluation.measurement import Measured, OnProgress, Options, bos_for, perplexity_of, tokenizer_for
-from mwtool.evaluation.perplexity import perplexity
+from mwtool.evaluation.perplexity import Perplexity, perplexity
+from mwtool.evaluation.prefix_reuse import Variant, perplexities
 from mwtool.evaluation.tasks import Task, read_prompts
 from mwtool.evaluation.windows import Windows, window_for, windows
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
-from mwtool.surgery.attack import Attack, edited, rows_of
+from mwtool.scan.targets import Group
+from mwtool.surgery.attack import Attack, Edit, edited, edited_together, rows_of
 
 OnTask = Callable[[int, int, str], OnProgress | None]
 """Called before a task with tasks done, tasks in all, and what comes; may return what to call on progress."""
@@ -61,17 +63,21 @@ def evaluate(
     on_task: OnTask | None = None,
     on_note: Callable[[str], None] | None = None,
     done: Collection[tuple[str, str]] = (),
+    groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> tuple[Result, ...]:
     """Every task under every attack, on one loaded model, each text cut once.
 
     on_results: called with a task's figures as it ends. done: attack and task, as text, to leave out.
+    groups: rows of the layers an attack names; under () those of attacks that name none, in place of `massive`.
     Raises BadValue if an attack needs massive weights there are none of, before anything runs.
     """
     options = options or Options()
     left = [(attack, task) for attack in attacks for task in tasks if (str(attack), str(task)) not in done]
     wanted = dict.fromkeys(attack for attack, _ in left)
     for attack in wanted:
-        with _attacking(loaded, massive, attack):  # changing nothing yet: a refusal comes before hours of measuring
+        with _attacking(
+            loaded, massive, attack, groups or {}
+        ):  # changing nothing yet: a refusal comes before hours of measuring
             pass
     needed = dict.fromkeys(task for _, task in left)
     ready = dict(zip(needed, prepare(loaded, list(needed), options), strict=True))
@@ -81,7 +87,7 @@ def evaluate(
     results: list[Result] = []
     over = 0
     for attack in wanted:
-        with _attacking(loaded, massive, attack):
+        with _attacking(loaded, massive, attack, groups or {}):
             for task in (task for other, task in left if other == attack):
                 on_progress = None if on_task is None else on_task(over, len(left), f"{attack}, {task}")
                 over += 1
@@ -128,26 +134,41 @@ def _prepared(loaded: Loaded, task: Task, options: Options) -> Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Perplexity:
+class PerplexityTask:
+    """A text cut into windows."""
+
     task: Task
     windows: Windows
     notes: tuple[str, ...]
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
-        found = perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress)
-        cut = self.windows
+        """The perplexity of the model as it stands."""
         return [
-            Measured(
-                task=str(self.task),
-                seconds=found.seconds,
-                digest=cut.digest,
-                setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
-                **perplexity_of(cut.metric, found),
-            )
+            self._measured(perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress))
         ]
 
+    def under(
+        self, loaded: Loaded, variants: Sequence[Variant], options: Options, on_progress: OnProgress | None = None
+    ) -> list[Measured]:
+        """The perplexity of the model as it stands, then under each variant, running only the layers it can change."""
+        layers = [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
+        found = perplexities(
+            loaded.model, layers, self.windows, variants, batch_size=options.batch_size, on_batch=on_progress
+        )
+        return [self._measured(one) for one in found]
 
-def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
+    def _measured(self, found: Perplexity) -> Measured:
+        cut = self.windows
+        return Measured(
+            task=str(self.task),
+            seconds=found.seconds,
+            digest=cut.digest,
+            setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
+            **perplexity_of(cut.metric, found),
+        )
+
+
+def _texts(loaded: Loaded, task: Task, options: Options) -> PerplexityTask:
     tokenizer = tokenizer_for(loaded, task)
     protocol = options.protocol or default_protocol(task.target)
     length, notes = window_for(loaded.base.config, options.window)
@@ -156,14 +177,22 @@ def _texts(loaded: Loaded, task: Task, options: Options) -> _Perplexity:
         notes += (bos.note,)
     first = None if bos is None else bos.id
     cut = windows(tokenizer, text_for(task.target), protocol, length, first).first(options.limit)
-    return _Perplexity(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
+    return PerplexityTask(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
 
 
-def _attacking(loaded: Loaded, massive: MassiveWeights | None, attack: Attack) -> AbstractContextManager[None]:
+def _attacking(
+    loaded: Loaded, massive: MassiveWeights | None, attack: Attack, groups: Mapping[tuple[int, ...], Group]
+) -> AbstractContextManager[None]:
     if attack.idle:
         return nullcontext()
     if attack.mode == "mean":
         raise BadValue(f"{attack} needs mean values of the rows, which `mwtool ablate` gathers; use it instead")
+    group = groups.get(attack.layers)
+    if group is not None:
+        edits = [Edit(target.ffn, rows_of(target, attack)) for target in group]
+        return edited_together(loaded.base, edits, attack)
+    if attack.layers:
+        raise BadValue(f"{attack} names layers whose rows were not given; give them as groups")
     if massive is None:
         raise BadValue(f"{loaded.source.name} has no massive weights to attack with {attack}; give --massive FILE")
     return edited(loaded.base, loaded.ffn(massive), rows_of(massive, attack), attack)

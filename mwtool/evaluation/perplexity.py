@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +61,18 @@ def perplexity(
     """
     start = time.perf_counter()
     check_vocabulary(model, windows.ids)
-    weight: Tensor = model.get_input_embeddings().weight  # (V, H)
-    device = weight.device
-    size = batch_size or max(1, tokens_at_once(weight) // max(len(ids) for ids in windows.ids))
+    device = model.get_input_embeddings().weight.device
+    parts = list(batches(windows, batch_size or windows_at_once(model, windows)))
+    found: list[Tensor] = []
+    done = 0
     with torch.inference_mode():
         head = head_of(model, windows.ids[0][None].to(device))
-        sums = _sums(head, windows, size, device, on_batch)
-    nll = [0.0] * len(windows.units)
-    for sample, value in zip(windows.sample, sums, strict=True):
-        nll[sample] += value
+        for batch in parts:  # nothing waits for the device before the last one
+            found.append(batch_sums(head, batch, windows.length, device))
+            done += len(batch.windows)
+            if on_batch is not None:
+                on_batch(done, len(windows.ids))
+        nll = per_sample(windows, parts, torch.cat(found).tolist())
     notes = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
     return summarize(nll, windows.units, time.perf_counter() - start, notes)
 
@@ -140,22 +143,45 @@ def nonfinite(bad: Sequence[int], n: int) -> str | None:
     return f"{len(bad)} of {n} samples gave no finite loss, the first is number {bad[0]}" if bad else None
 
 
-def _sums(
-    head: Head, windows: Windows, size: int, device: torch.device, on_batch: Callable[[int, int], None] | None
-) -> list[float]:
-    """Sum of -ln p of each window, in float64; nothing waits for the device before the last batch."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Windows run together, padded on the right.
+
+    windows: their numbers. ids: (B, T), int64; scored: which of them count, (B, T), bool; both on the CPU.
+    """
+
+    windows: tuple[int, ...]
+    ids: Tensor
+    scored: Tensor
+
+
+def batches(windows: Windows, size: int) -> Iterator[Batch]:
+    """The windows, `size` at a time, the longest first."""
     order = sorted(range(len(windows.ids)), key=lambda index: -len(windows.ids[index]))
-    found: list[Tensor] = []
     for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        ids, scored = _padded([windows.ids[i] for i in batch], [windows.scored[i] for i in batch])
-        losses = head.losses(ids, scored, windows.length, device).double()  # (N,)
-        owner = sent(scored.nonzero()[:, 0], losses.device)
-        found.append(torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses))
-        if on_batch is not None:
-            on_batch(min(start + size, len(order)), len(order))
-    values = torch.cat(found).tolist()
-    return [value for _, value in sorted(zip(order, values, strict=True), key=lambda pair: pair[0])]
+        some = order[start : start + size]
+        yield Batch(tuple(some), *_padded([windows.ids[i] for i in some], [windows.scored[i] for i in some]))
+
+
+def windows_at_once(model: Any, windows: Windows) -> int:
+    """How many windows are run together where no batch size is given."""
+    return max(1, tokens_at_once(model.get_input_embeddings().weight) // max(len(ids) for ids in windows.ids))
+
+
+def batch_sums(head: Head, batch: Batch, length: int, device: torch.device) -> Tensor:
+    """Sum of -ln p of each window, (B,), float64. length: tokens in a whole window."""
+    losses = head.losses(batch.ids, batch.scored, length, device).double()  # (N,)
+    owner = sent(batch.scored.nonzero()[:, 0], losses.device)
+    return torch.zeros(len(batch.ids), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses)
+
+
+def per_sample(windows: Windows, parts: Sequence[Batch], sums: Sequence[float]) -> list[float]:
+    """Sum of -ln p of each sample. sums: of each window, in the order of the batches."""
+    of_window = dict(zip([number for batch in parts for number in batch.windows], sums, strict=True))
+    nll = [0.0] * len(windows.units)
+    for number, sample in enumerate(windows.sample):
+        nll[sample] += of_window[number]
+    return nll
 
 
 def _padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:

@@ -74,8 +74,8 @@ class Figure(Strict):
             raise ValueError(f"{len(self.samples)} samples of {self.n}; expected as many")
         if self.weights is not None and (len(self.weights) != len(self.samples) or not sum(self.weights) > 0):
             raise ValueError(
-                f"{len(self.weights)} weights that sum to {sum(self.weights)}, of {len(self.samples)} samples; expected "
-                f"one a sample and a sum above 0"
+                f"{len(self.weights)} weights that sum to {sum(self.weights)}, of {len(self.samples)} samples; "
+                f"expected one a sample and a sum above 0"
             )
         return self
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from mwtool.errors import ModelNotFound, line_of
 
-
 FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
 """What the libraries raise over answers that are not those of a Hub."""
 

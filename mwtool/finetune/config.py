@@ -79,4 +79,5 @@ def curriculum_document(curriculum: Curriculum) -> dict[str, Any]:
         "resample": curriculum.resample,
         "masks": curriculum.masks,
         "seed": curriculum.seed,
+        **({"layers": list(curriculum.layers)} if curriculum.layers else {}),
     }

@@ -9,6 +9,7 @@ from mwtool.files.document import envelope, finite
 from mwtool.finetune.memory import Footprint
 from mwtool.finetune.plan import Plan
 from mwtool.finetune.trainer import Trained
+from mwtool.massive import MassiveWeights, RankedRows
 
 SCHEMA, PLAN = "mwtool.finetune/1", "mwtool.finetune.plan/1"
 RECORD = "macdrop.json"
@@ -38,7 +39,7 @@ def finetune_document(
 
 def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
     """What `--dry-run --json` prints."""
-    values = () if plan.massive is None else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
+    values = () if not plan.places else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
     return {
         **_beginning(PLAN, plan, device="meta"),
         "processes": plan.processes,
@@ -73,7 +74,8 @@ def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = No
         ),
         "data": data_document(plan),
         "settings": plan.recipe.document(),
-        "massive": None if plan.massive is None else plan.massive.document(),
+        "massive": _place(plan.places[0]) if plan.places else None,
+        "places": [_place(one) for one in plan.places],
     }
 
 
@@ -151,13 +153,21 @@ def model_card(document: dict[str, Any], base: str) -> str:
     return "\n".join(lines)
 
 
+def _place(one: RankedRows) -> dict[str, Any]:
+    """The massive weights as a scan describes them; of rows chosen otherwise, where they are."""
+    if isinstance(one, MassiveWeights):
+        return one.document()
+    return {"layer": one.layer, "module": one.module, "expert": one.expert, "indices": list(one.indices)}
+
+
 def _macdrop(document: dict[str, Any]) -> list[str]:
     one, curriculum = document["massive"], document["settings"]["curriculum"]
     if one is None:
         return []
+    modules = " and ".join(f"`{place['module']}`" for place in document["places"])
     rows = ", ".join(map(str, document["rows"][:8])) + (" ..." if len(document["rows"]) > 8 else "")  # noqa: PLR2004 # enough for a line
     said = (
-        f"While it was trained, entries of {len(document['rows'])} rows of `{one['module']}` ({rows}) were zero with "
+        f"While it was trained, entries of {len(document['rows'])} rows of {modules} ({rows}) were zero with "
         f"the probability of `{curriculum['schedule']}`; the pre-trained weights themselves are unchanged. Method: "
         f"[House of Cards: Massive Weights in LLMs](https://arxiv.org/abs/2410.01866)."
     )

@@ -83,9 +83,7 @@ def _activations(plan: Plan, size: int) -> float:
 
 def _kept(plan: Plan) -> int:
     """Entries of the rows MacDrop keeps a copy of."""
-    if plan.massive is None:
-        return 0
     curriculum, config = plan.recipe.curriculum, plan.skeleton.config.get_text_config()
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     rows = {"massive": curriculum.k, "others": width - curriculum.k, "all": width}[curriculum.scope]
-    return int(2 * rows * config.hidden_size)
+    return int(2 * rows * config.hidden_size * len(plan.places))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.finetune.config import Recipe
 from mwtool.finetune.data import Data, Form, read_data
 from mwtool.finetune.tokenize import Encoded, encode, split
-from mwtool.massive import MassiveWeights, load_massive
+from mwtool.massive import RankedRows, load_massive
 from mwtool.models.identity import identity_of
+from mwtool.models.load import Loaded
 from mwtool.models.meta_model import empty_model
 from mwtool.models.source import Source
 from mwtool.scan.scanner import OnLayer, Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +34,7 @@ class Asked:
     """What to train on, and where the rows come from.
 
     massive: a saved scan; None: the model is scanned. allow_none: train without MacDrop where there are no rows.
+    choice: rows of other places than the massive layer; its `file` is not read, but `massive`.
     """
 
     data: str
@@ -39,6 +43,7 @@ class Asked:
     skip_bad: bool = False
     massive: Path | None = None
     allow_none: bool = False
+    choice: Choice = field(default_factory=Choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class Plan:
 
     skeleton: the model without memory for its weights. data: what was read. digest: the same where the sequences are.
     too_long: examples left out because they do not fit into a sequence; unreadable: rows left out.
-    massive: None where MacDrop is not wanted, or there is nothing to drop from and that was allowed.
+    places: the rows to drop from, of one layer or of several; empty where MacDrop is not wanted, or there is nothing
+        to drop from and that was allowed.
     """
 
     source: Source
@@ -59,7 +65,7 @@ class Plan:
     digest: str
     too_long: int
     unreadable: int
-    massive: MassiveWeights | None
+    places: tuple[RankedRows, ...]
     processes: int
     notes: tuple[str, ...]
 
@@ -75,7 +81,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to be gone on from."""
-        rows = None if self.massive is None else [self.massive.module, self.massive.expert, list(self.massive.indices)]
+        places = [[one.module, one.expert, list(one.indices)] for one in self.places]
+        rows: Any = None if not places else places[0] if len(places) == 1 else places
         return {
             "model": self.source.name,
             "revision": self.source.revision,
@@ -115,7 +122,7 @@ def make_plan(
     if unreadable:
         more = f", and {len(unreadable) - 1:,} more" if len(unreadable) > 1 else ""
         notes += (f"rows that cannot be read are left out: {unreadable[0].why}{more}",)
-    massive, found = _rows(source, skeleton, recipe, asked, on_layer)
+    places, found = _rows(source, skeleton, recipe, asked, on_layer)
     plan = Plan(
         source,
         skeleton,
@@ -126,7 +133,7 @@ def make_plan(
         _digest(encoded),
         encoded.too_long,
         len(unreadable),
-        massive,
+        places,
         processes,
         notes + found,
     )
@@ -140,6 +147,8 @@ def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
         raise BadValue(
             f"{source.adapter} is a PEFT adapter, and training begins with a new one: give its base model {source.name}"
         )
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
     recipe.accumulation(processes)
     if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
         raise UnsupportedModel(
@@ -160,10 +169,21 @@ def _fitting_length(recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe, tup
 
 def _rows(
     source: Source, skeleton: PreTrainedModel, recipe: Recipe, asked: Asked, on_layer: OnLayer | None
-) -> tuple[MassiveWeights | None, tuple[str, ...]]:
+) -> tuple[tuple[RankedRows, ...], tuple[str, ...]]:
     if recipe.curriculum.idle:
-        return None, ()
+        return (), ()
     layers = tuple(decoder_layers(adapter_for(skeleton.config.model_type), skeleton.config))
+    choice = replace(asked.choice, layers=asked.choice.layers or recipe.curriculum.layers, file=asked.massive)
+    if choice != Choice(file=asked.massive):
+        here = Loaded(skeleton, skeleton, None, source, layers)
+        groups, notes = find_targets(
+            here,
+            choice,
+            recipe.curriculum.k,
+            Settings(k=recipe.curriculum.k),
+            scanned=partial(scan_checkpoint, source, on_layer=on_layer),
+        )
+        return groups[0], notes
     if asked.massive is not None:
         massive, warnings = load_massive(
             asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
@@ -173,13 +193,13 @@ def _rows(
         scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)
         massive, notes = scan.massive, scan.notes
     if massive is not None:
-        return massive, notes
+        return (massive,), notes
     if not asked.allow_none:
         raise BadValue(
             f"{source.name} has no massive weights, so there is nothing for MacDrop to drop: give --massive FILE, or "
             f"train without MacDrop with --allow-none"
         )
-    return None, (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
+    return (), (*notes, f"{source.name} has no massive weights; it is trained without MacDrop")
 
 
 def _digest(encoded: Encoded) -> str:

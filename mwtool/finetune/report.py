@@ -44,7 +44,7 @@ def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> Renderable
     for name, value in _plan_rows(plan, footprint):
         table.add_row(name, value)
     parts: list[RenderableType] = [table]
-    if plan.massive is not None:
+    if plan.places:
         parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
     return Group(*parts)
 
@@ -69,9 +69,12 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     examples = f"{len(plan.data.examples):,} examples ({plan.data.form}), {left_out:,} left out"
     examples = "one text" if plan.data.stream else examples
     rows = "none: trained without MacDrop"
-    if plan.massive is not None:
-        shown = ", ".join(map(str, plan.massive.indices[: recipe.curriculum.k]))
-        rows = f"{recipe.curriculum.scope}: {shown} of {plan.massive.module} (layer {plan.massive.layer})"
+    if plan.places:
+        shown = "; ".join(
+            f"{', '.join(map(str, one.indices[: recipe.curriculum.k]))} of {one.module} (layer {one.layer})"
+            for one in plan.places
+        )
+        rows = f"{recipe.curriculum.scope}: {shown}"
     return [
         ("model", f"{plan.source.name}, {footprint.parameters:,} parameters"),
         ("data", f"{plan.data.name}: {examples}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from mwtool.finetune.resource_errors import explained
 from mwtool.finetune.signals import StopAtStepEnd
 from mwtool.finetune.tokenize import Encoded, collate
 from mwtool.macdrop.callback import MacDropCallback, guard
-from mwtool.massive import MassiveWeights
+from mwtool.massive import RankedRows
 from mwtool.models.load import load
 from mwtool.models.source import Source
 
@@ -62,7 +62,7 @@ class Telling:
 def train(
     model: PeftModel,
     data: tuple[Encoded, Encoded | None],
-    massive: MassiveWeights | None,
+    massive: RankedRows | Sequence[RankedRows] | None,
     recipe: Recipe,
     folder: Path,
     *,
@@ -77,7 +77,7 @@ def train(
     Raises OutputError where they cannot be written, MwtoolError where memory ends or the loss is not finite.
     """
     telling = telling or Telling()
-    macdrop = None if massive is None or recipe.curriculum.idle else MacDropCallback(massive, recipe.curriculum)
+    macdrop = None if not massive or recipe.curriculum.idle else MacDropCallback(massive, recipe.curriculum)
     before = {} if resume is None else resume.history
     watch, stop = Watch(macdrop, settings or {}, before, telling.on_step), StopAtStepEnd()
     counts = recipe.steps(len(data[0]), processes)
@@ -162,7 +162,7 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
         target_modules=list(recipe.target_modules) or "all-linear",
         use_dora=recipe.peft == "dora",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=source.repo or str(source.folder.resolve()),
+        base_model_name_or_path=source.reference,
         revision=source.revision,
     )
     try:
@@ -180,6 +180,7 @@ def _whole(source: Source, dtype: str, device: str, options: dict[str, Any]) -> 
         dtype=dtype,
         device=device,
         trust_remote_code=source.trust_remote_code,
+        gguf_file=source.gguf_file,
         model_options=options,
     ).base
 

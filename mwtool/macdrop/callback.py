@@ -19,14 +19,15 @@ from mwtool.macdrop.engine import MacDrop
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from mwtool.massive import MassiveWeights
+    from mwtool.massive import RankedRows
 
 
 class MacDropCallback(TrainerCallback):
     """Drops entries in every training step of the trainer it is given to (Algorithm 1 of the paper).
 
-    massive: which rows, as a scan finds them. curriculum: a line, a file's name, or a Curriculum; the paper's by
-    default. layers: where the FFNs are; by default as the adapter installed for the model's type says.
+    massive: which rows, as a scan finds them, of one layer or of several. curriculum: a line, a file's name, or a
+    Curriculum; the paper's by default. layers: where the FFNs are; by default as the adapter installed for the model's
+    type says.
 
     Masks at the beginning of an optimizer step and restores right after the optimizer's own step, so that logging,
     evaluation and saving see the pre-trained weights, whatever the order of the callbacks. Trainer tells callbacks of
@@ -39,7 +40,7 @@ class MacDropCallback(TrainerCallback):
 
     def __init__(
         self,
-        massive: MassiveWeights | None,
+        massive: RankedRows | Sequence[RankedRows] | None,
         curriculum: Curriculum | str = "step:0.8",
         *,
         layers: Sequence[DecoderLayer] | None = None,

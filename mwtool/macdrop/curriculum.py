@@ -119,6 +119,7 @@ class Curriculum:
     resample: a new mask for every optimizer step (our reading of Algorithm 1) or for every micro-batch.
     masks: one mask for gate and up (the paper), or one each.
     seed: of the masks alone; the global random state is never touched.
+    layers: decoder layers whose rows are dropped from, from 0; empty: the massive layer, or the rows that are given.
     Raises BadValue for a k below 1, an unknown choice (naming the nearest), and phases that do not follow on.
     """
 
@@ -128,12 +129,15 @@ class Curriculum:
     resample: Resample = "step"
     masks: Masks = "shared"
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise BadValue(f"k is {self.k}; expected 1 row or more")
         for name, value in (("scope", self.scope), ("resample", self.resample), ("masks", self.masks)):
             _refuse_unknown(name, value, CHOICES[name])
+        if any(layer < 0 for layer in self.layers) or len(set(self.layers)) < len(self.layers):
+            raise BadValue(f"layers are {list(self.layers)}; expected different numbers from 0 on")
         lengths = [(phase.steps is not None) + (phase.share is not None) for phase in self.phases]
         if lengths != [1] * (len(lengths) - 1) + [0]:
             raise BadValue("a curriculum needs phases; each before the last has either steps or a share, the last none")

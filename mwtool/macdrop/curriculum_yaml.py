@@ -5,6 +5,7 @@ scope: massive            # massive | others | all
 resample: step            # step | microbatch
 masks: shared             # shared | separate
 seed: 0
+layers: [2, 11]           # rows of these decoder layers, from 0; left out: of the massive layer
 schedule: step:0.8        # or, one after another:
 phases:
   - schedule: constant:0.8
@@ -23,7 +24,7 @@ import yaml
 from mwtool.errors import BadSyntax, BadValue, nearest
 from mwtool.macdrop.curriculum import CHOICES, Curriculum, Phase, Schedule, curriculum_of, parse_schedule
 
-_KEYS = ("k", "scope", "resample", "masks", "seed", "schedule", "phases")
+_KEYS = ("k", "scope", "resample", "masks", "seed", "layers", "schedule", "phases")
 _PHASE_KEYS = ("schedule", "steps", "share")
 
 
@@ -69,9 +70,21 @@ class _File:
             whole["k"] = self._number(nodes["k"], "k", int, "a whole number, 1 or more", lambda value: value >= 1)
         if "seed" in nodes:
             whole["seed"] = self._number(nodes["seed"], "seed", int, "a whole number, 0 or more", lambda v: v >= 0)
+        if "layers" in nodes:
+            whole["layers"] = self._layers(nodes["layers"])
         if "phases" in nodes:
             return Curriculum(phases=self._phases(nodes["phases"]), **whole)
         return Curriculum(phases=(Phase(self._schedule(nodes["schedule"])),), **whole)
+
+    def _layers(self, node: yaml.Node) -> tuple[int, ...]:
+        expected = "a layer's number, 0 or more"
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise self._fault(node, "layers must be a list of numbers, such as [2, 11]")
+        found = tuple(self._number(one, "a layer", int, expected, lambda value: value >= 0) for one in node.value)
+        twice = next((at for at, layer in enumerate(found) if layer in found[:at]), None)
+        if twice is not None:
+            raise self._fault(node.value[twice], f"layer {found[twice]} is named twice")
+        return found
 
     def _phases(self, node: yaml.Node) -> tuple[Phase, ...]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:

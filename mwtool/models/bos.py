@@ -11,6 +11,8 @@ from mwtool.errors import NoBos
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from mwtool.models.gguf_model import Vocabulary
+
 PROMPT = "Apple Inc. is a worldwide tech company."
 """Fed, without bos, under `--bos never`: the prompt of the super-weight paper (Yu et al. 2024)."""
 
@@ -30,7 +32,7 @@ class Bos:
 
 
 def find_bos(
-    choice: str, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, prompt: str = PROMPT
+    choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None, config: PretrainedConfig, prompt: str = PROMPT
 ) -> Bos:
     """The token `--bos` means.
 
@@ -48,7 +50,9 @@ def find_bos(
     return bos
 
 
-def _choose(choice: str, tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig, prompt: str) -> Bos:
+def _choose(
+    choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None, config: PretrainedConfig, prompt: str
+) -> Bos:
     if choice == "never":
         return _first_of(prompt, tokenizer)
     if choice not in ("auto", "always"):
@@ -58,7 +62,7 @@ def _choose(choice: str, tokenizer: PreTrainedTokenizerBase | None, config: Pret
     if choice == "auto" and isinstance(config.bos_token_id, int):
         token = None if tokenizer is None else _token(tokenizer, config.bos_token_id)
         return _told(Bos(config.bos_token_id, token, "config"), config.eos_token_id)
-    where = "the tokenizer" if choice == "always" else "neither tokenizer nor config.json"
+    where = "the tokenizer" if choice == "always" else "neither the tokenizer nor the configuration"
     names = "names no bos" if choice == "always" else "names a bos"
     raise NoBos(f"{where} {names}; say which token goes first with --bos TOKEN (a token or an id)")
 
@@ -69,7 +73,7 @@ def _told(bos: Bos, eos: int | list[int] | None) -> Bos:
     return Bos(bos.id, bos.token, bos.how, f"the bos of this model is also its eos ({bos.token or bos.id})")
 
 
-def _given(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
+def _given(choice: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None) -> Bos:
     if re.fullmatch(r"-?\d{1,18}", choice):  # a negative one is told to be outside the vocabulary
         return Bos(int(choice), None if tokenizer is None else _token(tokenizer, int(choice)), "given")
     if tokenizer is None:
@@ -79,7 +83,7 @@ def _given(choice: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
     return Bos(tokenizer.get_vocab()[choice], choice, "given")
 
 
-def _first_of(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
+def _first_of(prompt: str, tokenizer: PreTrainedTokenizerBase | Vocabulary | None) -> Bos:
     if tokenizer is None:
         raise NoBos("--bos never needs a tokenizer for the prompt, and there is none; give a token id instead")
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -88,6 +92,6 @@ def _first_of(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> Bos:
     return Bos(ids[0], _token(tokenizer, ids[0]), "none", f"no bos: the first token of {prompt!r} was fed instead")
 
 
-def _token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str | None:
+def _token(tokenizer: PreTrainedTokenizerBase | Vocabulary, token_id: int) -> str | None:
     token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
     return token if isinstance(token, str) else None

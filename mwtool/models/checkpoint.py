@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, read in place: safetensors, one file or sharded, or legacy ``.bin``.
+"""A checkpoint's tensors by name, read in place: safetensors, one file or sharded, GGUF, or legacy ``.bin``.
 
 Tensors are memory-mapped. A file is opened anew for every read and closed after it, so
 that the pages of a layer leave memory together with its tensors.
@@ -16,7 +16,9 @@ from zipfile import is_zipfile
 
 from mwtool.errors import BadCheckpoint, line_of
 from mwtool.files.text import shown
-from mwtool.models.source import Source, gguf_in
+from mwtool.models.gguf_checkpoint import lazy_tensors
+from mwtool.models.gguf_header import LFS_POINTER
+from mwtool.models.source import Source
 from mwtool.models.weight_files import LEGACY, LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX, WeightFiles, find_weights
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 WHOLE = "a .bin checkpoint is opened whole, all of its files; save it as safetensors to read one layer at a time"
 """A note for scans, which otherwise have one layer in memory at a time."""
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +57,11 @@ class Checkpoint:
         Raises BadCheckpoint if a file is absent, cut short or lacks the tensor.
         """
         names = list(names)
+        if self.source.gguf is not None:
+            gguf = self.source.gguf
+            with lazy_tensors(gguf.header.tensors, {name: gguf.conversion.tensors[name] for name in names}) as lazy:
+                yield lazy
+            return
         if self.legacy is not None:
             yield {name: self.legacy[name] for name in names}
             return
@@ -66,7 +72,7 @@ class Checkpoint:
     @contextmanager
     def whole(self) -> Iterator[dict[str, Any]]:
         """As `tensors`, all of them; names of the index that no file has are left out. A Hub's files are fetched."""
-        if self.legacy is not None or self.source.repo is None:
+        if self.legacy is not None or self.source.repo is None or self.source.gguf is not None:
             with self.tensors(self.files) as tensors:
                 yield tensors
             return
@@ -76,6 +82,10 @@ class Checkpoint:
             self.lost = {name: file for name, file in self.files.items() if name not in held[file]}
             self.note_copies(held)
             yield {name: _slice(opened[file], name, file) for name, file in self.files.items() if name in held[file]}
+
+    def stored_name(self, name: str) -> str:
+        """What the file itself calls a tensor: GGUF has names of its own."""
+        return name if self.source.gguf is None else self.source.gguf.conversion.tensors[name].tensor
 
     def _open(self, file: str) -> Any:
         path = self.source.path(file)
@@ -94,9 +104,8 @@ class Checkpoint:
         self.note_copies(held)
 
     def note_copies(self, held: Mapping[str, set[str]]) -> None:
-        copies = [
-            (name, file) for file in sorted(held) for name in held[file] if self.files.get(name, file) != file
-        ]
+        """Note tensors that lie in a second file, which the index does not name for them. held: names by file."""
+        copies = [(name, file) for file in sorted(held) for name in held[file] if self.files.get(name, file) != file]
         if copies:
             name, file = min(copies)
             more = f", and {len(copies) - 1} more tensors likewise" if len(copies) > 1 else ""
@@ -110,10 +119,14 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
     Raises BadCheckpoint if there are none, the index is damaged or a file cannot be read.
     """
+    if source.gguf is not None:
+        entries = source.gguf.header.tensors
+        files = {name: entries[one.tensor].file.name for name, one in source.gguf.conversion.tensors.items()}
+        return Checkpoint(source=source, files=files, shards=tuple(sorted(set(files.values()))))
     found = find_weights(source)
     if found is None:
         expected = f"expected {SAFETENSORS}, {SAFETENSORS_INDEX}, {LEGACY} or {LEGACY_INDEX}"
-        raise BadCheckpoint(f"{source.name} has no weights; {gguf_in(source.folder) or expected}")
+        raise BadCheckpoint(f"{source.name} has no weights; {expected}, or --gguf-file NAME for one of its GGUF files")
     if found.legacy:
         return _legacy(source, found)
     if found.weight_map is None:
@@ -173,12 +186,12 @@ def _legacy(source: Source, found: WeightFiles) -> Checkpoint:
             raise BadCheckpoint(f"{source.name}: {found.index} names {file}, which is not there; get it again")
         held[file] = _unpickled(path)
     files = found.weight_map or {name: file for file in held for name in held[file] if isinstance(name, str)}
-    tensors = {
-        name: held[file][name] for name, file in files.items() if isinstance(held[file].get(name), torch.Tensor)
-    }
+    tensors = {name: held[file][name] for name, file in files.items() if isinstance(held[file].get(name), torch.Tensor)}
     if not tensors:
         keys = ", ".join(shown(key) for content in held.values() for key in list(content)[:5]) or "nothing"
-        raise BadCheckpoint(f"{source.name}: {found.shards[0]} has no tensors by name but {keys}; expected a state dict")
+        raise BadCheckpoint(
+            f"{source.name}: {found.shards[0]} has no tensors by name but {keys}; expected a state dict"
+        )
     checkpoint = Checkpoint(
         source=source,
         files={name: files[name] for name in tensors},

@@ -55,9 +55,20 @@ def holds(repo: str, file: str, revision: str | None) -> bool:
     return _asking(repo, revision, lambda: HfApi().file_exists(repo, file, revision=revision))
 
 
+def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
+    """The paths of a repository's files; of those in the cache, `folder`, where the Hub cannot be asked."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return _asking(repo, revision, lambda: HfApi().list_repo_files(repo, revision=revision))
+
+
 WAITS = (2.0,)
 """Seconds before what failed with a status of `PASSING` is asked for again, after the client's own attempts."""
 PASSING = (500, 502, 503, 504)
+FOREIGN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, OSError)
+"""What huggingface_hub raises, beside its own errors, over answers that are not those of a Hub."""
 
 
 def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
@@ -97,7 +108,7 @@ def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
             f"{repo}{at} could not be fetched: {constants.ENDPOINT} answered with something else than JSON; a proxy or "
             f"the login page of a network may be in the way"
         ) from fault
-    except (*_foreign(), OSError) as fault:
+    except FOREIGN as fault:
         raise ModelNotFound(
             f"{repo}{at} could not be fetched: {constants.ENDPOINT} gave an answer that huggingface_hub does not "
             f"accept ({type(fault).__name__}: {line_of(fault)})"
@@ -120,19 +131,16 @@ def _repeated(ask: Callable[[], T]) -> T:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Without the client's warnings about each attempt; how it ended is said in one line."""
+    import logging as levels
+
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(levels.ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _foreign() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises, beside its own errors, over answers that are not those of a Hub."""
-    return (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 
 
 def _status(fault: BaseException) -> int | None:

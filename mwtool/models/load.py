@@ -70,16 +70,18 @@ def load(
     device: str = "cpu",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     model_options: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Load a Hub id, a folder, a PEFT adapter folder or `demo` whole, in evaluation mode.
+    """Load a Hub id, a folder, a PEFT adapter folder, a GGUF file or `demo` whole, in evaluation mode.
 
-    dtype: ``auto`` (as stored) or a torch dtype's name. device_map: ``auto`` spreads over devices (accelerate).
+    dtype: ``auto`` (as stored; bfloat16 for quantized GGUF) or a torch dtype's name. device_map: ``auto`` spreads over
+    devices (accelerate). gguf_file: which GGUF file of a folder or Hub repository that holds several.
     model_options: further arguments of `from_pretrained`, such as a quantization_config.
     Raises MwtoolError where it cannot be opened, a weight is absent or misshapen, or no device has room for its
-    embedding.
+    embedding; UnsupportedModel for a GGUF file whose positions would be computed wrongly.
     """
-    source = locate(model, revision, trust_remote_code=trust_remote_code)
+    source = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     config = source.config()
     layers = tuple(decoder_layers(adapter_for(config.model_type), config))
     options = {"dtype": dtype, "device_map": device_map or {"": device}, **(model_options or {})}
@@ -113,7 +115,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tu
     except faults as fault:
         raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
     _check_whole(source, checkpoint, info)
-    if stored_plain:  # transformers casts whatever it finds, without a word
+    if stored_plain and not source.gguf:  # transformers casts whatever it finds, without a word
         refuse_unscaled_weights(model, checkpoint)
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
@@ -123,13 +125,11 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tu
     return evaluated, tuple(note for note in checkpoint.notes if note != WHOLE)
 
 
-def _filled(
-    source: Source, config: Any, checkpoint: Checkpoint, options: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def _filled(source: Source, config: Any, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers says of absent and misshapen tensors.
 
     transformers is given the tensors of the checkpoint, as a scan reads them, and not the folder: by itself it takes a
-    tensor that lies in two shards from the last of them, whatever the index says, and applies an adapter it finds there.
+    tensor that lies in two shards from the last of them, whatever the index says, and applies an adapter it finds.
     Only where layers may be left on the disk does it have to know the files, since it goes on reading from them.
     """
     empty = empty_model(source, config)
@@ -139,8 +139,12 @@ def _filled(
     options = {**options, "dtype": resolved_dtype(options["dtype"], config, checkpoint)}
     common = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}  # said by name
     place = str(source.folder if source.repo is None else source.repo)
+    plain = checkpoint.legacy is None and source.gguf is None and checkpoint.as_transformers
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
+        place = source.reference
     with checkpoint.whole() as tensors:
-        if len(set(_places(options["device_map"]))) > 1 and checkpoint.legacy is None and checkpoint.as_transformers:
+        if plain and len(set(_places(options["device_map"]))) > 1:
             loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
                 place,
                 revision=source.revision or "main",
@@ -150,7 +154,7 @@ def _filled(
             )
             return loaded
         model, info = kind.from_pretrained(None, state_dict=tensors, **common)
-    if model.can_generate():
+    if model.can_generate() and source.gguf is None:
         model.generation_config = _generation(source)
     model.config.name_or_path = model.name_or_path = place  # which PEFT writes down as the base model
     return model, info
@@ -196,8 +200,9 @@ def _check_whole(source: Source, checkpoint: Checkpoint, info: dict[str, Any]) -
     misshapen = sorted(info["mismatched_keys"])
     if misshapen:
         name, found, expected = misshapen[0]
+        where = "config.json" if source.gguf is None else "its metadata"
         raise BadCheckpoint(
-            f"tensor {name} of {source.name} has shape {tuple(found)}; config.json makes it {tuple(expected)}"
+            f"tensor {name} of {source.name} has shape {tuple(found)}; {where} makes it {tuple(expected)}"
         )
 
 
@@ -225,6 +230,7 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             f"the sum with the adapter; give it more memory, or merge and save the two with PEFT and take that"
         )
     read_json(Path(adapter) / ADAPTER_CONFIG)
+    faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, EOFError, SafetensorError)
     try:
         config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
@@ -235,7 +241,7 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
         with warnings.catch_warnings():  # peft asks transformers by a former name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             return PeftModel.from_pretrained(base, adapter).eval()
-    except (*unusable(), UnpicklingError, EOFError, SafetensorError) as fault:
+    except faults as fault:
         raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault
 
 
@@ -250,11 +256,14 @@ def _tokenizer(
     if tokenizer is not None and _same(own, tokenizer):
         return own, ()
     most = max(own.get_vocab().values(), default=0)
-    rows = base.get_input_embeddings().weight.shape[0]
+    embedding: Any = base.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if most >= rows:
         return tokenizer, (
-            f"the adapter {source.adapter} brings a tokenizer with token ids up to {most}, and the base model has "
-            f"{rows} embeddings; the base model's tokenizer is used",
+            (
+                f"the adapter {source.adapter} brings a tokenizer with token ids up to {most}, and the base model has "
+                f"{rows} embeddings; the base model's tokenizer is used"
+            ),
         )
     return own, (f"the adapter {source.adapter} brings a tokenizer that differs from its base model's; it is used",)
 

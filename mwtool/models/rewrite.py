@@ -20,10 +20,10 @@ from mwtool.architecture.packed import PLAIN
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.files.atomic_write import check_free, filling
 from mwtool.files.text import read_json
-from mwtool.models.checkpoint import open_checkpoint
-from mwtool.models.weight_files import LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+from mwtool.models.checkpoint import Checkpoint, open_checkpoint
 from mwtool.models.load import Loaded
 from mwtool.models.source import ADAPTER_CONFIG, Source
+from mwtool.models.weight_files import LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX
 
 KEPT = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja"),
@@ -99,6 +99,9 @@ def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
 def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> None:
     """The weight files, shard by shard, with new values for some tensors."""
     checkpoint = open_checkpoint(source)
+    if source.gguf is not None:
+        _from_gguf(checkpoint, getattr(torch, source.gguf.dtype), new, temporary)
+        return
     if checkpoint.legacy is not None:
         _from_legacy(checkpoint.legacy, new, temporary)
         return
@@ -123,6 +126,17 @@ def _patch(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
+def _from_gguf(checkpoint: Checkpoint, dtype: torch.dtype, new: Mapping[str, New], temporary: Path) -> None:
+    """A GGUF file becomes one safetensors file, dequantized: blocks cannot hold changed rows exactly."""
+    from safetensors.torch import save_file
+
+    with checkpoint.tensors(checkpoint.files) as tensors:
+        whole = {name: tensor[...].to(dtype) for name, tensor in tensors.items()}
+    save_file(
+        whole | {name: value(whole[name]) for name, value in new.items()}, temporary / SAFETENSORS, {"format": "pt"}
+    )
+
+
 def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary: Path) -> None:
     """A ``.bin`` checkpoint becomes one safetensors file: pickles cannot be changed in place."""
     from safetensors.torch import save_file
@@ -137,6 +151,12 @@ def copy_small_files(source: Source, temporary: Path) -> None:
 
     An index that the checkpoint was not read by stays behind, and so does what an adapter left beside the model.
     """
+    if source.gguf is not None:
+        source.config().save_pretrained(temporary)
+        tokenizer = source.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        return
     patterns = [*KEPT, *(["*.py"] if "auto_map" in read_json(source.folder / "config.json") else [])]
     left = {LEGACY_INDEX, RECORD, ADAPTER_CONFIG}
     if open_checkpoint(source).index != SAFETENSORS_INDEX:

@@ -1,4 +1,4 @@
-"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, or `demo`.
+"""What MODEL means: a Hub id, a local folder, a PEFT adapter folder, a GGUF file, or `demo`.
 
 Everything is turned into a local folder with at least the small files (configuration,
 tokenizer, weight index). Weight files of a Hub repository are fetched when they are
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mwtool.architecture.registry import register
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
 from mwtool.files.text import link_fault, read_json
-from mwtool.models.hub import fetch, fetch_small
+from mwtool.models.gguf_header import is_gguf
+from mwtool.models.gguf_model import GGUFModel, Vocabulary, models_among, open_gguf
+from mwtool.models.hub import fetch, fetch_small, files_of
 from mwtool.models.weight_files import find_weights, present
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ DEMO = Path(str(resources.files("mwtool.demo")))
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")
+"""A folder that holds none of these and a GGUF file is that file's, whether it has a config.json or not."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
@@ -42,6 +46,7 @@ class Source:
     revision: commit hash on the Hub; None for a local folder.
     adapter: folder of the PEFT adapter that was asked for, where this is its base model.
     notes: what was decided on the user's behalf, one sentence each.
+    gguf: the model's GGUF file, where it is one; then `folder` need not hold anything else.
     """
 
     name: str
@@ -51,6 +56,19 @@ class Source:
     trust_remote_code: bool = False
     adapter: str | None = None
     notes: tuple[str, ...] = ()
+    gguf: GGUFModel | None = None
+
+    @property
+    def reference(self) -> str:
+        """What a PEFT adapter's configuration calls this model as its base: a Hub id, or where it lies."""
+        if self.gguf is not None:
+            return str(self.gguf.path.absolute())
+        return self.repo or str(self.folder.resolve())
+
+    @property
+    def gguf_file(self) -> str | None:
+        """Which file of a Hub repository it is, to find it again; None where the name says so already."""
+        return None if self.gguf is None or self.repo is None else self.gguf.path.name
 
     def path(self, file: str) -> Path | None:
         """Where a file of the model is, fetched from the Hub if need be; None if the model has no such file.
@@ -68,6 +86,8 @@ class Source:
 
         from mwtool.models.depth import check_depth  # which opens checkpoints, which know sources
 
+        if self.gguf is not None:
+            return self.gguf.config()
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
         check_depth(self, raw)
@@ -91,6 +111,9 @@ class Source:
         """
         from transformers import AutoTokenizer
 
+        if self.gguf is not None:
+            with _silent():
+                return self.gguf.tokenizer()
         if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
             return None
         try:
@@ -108,13 +131,20 @@ class Source:
             )
         return tokenizer
 
+    def vocabulary(self) -> PreTrainedTokenizerBase | Vocabulary | None:
+        """What finds bos: the tokenizer, or of a GGUF file as much of it as that takes."""
+        return self.tokenizer() if self.gguf is None else self.gguf.vocabulary()
 
-def locate(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+
+def locate(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Source:
     """Find MODEL and fetch its small files.
 
-    Raises ModelNotFound, naming what was looked for and where.
+    gguf_file: which GGUF file of a folder or Hub repository to take; it may be left out where there is one.
+    Raises ModelNotFound, naming what was looked for and where, and what `open_gguf` raises.
     """
-    return _follow_adapter(replace(_find(model, revision), trust_remote_code=trust_remote_code))
+    return _follow_adapter(replace(_find(model, revision, gguf_file), trust_remote_code=trust_remote_code))
 
 
 def unusable() -> tuple[type[Exception], ...]:
@@ -142,73 +172,104 @@ def model_class(config: PretrainedConfig) -> Any:
     return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
-def _find(model: str, revision: str | None) -> Source:
+def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Source:
     if model == "demo":
         return Source("demo", DEMO)
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
-    if fault := link_fault(path):
-        raise ModelNotFound(fault)
+    if lost := link_fault(path):
+        raise ModelNotFound(lost)
     if path.is_file():
-        packed = "a GGUF file, which is not read" if path.suffix == ".gguf" else "a file"
-        raise ModelNotFound(f"{model} is {packed}; expected the folder that holds config.json and the weights")
-    source = _local(model, path) if model and path.is_dir() else _hub(model, revision)
+        if not is_gguf(path):
+            raise ModelNotFound(f"{model} is a file; expected a GGUF file or a folder with config.json and the weights")
+        source = Source(model, path.parent, gguf=open_gguf(path))
+    elif model and path.is_dir():
+        source = _local(model, path, gguf_file)
+    else:
+        source = _hub(model, revision, gguf_file)
     if revision is not None and source.repo is None:
-        return _noted(source, f"--revision {revision} is ignored: {model} is a local folder")
+        return _noted(source, f"--revision {revision} is ignored: {model} is local")
     return source
 
 
-def _local(model: str, folder: Path) -> Source:
+def _local(model: str, folder: Path, gguf_file: str | None) -> Source:
     for name in ("config.json", ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES, *OTHER_FILES):
         present(folder, name)  # a link that leads nowhere is not the same as no file
-    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
-        sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
-        if _original_format(folder) and (sibling / "config.json").exists():
-            return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
-        raise ModelNotFound(f"{model} has no config.json; {_instead(folder)}")
-    return Source(model, folder)
+    has_config = (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
+    if gguf_file is None and has_config and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return Source(model, folder)
+    chosen = _chosen(model, [path.name for path in folder.glob("*.gguf")], gguf_file)
+    if chosen is not None:
+        return Source(str(Path(model) / chosen), folder, gguf=open_gguf(folder / chosen))
+    if has_config:
+        return Source(model, folder)
+    sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
+    if _original_format(folder) and (sibling / "config.json").exists():
+        return Source(str(sibling), sibling, notes=(f"{model} is in the original format; using {sibling}",))
+    what = "it is in the original format, convert it or use its -hf version"
+    raise ModelNotFound(
+        f"{model} has no config.json; "
+        f"{what if _original_format(folder) else 'expected a model in Hugging Face format or a GGUF file'}"
+    )
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without a configuration is, and what to give instead of it."""
-    if _original_format(folder):
-        return "it is in the original format, convert it or use its -hf version"
-    return gguf_in(folder) or "expected a model in Hugging Face format"
+def _chosen(model: str, names: list[str], wanted: str | None) -> str | None:
+    """Of the GGUF files of a folder or repository the one to open; None where there is none and none was asked for.
 
-
-def gguf_in(folder: Path) -> str:
-    """What to do where the weights are packed for llama.cpp; empty where they are not."""
-    packed = next(folder.glob("*.gguf"), None)
-    advice = "is in GGUF, which is not read: give the model it was made from, whose rows are the same"
-    return "" if packed is None else f"{packed.name} {advice}"
+    Raises ModelNotFound where the one asked for is absent, or several models are there and none was asked for.
+    """
+    models = models_among(names)
+    if wanted is not None:
+        if wanted not in names:
+            there = f"its GGUF files are {', '.join(models)}" if models else "it has no GGUF file"
+            raise ModelNotFound(f"{model} has no {wanted}; {there}")
+        return wanted
+    if len(models) > 1:
+        raise ModelNotFound(f"{model} has {len(models)} GGUF models; say which with --gguf-file: {', '.join(models)}")
+    return models[0] if models else None
 
 
 def _original_format(folder: Path) -> bool:
     return (folder / "params.json").exists() or any(folder.glob("consolidated.*"))
 
 
-def _hub(model: str, revision: str | None) -> Source:
+def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelNotFound(f"no such folder: {model}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf"):
+        raise ModelNotFound(f"no such {'file' if model.endswith('.gguf') else 'folder'}: {model}")
     try:
         validate_repo_id(model)
     except HFValidationError as fault:
         raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
     source = _snapshot(model, revision)
-    if (source.folder / "config.json").exists() or (source.folder / ADAPTER_CONFIG).exists():
+    has_config = (source.folder / "config.json").exists() or (source.folder / ADAPTER_CONFIG).exists()
+    if has_config and gguf_file is None:
         return source
+    name = _chosen(model, files_of(model, source.revision, source.folder), gguf_file)
+    if name is not None:
+        return _fetched(source, name)
     try:
         sibling = _snapshot(f"{model}-hf", revision)
     except ModelNotFound:
         sibling = None
     if sibling is None or not (sibling.folder / "config.json").exists():
-        raise ModelNotFound(f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format")
+        raise ModelNotFound(
+            f"{model} has no config.json, and there is no {model}-hf; expected Hugging Face format or a GGUF file"
+        )
     return _noted(sibling, f"{model} is in the original format; using {model}-hf")
+
+
+def _fetched(source: Source, name: str) -> Source:
+    """A repository's GGUF file, fetched whole: its tensors lie in no order that a part of it would serve."""
+    path = source.path(name)
+    if path is None:
+        raise ModelNotFound(f"{source.name} lists {name} and does not give it; get it again")
+    folder = Path(name).parent
+    return replace(source, gguf=open_gguf(path, lambda part: source.path(str(folder / part))))
 
 
 def _snapshot(repo: str, revision: str | None) -> Source:
@@ -232,14 +293,12 @@ def _follow_adapter(source: Source) -> Source:
             f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
         )
     # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
-    return replace(
-        _leaving_adapter(found), adapter=str(source.folder), trust_remote_code=source.trust_remote_code
-    )
+    return replace(_leaving_adapter(found), adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
 
 
 def _whole(source: Source) -> bool:
     """Whether a folder is a model's, and not an adapter's beside which the base's configuration may lie."""
-    if not (source.folder / ADAPTER_CONFIG).exists():
+    if source.gguf is not None or not (source.folder / ADAPTER_CONFIG).exists():
         return True
     return (source.folder / "config.json").exists() and find_weights(source) is not None
 
@@ -247,7 +306,7 @@ def _whole(source: Source) -> bool:
 def _leaving_adapter(source: Source) -> Source:
     """The same, with a note where an adapter's files lie beside a whole model."""
     files = [name for name in (ADAPTER_CONFIG, *ADAPTER_FILES) if (source.folder / name).exists()]
-    if ADAPTER_CONFIG not in files:
+    if source.gguf is not None or ADAPTER_CONFIG not in files:
         return source
     return _noted(
         source,

@@ -105,10 +105,17 @@ class Stream:
     def checkpoint_name(self, parameter: str, expert: int | None = None) -> str | None:
         """What the checkpoint calls a parameter; None where it is put together from several tensors.
 
-        Of one expert's part all tensors are named, joined by " + ": gate and up are often stored apart.
+        Of one expert's part all tensors are named, joined by " + ": gate and up are often stored apart. A GGUF
+        file's tensors are named as they are there: `blk.11.ffn_up.weight`.
         """
         if expert is not None:
-            return " + ".join(self.experts[parameter.rpartition(".")[0]].names(parameter, expert)) or None
+            names = self.experts[parameter.rpartition(".")[0]].names(parameter, expert)
+            return " + ".join(map(self.checkpoint.stored_name, names)) or None
+        name = self._source(parameter)
+        return None if name is None else self.checkpoint.stored_name(name)
+
+    def _source(self, parameter: str) -> str | None:
+        """The one tensor that a parameter is read from; None where there are several, or none."""
         sources = self.names.get(parameter, [])
         if parameter in sources:  # beside it, the scales of packed weights
             return parameter
@@ -149,7 +156,7 @@ class Stream:
 
     def _rows(self, parameter: str, expected: tuple[int, int], rows: list[int]) -> Tensor:
         """Rows of an embedding table, (len(rows), H), on the device and in the dtype of the model."""
-        name = self.checkpoint_name(parameter)
+        name = self._source(parameter)
         if name is None:
             raise BadCheckpoint(f"the checkpoint {absent(parameter, self.checkpoint)}")
         with self.checkpoint.tensors([name]) as tensors:

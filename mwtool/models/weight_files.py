@@ -59,14 +59,12 @@ def find_weights(source: Source) -> WeightFiles | None:
         return WeightFiles(shards=(SAFETENSORS,), notes=_both(source, SAFETENSORS, SAFETENSORS_INDEX, there=has_index))
     has_index = present(source.folder, LEGACY_INDEX)
     if present(source.folder, LEGACY) or _on_hub(source, LEGACY, unless=has_index):
-        return WeightFiles(
-            shards=(LEGACY,), legacy=True, notes=_both(source, LEGACY, LEGACY_INDEX, there=has_index)
-        )
+        return WeightFiles(shards=(LEGACY,), legacy=True, notes=_both(source, LEGACY, LEGACY_INDEX, there=has_index))
     return _indexed(source, LEGACY_INDEX, legacy=True) if has_index else None
 
 
 def present(folder: Path, name: str) -> bool:
-    """Whether a folder has this file; raises BadCheckpoint where a link of that name leads nowhere, or it is a folder."""
+    """Whether a folder has this file. Raises BadCheckpoint for a link that leads nowhere, and for a folder."""
     path = folder / name
     fault = link_fault(path)
     if fault is not None:

@@ -20,8 +20,8 @@ TOP = 3
 """Entries listed for each layer's hidden and intermediate state."""
 
 
-def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
-    """A scan as a document of schema mwtool.scan/2."""
+def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A scan as a document of schema mwtool.scan/2. check: its `check` object, where one was made."""
     from mwtool.files.scan_schema import ScanDocument
     from mwtool.files.schema import checked
 
@@ -56,7 +56,7 @@ def scan_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
         "by_hand": _by_hand(scan),
         "router": None if scan.router is None else _router(scan.router),
         "events": [_event(event, places) for event, places in zip(scan.events, scan.event_protect, strict=True)],
-        "check": None,
+        "check": check,
         "dimensions": [_trace(one) for one in scan.dimensions],
         "layers_walked": len(scan.states),
         "partial": scan.partial,

@@ -125,20 +125,26 @@ def scan_checkpoint(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Scan:
     """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
 
-    model: Hub id, folder, PEFT adapter folder (its base model is scanned) or ``demo``.
-    dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+    model: Hub id, folder, PEFT adapter folder (its base model is scanned), GGUF file or ``demo``.
+    dtype: ``auto`` (as stored; bfloat16 for quantized GGUF), ``float32``, ``bfloat16`` or ``float16``.
+    gguf_file: which GGUF file of a folder or Hub repository that holds several.
     Raises MwtoolError, saying what was found and expected.
     """
     settings = settings or Settings()
-    source = model if isinstance(model, Source) else locate(model, revision, trust_remote_code=trust_remote_code)
+    source = (
+        model
+        if isinstance(model, Source)
+        else locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+    )
     config = source.config()
     adapter = adapter_for(config.model_type)
     layers = decoder_layers(adapter, config)
-    bos = find_bos(settings.bos, source.tokenizer(), config, settings.prompt)
+    bos = find_bos(settings.bos, source.vocabulary(), config, settings.prompt)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
     paths = [layer.path for layer in layers]
     fits = partial(check_fit, adapter, layers)

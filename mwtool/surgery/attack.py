@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
@@ -33,7 +33,7 @@ from mwtool.surgery.hooks import (
 )
 
 if TYPE_CHECKING:
-    from mwtool.massive import MassiveWeights
+    from mwtool.massive import RankedRows
 
 Mode = Literal["none", "zero", "retain", "scale", "mean"]
 
@@ -45,15 +45,19 @@ class Attack:
     `none`; `zero` them; `retain` only them (zero all others); `scale` them by `factor`; fix
     their intermediate values at their `mean`.
 
-    k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
+    layers: decoder layers, from 0, whose top-k rows are attacked together; empty: the massive layer, or where the
+    caller says. k = 0 is no attack, except that retaining 0 rows zeroes them all (paper, Figure 4).
     """
 
     mode: Mode = "none"
     k: int = 0
     factor: float | None = None
+    layers: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return self.name if self.mode == "none" else f"{self.name}:{self.k}"
+        if self.mode == "none":
+            return self.name
+        return f"{self.name}:{self.k}" + (f"@{'+'.join(map(str, self.layers))}" if self.layers else "")
 
     @property
     def name(self) -> str:
@@ -71,18 +75,27 @@ class Attack:
 
 
 def parse_attack(text: str) -> Attack:
-    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k).
+    """`none`, `zero:3`, `retain:5`, `mean:5` or `scale:0.5:3` (factor, then k), with `@2` or `@2+11` for the layers.
 
     Raises BadValue, saying what was expected.
     """
-    expected = "expected none, zero:K, retain:K, mean:K or scale:X:K"
+    expected = "expected none, zero:K, retain:K, mean:K or scale:X:K, with @LAYER or @LAYER+LAYER for other layers"
     if text == "none":
         return Attack()
-    mode, _, k = text.rpartition(":")
-    parsed = _mode(mode)
-    if parsed is None or not (k.isascii() and k.isdigit()):
+    head, at, place = text.partition("@")
+    mode, _, k = head.rpartition(":")
+    parsed, layers = _mode(mode), place.split("+") if at else []
+    if parsed is None or not all(_is_number(part) for part in (k, *layers)):
         raise BadValue(f"attack {text!r} is not understood; {expected}")
-    return parsed.at(int(k))
+    numbers = tuple(map(int, layers))
+    if len(set(numbers)) < len(numbers):
+        raise BadValue(f"attack {text!r} names a layer twice; expected different layers")
+    return replace(parsed.at(int(k)), layers=numbers)
+
+
+def _is_number(text: str) -> bool:
+    """Digits, few enough for an index."""
+    return text.isascii() and text.isdigit() and len(text) <= 9  # noqa: PLR2004 - nine digits are beyond any layer or k
 
 
 def parse_mode(text: str) -> Attack:
@@ -104,7 +117,7 @@ def _mode(text: str) -> Attack | None:
     return Attack("scale", 0, value) if mode == "scale" and math.isfinite(value) else None
 
 
-def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
+def rows_of(massive: RankedRows, attack: Attack) -> tuple[int, ...]:
     """The first k ranked rows; raises BadValue where fewer were ranked, or k is negative."""
     if attack.k < 0:
         raise BadValue(f"k is {attack.k}; expected a number from 0 on")
@@ -115,60 +128,102 @@ def rows_of(massive: MassiveWeights, attack: Attack) -> tuple[int, ...]:
     return massive.indices[: attack.k]
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Rows of one FFN that an attack takes.
+
+    rows: indices into the intermediate state; the caller takes the first k of the ranked ones.
+    means: the mean of each intermediate entry, (I,), as `override.averaging` gathers it; for `mean` alone.
+    """
+
+    ffn: FFN
+    rows: tuple[int, ...]
+    means: Tensor | None = None
+
+
 @contextmanager
 def edited(
     model: nn.Module, ffn: FFN, rows: Sequence[int], attack: Attack, *, means: Tensor | None = None
 ) -> Iterator[None]:
-    """The model with `rows` of `ffn` attacked inside the block.
+    """The model with `rows` of one `ffn` attacked inside the block, as `edited_together` does it."""
+    with edited_together(model, [Edit(ffn, tuple(rows), means)], attack):
+        yield
+
+
+@contextmanager
+def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> Iterator[None]:
+    """The model with rows of several FFNs attacked inside the block; all are restored bit for bit, however it ends.
 
     model: the module whose parameters the adapter names (under PEFT its base model).
-    rows: indices into the intermediate state; the caller takes the first k of the ranked ones.
-    means: the mean of each intermediate entry, (I,), as `override.averaging` gathers it; for `mean` alone.
-    Raises BadValue for an index out of range, UnsupportedModel where rows cannot be attacked.
+    Several edits of one FFN are one edit of all their rows. Raises BadValue for an index out of range,
+    UnsupportedModel where rows cannot be attacked; nothing is changed then.
     """
-    selected = attacked_rows(rows, ffn.width(model), attack)
-    with _attacked(model, ffn, selected, attack, means) if selected and attack.mode != "none" else nullcontext():
+    chosen = [
+        (edit, rows)
+        for edit in merged_edits(edits)
+        if (rows := attacked_rows(edit.rows, edit.ffn.width(model), attack))
+    ]
+    if attack.mode == "none" or not chosen:
+        yield
+        return
+    factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
+    written: list[tuple[FFN, list[int]]] = []
+    hooks: list[AbstractContextManager[None]] = []
+    for edit, rows in chosen:
+        if attack.mode == "mean":
+            hooks.append(_fixed(model, edit, rows))
+        elif _packed(model, edit.ffn):
+            hooks.append(with_outputs_scaled(model, edit.ffn, rows, factor))
+        if edit.ffn.expert is not None if attack.mode == "mean" else not _packed(model, edit.ffn):
+            written.append((edit.ffn, rows))
+    with _rewritten(model, written, factor), ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
         yield
 
 
-def _attacked(
-    model: nn.Module, ffn: FFN, selected: list[int], attack: Attack, means: Tensor | None
-) -> AbstractContextManager[None]:
-    if attack.mode == "mean":
-        return _fixed(model, ffn, selected, means)
-    factor = attack.factor if attack.mode == "scale" and attack.factor is not None else 0.0
-    if _packed(model, ffn):
-        return with_outputs_scaled(model, ffn, selected, factor)
-    return _rewritten(model, ffn, selected, factor)
+def merged_edits(edits: Sequence[Edit]) -> list[Edit]:
+    """One edit for each FFN."""
+    found: dict[tuple[str, int | None], Edit] = {}
+    for edit in edits:
+        key = (edit.ffn.module, edit.ffn.expert)
+        before = found.get(key)
+        found[key] = edit if before is None else replace(before, rows=(*before.rows, *edit.rows))
+    return list(found.values())
 
 
-@contextmanager
-def _fixed(model: nn.Module, ffn: FFN, selected: list[int], means: Tensor | None) -> Iterator[None]:
+def _fixed(model: nn.Module, edit: Edit, selected: list[int]) -> AbstractContextManager[None]:
     """Intermediate values of these rows at their means; a routed expert gives them beside its zeroed rows."""
-    if means is None:
+    ffn = edit.ffn
+    if edit.means is None:
         raise BadValue("mean needs the mean values of the rows; none were given")
     if ffn.expert is None:
-        with state_with(model, ffn, selected, means):
-            yield
-        return
+        return state_with(model, ffn, selected, edit.means)
     refuse_unreadable(model, ffn)
     if hasattr(owner(model, ffn.up), "get_base_layer"):
-        raise UnsupportedModel(f"{ffn.module} has an adapter of its own, whose part no mean replaces; use --on merged")
-    with _rewritten(model, ffn, selected, 0.0), expert_output_with(model, ffn, selected, means):
-        yield
+        raise UnsupportedModel(
+            f"{ffn.module} has a PEFT adapter of its own, whose part no mean replaces; use --on merged"
+        )
+    return expert_output_with(model, ffn, selected, edit.means)
 
 
 @contextmanager
-def _rewritten(model: nn.Module, ffn: FFN, selected: list[int], factor: float) -> Iterator[None]:
-    """Rows and their biases times `factor` inside the block, and bit for bit what they were after it."""
-    views = [place.read(model) for place in places(ffn)]
-    index = [torch.tensor(selected, device=view.device) for view in views]
+def _rewritten(model: nn.Module, written: Sequence[tuple[FFN, list[int]]], factor: float) -> Iterator[None]:
+    """Rows of each FFN and their biases times `factor` inside the block, and bit for bit what they were after it."""
+    views: list[Tensor] = []
+    index: list[Tensor] = []
+    for ffn, selected in written:
+        for place in places(ffn):
+            views.append(place.read(model))
+            index.append(torch.tensor(selected, device=views[-1].device))
     kept = [view[at].clone() for view, at in zip(views, index, strict=True)]
     try:
         try:
             for view, at, rows in zip(views, index, kept, strict=True):
                 view[at] = rows * factor if factor else torch.zeros_like(rows)
-            with without_nan(model, ffn, selected):
+            with ExitStack() as stack:
+                for ffn, selected in written:
+                    stack.enter_context(without_nan(model, ffn, selected))
                 yield
         finally:
             uninterrupted(partial(_put_back, views, index, kept))

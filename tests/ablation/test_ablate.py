@@ -20,11 +20,11 @@ import mwtool
 from mwtool.ablation.continuation import continuations, prompt_ids
 from mwtool.ablation.report import ablate_report
 from mwtool.ablation.sweep import Sweep, ablate, ablated
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import prepare
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded, load
+from mwtool.scan.targets import Choice, find_targets
 from mwtool.surgery.attack import Attack, edited, parse_mode
 
 
@@ -39,7 +39,7 @@ def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_ty
     loaded = opened(with_tokenizer(tmp_path, tiny.model(model_type, num_hidden_layers=2)))
     before = tiny.digest(loaded.model)
     modes = (Attack("zero"), Attack("retain"), Attack("scale", 0, 0.5), Attack("mean"))
-    found = swept(loaded, Sweep(modes, (0, 1, 3), draws=1), Choice(layer=1))
+    found = swept(loaded, Sweep(modes, (0, 1, 3), draws=1), Choice(layers=(1,)))
     assert tiny.digest(loaded.model) == before
     assert len(found.runs) == 4 * (1 + 3 + 3)
     values = [run.measured[0].value for run in found.runs]
@@ -55,8 +55,8 @@ def test_every_type_survives_the_full_sweep_bit_for_bit(tmp_path: Path, model_ty
 )
 def test_a_figure_is_the_perplexity_of_the_model_attacked_by_hand(loaded: Loaded, attack: Attack) -> None:
     found = swept(loaded, Sweep((attack.at(0),), (attack.k,), draws=0))
-    rows = list(found.runs[0].indices)
-    weights = [matrix.read(loaded.base) for matrix in found.runs[0].target.ffn.inputs]
+    rows = list(found.runs[0].rows[0])
+    weights = [matrix.read(loaded.base) for matrix in found.runs[0].targets[0].ffn.inputs]
     kept = [weight.clone() for weight in weights]
     for weight, old in zip(weights, kept, strict=True):
         if attack.mode == "retain":
@@ -76,12 +76,12 @@ def test_mean_fixes_rows_at_their_mean_over_the_evaluated_windows(loaded: Loaded
     found = swept(loaded, Sweep((Attack("mean"),), (2,), draws=0))
     run, seen, tokenizer = found.runs[0], [], loaded.tokenizer
     assert tokenizer is not None
-    assert run.target.ffn.hook is not None
-    down = loaded.base.get_submodule(run.target.ffn.hook)
+    assert run.targets[0].ffn.hook is not None
+    down = loaded.base.get_submodule(run.targets[0].ffn.hook)
     hook = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
     perplexity_of(loaded)
     hook.remove()
-    rows, mean = list(run.indices), torch.cat(seen).mean(0)
+    rows, mean = list(run.rows[0]), torch.cat(seen).mean(0)
 
     def fix(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         state = args[0].clone()
@@ -125,9 +125,9 @@ def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
     before = tiny.digest(loaded.model)
     for fault in (KeyboardInterrupt, RuntimeError):
 
-        def fails(done: int, _total: int, _name: str, fault: type[BaseException] = fault) -> Any:
-            def on_batch(_done: int, _total: int) -> None:
-                if done == 2:
+        def fails(_done: int, _total: int, _name: str, fault: type[BaseException] = fault) -> Any:
+            def on_batch(done: int, _total: int) -> None:
+                if done == 3:  # after the second attack
                     raise fault
 
             return on_batch
@@ -140,7 +140,7 @@ def test_weights_are_put_back_when_a_task_fails_or_is_interrupted(
 
 def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
     """From outside, at random moments of a sweep that attacks by writing and by hooks."""
-    before, (target,) = tiny.digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
+    before, ((target,),) = tiny.digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
     sweep = Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0, 1, 3), draws=1)
     moments = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
     former = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -149,7 +149,7 @@ def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
             with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes somewhere inside
                 signal.setitimer(signal.ITIMER_REAL, moment)
                 while True:
-                    ablate(loaded, [target], parse_tasks([text_of(loaded)]), sweep, QUICK)
+                    ablate(loaded, [(target,)], parse_tasks([text_of(loaded)]), sweep, QUICK)
             assert tiny.digest(loaded.model) == before
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
     finally:
@@ -158,8 +158,8 @@ def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
 
 
 def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded) -> None:
-    (target,), _ = find_targets(loaded, Choice(), 2)
-    said = continuations(loaded, target, Sweep(ks=(1, 2)), prepare(loaded, [], QUICK), "w3 w5", new_tokens=6)
+    ((target,),), _ = find_targets(loaded, Choice(), 2)
+    said = continuations(loaded, (target,), Sweep(ks=(1, 2)), prepare(loaded, [], QUICK), "w3 w5", new_tokens=6)
     assert [name for name, _ in said] == ["original", "zero:2", "retain:2"]
     tokenizer: Any = loaded.tokenizer
     for (_, text), attack in zip(said, (Attack(), Attack("zero", 2), Attack("retain", 2)), strict=True):
@@ -174,11 +174,11 @@ def test_continuations_are_greedy_and_those_of_the_attacked_model(loaded: Loaded
 
 def test_a_prompt_ends_where_the_model_has_no_more_positions(tmp_path: Path) -> None:
     loaded = opened(with_tokenizer(tmp_path, tiny.model("gpt2", num_hidden_layers=2)))
-    (target,), _ = find_targets(loaded, Choice(layer=1), 1)
+    ((target,),), _ = find_targets(loaded, Choice(layers=(1,)), 1)
     with pytest.raises(BadValue, match="the prompt has 64 tokens with bos and the model 64 positions"):
         prompt_ids(loaded, "w1 " * 63)
     assert prompt_ids(loaded, "w1 " * 62).shape == (1, 63)
-    said = continuations(loaded, target, Sweep(ks=(1,)), [], "w1 " * 62)  # an absolute position more would not exist
+    said = continuations(loaded, (target,), Sweep(ks=(1,)), [], "w1 " * 62)  # an absolute position more would not exist
     assert [len(text.split()) <= 1 for _, text in said] == [True, True, True]
 
 
@@ -214,7 +214,7 @@ def test_rows_of_an_adapter_are_taken_out_of_the_part_that_is_named(tmp_path: Pa
             nn.init.normal_(parameter, std=0.5)
     wrapped.save_pretrained(tmp_path / "adapter")
     loaded = load(str(tmp_path / "adapter"), on=on)
-    (target,), _ = find_targets(loaded, Choice(layer=1, indices=(17, 4)), 2)
+    ((target,),), _ = find_targets(loaded, Choice(layers=(1,), indices=(17, 4)), 2)
     seen: list[Tensor] = []
     hook = loaded.base.get_submodule(target.ffn.hook or "").register_forward_pre_hook(lambda _m, a: seen.append(a[0]))
     before = tiny.digest(loaded.model)
@@ -227,7 +227,7 @@ def test_rows_of_an_adapter_are_taken_out_of_the_part_that_is_named(tmp_path: Pa
 
 def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
     """The planted row is also the one of largest norm."""
-    names: list[str] = []
+    forwards: list[int] = []
     targets, _ = find_targets(loaded, Choice(), 1)
     found = ablate(
         loaded,
@@ -235,9 +235,10 @@ def test_what_is_done_to_the_same_rows_is_measured_once(loaded: Loaded) -> None:
         parse_tasks([text_of(loaded)]),
         Sweep((Attack("zero"),), (0, 1), draws=2),
         QUICK,
-        on_run=lambda _done, _total, name: names.append(name),
+        on_run=lambda _done, _total, _name: lambda done, _of: forwards.append(done),
     )
-    expected = ["baseline", *(f"layer 1, zero:1{beside}" for beside in ("", " (random:0)", " (random:1)"))]
-    assert names == expected
+    runs = 4  # the baseline, the planted row, two random ones
+    assert len(forwards) % runs == 0
+    assert forwards == list(range(1, len(forwards) + 1))
     assert [run.control for run in found.runs] == [None, None, "random:0", "random:1", "norm"]
     assert found.runs[4].measured == found.runs[1].measured != found.runs[2].measured

@@ -18,9 +18,9 @@ from mwtool.ablation.document import ablate_document
 from mwtool.ablation.plot import _curves, plot_ablation
 from mwtool.ablation.report import ablate_report
 from mwtool.ablation.sweep import Ablation, Run, Sweep
-from mwtool.ablation.targets import Choice, Target
 from mwtool.evaluation.measurement import Measured
 from mwtool.models.load import Loaded
+from mwtool.scan.targets import Choice, Target
 from mwtool.surgery.attack import Attack, parse_mode
 
 
@@ -40,7 +40,8 @@ def made_up(loaded: Loaded) -> Ablation:
     counts = [1.0] * 5
 
     def run(control: str | None, more: float, right: float) -> Run:
-        return Run(attack, control, target, (17,), (measured([x + more for x in plain], counts), accuracy(right)))
+        found = (measured([x + more for x in plain], counts), accuracy(right))
+        return Run(attack=attack, control=control, targets=(target,), rows=((17,),), measured=found)
 
     runs = (run(None, 0.5, 0.25), run("random:0", 0.1, 0.5), run("random:1", 0.3, 0.75), run("norm", 0.2, 0.5))
     return Ablation((measured(plain, counts), accuracy(0.5)), runs, (), ())
@@ -79,7 +80,7 @@ def test_the_table_shows_the_mean_and_the_spread_of_the_controls(loaded: Loaded)
 @pytest.mark.parametrize("model_type", ["phi3", "gpt2", "mixtral"])
 def test_a_figure_is_drawn_for_fused_transposed_and_expert_rows(tmp_path: Path, model_type: str) -> None:
     loaded = opened(with_tokenizer(tmp_path, tiny.model(model_type, num_hidden_layers=2)))
-    for choice in (Choice(layer=1), Choice(each_layer=True)):
+    for choice in (Choice(layers=(1,)), Choice(each_layer=True)):
         plot_ablation(swept(loaded, Sweep(ks=(1,), draws=1), choice), tmp_path / "curve.svg")
         assert (tmp_path / "curve.svg").read_text().count("random rows") == 2
         (tmp_path / "curve.svg").unlink()

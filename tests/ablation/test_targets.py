@@ -14,11 +14,12 @@ from sweeps import swept
 from words import opened, planted, with_tokenizer
 
 import mwtool
+from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.sweep import Sweep
-from mwtool.ablation.targets import Choice, Target, find_targets, norm_rows, random_rows
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.models.load import Loaded, load
 from mwtool.scan.document import scan_document
+from mwtool.scan.targets import Choice, Target, find_targets
 from mwtool.surgery.attack import Attack
 
 
@@ -32,16 +33,16 @@ def test_controls_are_as_many_rows_and_random_ones_are_never_ranked_ones(loaded:
     for k in (1, 3):
         beside = [run for run in found.runs if run.control and run.attack == Attack("zero", k)]
         assert [run.control for run in beside] == [*(f"random:{seed}" for seed in range(4)), "norm"]
-        assert {len(run.indices) for run in beside} == {k}
-        assert len({run.indices for run in beside}) == 5
-        drawn = {row for run in beside if run.control != "norm" for row in run.indices}
-        assert not drawn & set(found.runs[0].target.indices)
+        assert {len(run.rows[0]) for run in beside} == {k}
+        assert len({run.rows[0] for run in beside}) == 5
+        drawn = {row for run in beside if run.control != "norm" for row in run.rows[0]}
+        assert not drawn & set(found.runs[0].targets[0].indices)
 
 
 def test_random_rows_are_never_massive_ones_however_the_rows_were_chosen(loaded: Loaded) -> None:
     """Row 17 is the one that is truly massive in layer 1; no draw of all the others but those named may hold it."""
-    for choice, k in ((Choice(), 1), (Choice(indices=(4, 5)), 2), (Choice(layer=1), 1)):
-        (target,), _ = find_targets(loaded, choice, k)
+    for choice, k in ((Choice(), 1), (Choice(indices=(4, 5)), 2), (Choice(layers=(1,)), 1)):
+        ((target,),), _ = find_targets(loaded, choice, k)
         others = 64 - len({*target.indices, 17})
         assert 17 not in (random_rows(target, 64, others, 0) or (17,))
         assert random_rows(target, 64, others + 1, 0) is None
@@ -73,23 +74,23 @@ def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) 
 
 def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
     targets, _ = find_targets(loaded, Choice(each_layer=True), 2)
-    assert [target.layer for target in targets] == list(range(tiny.LAYERS))
+    assert [target.layer for (target,) in targets] == list(range(tiny.LAYERS))
     state = mwtool.scan_model(loaded.base).states[3]
-    assert targets[3].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
+    assert targets[3][0].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
     found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=0), Choice(each_layer=True))
-    assert [run.target.layer for run in found.runs] == list(range(tiny.LAYERS))
+    assert [run.targets[0].layer for run in found.runs] == list(range(tiny.LAYERS))
 
 
 def test_a_layer_an_expert_and_rows_can_be_chosen(tmp_path: Path) -> None:
     loaded = planted(tmp_path, "mixtral", num_hidden_layers=4)
-    (target,), _ = find_targets(loaded, Choice(layer=2, expert=3, indices=(5, 2)), 2)
+    ((target,),), _ = find_targets(loaded, Choice(layers=(2,), expert=3, indices=(5, 2)), 2)
     assert (target.layer, target.ffn.expert, target.indices) == (2, 3, (5, 2))
-    (top,), _ = find_targets(loaded, Choice(layer=2), 3)
+    ((top,),), _ = find_targets(loaded, Choice(layers=(2,)), 3)
     assert top.ffn.expert is not None
     assert len(top.indices) == 3
-    unreached = next(e for e in range(4) if _refused(loaded, Choice(layer=2, expert=e)))
+    unreached = next(e for e in range(4) if _refused(loaded, Choice(layers=(2,), expert=e)))
     with pytest.raises(BadValue, match=f"bos is not routed to expert {unreached} of layer 2 but to"):
-        find_targets(loaded, Choice(layer=2, expert=unreached), 3)
+        find_targets(loaded, Choice(layers=(2,), expert=unreached), 3)
 
 
 def _refused(loaded: Loaded, choice: Choice) -> bool:
@@ -103,12 +104,16 @@ def _refused(loaded: Loaded, choice: Choice) -> bool:
 @pytest.mark.parametrize(
     ("choice", "k", "message"),
     [
-        (Choice(layer=8), 1, "layer 8 does not exist; the model has layers 0 to 7"),
-        (Choice(layer=1, expert=2), 1, r"layer 1 has one dense .*; there is no expert 2"),
-        (Choice(layer=1, indices=(64,)), 1, "row 64 does not exist; model.layers.1.mlp in layer 1 has rows 0 to 63"),
+        (Choice(layers=(8,)), 1, "layer 8 does not exist; the model has layers 0 to 7"),
+        (Choice(layers=(1,), expert=2), 1, r"layer 1 has one dense .*; there is no expert 2"),
+        (
+            Choice(layers=(1,), indices=(64,)),
+            1,
+            "row 64 does not exist; model.layers.1.mlp in layer 1 has rows 0 to 63",
+        ),
         (Choice(indices=(64,)), 1, "row 64 does not exist"),
         (Choice(indices=(1, 2)), 3, "k is 3 and --indices names 2 rows"),
-        (Choice(layer=1), 65, "k is 65"),
+        (Choice(layers=(1,)), 65, "k is 65"),
         (Choice(), 65, "k is 65"),
     ],
 )
@@ -121,9 +126,7 @@ def test_a_model_without_massive_weights_is_told_what_to_name(tmp_path: Path) ->
     plain = opened(with_tokenizer(tmp_path, tiny.model("llama", num_hidden_layers=4)))
     for parameter in plain.base.parameters():
         parameter.data.mul_(0.1)
-    with pytest.raises(
-        BadValue, match=r"no massive weights to attack; name rows yourself with --layer N --indices I,J"
-    ):
+    with pytest.raises(BadValue, match=r"no massive weights; name rows yourself with --layer N --indices I,J"):
         find_targets(plain, Choice(), 1)
 
 
@@ -135,7 +138,7 @@ def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(t
     options = {"device_map": places, "offload_folder": str(tmp_path / "off")}
     loaded = replace(load(str(tmp_path), model_options=options), tokenizer=here.tokenizer)
     sweep = Sweep((Attack("zero"),), (1,), draws=1)
-    found, expected = (swept(one, sweep, Choice(layer=2)) for one in (loaded, here))
+    found, expected = (swept(one, sweep, Choice(layers=(2,))) for one in (loaded, here))
     assert [run.measured[0].value for run in found.runs] == [run.measured[0].value for run in expected.runs]
     with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded .* without offloading"):
         swept(loaded, sweep)

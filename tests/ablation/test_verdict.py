@@ -67,7 +67,14 @@ def test_the_verdict_says_what_the_figures_say(change: float, mode: Any, words: 
     attacked = measured([p + change + n for p, n in zip(plain, noise, strict=True)], counts)
     random = [measured([p + s * n for p, n in zip(plain, noise[::-1], strict=True)], counts) for s in (1, -1, 0.5)]
     found = judge(
-        Attack(mode, 5), attacked, measured(plain, counts), random=random, norm=None, shared=0, layer=1, expert=None
+        Attack(mode, 5),
+        attacked,
+        measured(plain, counts),
+        random=random,
+        norm=None,
+        shared=0,
+        layers=(1,),
+        experts=(None,),
     )
     assert found is not None
     assert words in found.text

@@ -287,7 +287,7 @@ def test_the_command_line_finds_rows_of_one_expert(tmp_path: Path, model_type: s
     assert all(0 < choice["probability"] < 1 for choice in router["probabilities"])
     assert {place["expert"] for place in document["weights"]} == {ffn.expert}
     text = CliRunner().invoke(app, ["scan", str(tmp_path)]).stdout
-    assert f"Expert {ffn.expert} carries it" in text
+    assert f"The rows are those of expert {ffn.expert}." in text
 
 
 def test_probabilities_are_the_routers_own(tmp_path: Path) -> None:

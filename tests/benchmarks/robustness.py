@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.cli.terminal import quiet_libraries
 from mwtool.evaluation.comparison import ratio_of, student_t
 from mwtool.evaluation.measurement import Options
@@ -46,6 +45,7 @@ from mwtool.models.load import load
 from mwtool.models.source import locate
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import Settings, scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 from mwtool.surgery.attack import Attack
 
 PEFTS = ("lora", "dora")

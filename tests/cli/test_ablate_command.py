@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from typer import BadParameter
 from words import planted_folder, with_tokenizer
 
-from mwtool.cli.ablate import numbers
+from mwtool.cli.options import numbers
 from mwtool.files.document import text_of
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint

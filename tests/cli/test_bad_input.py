@@ -142,13 +142,13 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         config(architectures=["LlamaForSequenceClassification"]),
         ["LlamaForSequenceClassification", "causal"],
     ),
-    "packed for llama.cpp": (
+    "a damaged GGUF file": (
         both(content("m.gguf", b"GGUF", "model.safetensors"), lambda folder: (folder / "config.json").unlink()),
-        ["m.gguf is in GGUF", "the model it was made from"],
+        ["m.gguf ends within the version, at byte 4", "truncated"],
     ),
-    "packed for llama.cpp, with a configuration": (
+    "a damaged GGUF file, with a configuration": (
         content("model-Q4_K_M.gguf", b"GGUF", "model.safetensors"),
-        ["no weights", "model-Q4_K_M.gguf is in GGUF", "the model it was made from"],
+        ["model-Q4_K_M.gguf ends within the version, at byte 4", "truncated"],
     ),
     "a causal type with an encoder": (
         config(model_type="bart", is_encoder_decoder=True, architectures=["BartForConditionalGeneration"]),

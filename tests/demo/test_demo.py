@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.demo.choose import chosen, table
 from mwtool.demo.train import Length
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import load
 from mwtool.models.source import DEMO
 from mwtool.scan.scanner import scan_checkpoint
+from mwtool.scan.targets import Choice, find_targets
 from mwtool.surgery.attack import Attack
 
 RUNS: list[dict[str, Any]] = json.loads((DEMO / "runs.json").read_text(encoding="utf-8"))

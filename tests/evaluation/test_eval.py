@@ -19,7 +19,6 @@ from questions import CHOICES, CLOZE, OPTIONS, rows, words
 from words import adding_bos, perplexity_of, planted, text_of
 
 from mwtool.ablation.sweep import Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluation import harness
@@ -31,6 +30,7 @@ from mwtool.models.load import Loaded
 from mwtool.models.source import DEMO
 from mwtool.scan.loaded import massive_for
 from mwtool.scan.scanner import Settings
+from mwtool.scan.targets import Choice, find_targets
 from mwtool.surgery.attack import parse_attack
 
 

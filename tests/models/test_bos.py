@@ -63,7 +63,7 @@ def test_always_is_the_tokenizer_s_and_nothing_else() -> None:
 
 def test_without_any_bos_one_is_asked_for() -> None:
     for without in (WITHOUT, None):
-        with pytest.raises(NoBos, match=r"neither tokenizer nor config.json names a bos; say .* --bos TOKEN"):
+        with pytest.raises(NoBos, match=r"neither the tokenizer nor the configuration names a bos; say .* --bos TOKEN"):
             find_bos("auto", without, config())
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mwtool.ablation.targets import Target, norm_rows
+from mwtool.ablation.controls import norm_rows
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadCheckpoint, BadValue, ModelNotFound, UnsupportedModel
 from mwtool.evaluation.chunked_loss import head_of
 from mwtool.models.load import Loaded, load
 from mwtool.scan.loaded import massive_for
 from mwtool.scan.scanner import scan_checkpoint, scan_model
+from mwtool.scan.targets import Target
 from mwtool.surgery.attack import Attack, edited
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3]])

@@ -92,7 +92,9 @@ def test_a_model_spread_over_devices_is_read_by_the_index_too(plain: Path, tmp_p
     assert digest(load(str(plain), device_map="auto").base) == expected
 
 
-def test_names_of_the_index_that_no_file_has_do_no_harm_unless_the_model_needs_them(plain: Path, tmp_path: Path) -> None:
+def test_names_of_the_index_that_no_file_has_do_no_harm_unless_the_model_needs_them(
+    plain: Path, tmp_path: Path
+) -> None:
     folder = shards(plain, tmp_path / "model", legacy=False)
     path = folder / INDEX[False]
     files = json.loads(path.read_text())["weight_map"]
@@ -102,7 +104,9 @@ def test_names_of_the_index_that_no_file_has_do_no_harm_unless_the_model_needs_t
     assert digest(load(str(folder)).base) != digest(load(str(plain)).base)  # as it says: the stale one
     path.write_text(json.dumps({"weight_map": {**files, "model.layers.0.mlp.up_proj.weight": "z.safetensors"}}))
     for work in (scan_checkpoint, load):
-        with pytest.raises(BadCheckpoint, match=r"z.safetensors does not hold model.layers.0.mlp.up_proj.weight, which"):
+        with pytest.raises(
+            BadCheckpoint, match=r"z.safetensors does not hold model.layers.0.mlp.up_proj.weight, which"
+        ):
             work(str(folder))
 
 
@@ -268,7 +272,9 @@ def test_the_tokenizer_an_adapter_brings_is_used_or_a_note_says_why_not(
     found = load(str(folder))
     assert found.tokenizer is not None
     assert found.tokenizer.chat_template is None
-    assert [note for note in found.notes if "token ids up to 10000" in note and "base model's tokenizer is used" in note]
+    assert [
+        note for note in found.notes if "token ids up to 10000" in note and "base model's tokenizer is used" in note
+    ]
 
 
 PREFIXES = {
@@ -288,7 +294,9 @@ def test_a_prefix_in_the_way_is_named(plain: Path, tmp_path: Path, prefix: str, 
     (folder / "model.safetensors").unlink()
     write(folder / ("model.safetensors" if form == "safetensors" else "pytorch_model.bin"), tensors)
     for work in (scan_checkpoint, load):
-        with pytest.raises(BadCheckpoint, match=rf"it has {prefix}.*, {PREFIXES[prefix]}: rename its tensors") as caught:
+        with pytest.raises(
+            BadCheckpoint, match=rf"it has {prefix}.*, {PREFIXES[prefix]}: rename its tensors"
+        ) as caught:
             work(str(folder))
         assert "\n" not in str(caught.value)
 
@@ -351,6 +359,8 @@ def test_an_ablation_of_shards_with_stale_copies_is_that_of_the_plain_model(plai
     folder = shards(plain, tmp_path / "model", legacy=False)
     texts = (tmp_path / "t.txt", " ".join(f"w{n % 40 + 3}" for n in range(200)))
     texts[0].write_text(texts[1])
-    runs = [run("ablate", one, "-k", 1, "--task", f"ppl:{texts[0]}", "--no-controls", "--json") for one in (plain, folder)]
+    runs = [
+        run("ablate", one, "-k", 1, "--task", f"ppl:{texts[0]}", "--no-controls", "--json") for one in (plain, folder)
+    ]
     assert [ran.code for ran in runs] == [0, 0]
     assert runs[0].document["runs"] == runs[1].document["runs"]

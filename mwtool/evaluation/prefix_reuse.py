@@ -1,0 +1,163 @@
+"""Perplexity of a model and of many attacks on it, each attack running only the layers it can change.
+
+The residual stream that enters decoder layer l does not depend on the rows of layer l. For each batch of windows the
+model runs once as it is, and what its layers return is kept. Under an attack on layer l the layers below l then
+return what they returned before instead of computing it again, and the model's own forward does the rest, so the
+logits are those of a whole forward, bit for bit. Whether that holds is tried on a few tokens first; a model that
+passes more between its layers than they return (key-value states shared among layers, for one) runs whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mwtool.evaluation.chunked_loss import TRIED, head_of
+from mwtool.evaluation.perplexity import (
+    Perplexity,
+    batch_sums,
+    batches,
+    check_vocabulary,
+    per_sample,
+    summarize,
+    windows_at_once,
+)
+from mwtool.evaluation.windows import Windows
+
+LACKING = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
+"""What a model's own code raises where a layer did not run that a later one relies on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A change of the model to measure under.
+
+    layer: the lowest decoder layer that is changed. apply: the context in which the change is in force; entered once
+    for each batch of windows.
+    """
+
+    layer: int
+    apply: Callable[[], AbstractContextManager[None]]
+
+
+def perplexities(
+    model: Any,
+    layers: Sequence[nn.Module],
+    windows: Windows,
+    variants: Sequence[Variant],
+    *,
+    batch_size: int | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[Perplexity]:
+    """Perplexity of the model as it stands, then under each variant: what `perplexity` gives for each, bit for bit.
+
+    model: what to call. layers: its decoder layers, in order.
+    batch_size: windows at once; None for the same as `perplexity` takes. The layers' outputs for one batch are kept.
+    on_batch: called with what is done and how much there is, in forwards. Raises BadValue for tokens the model does
+    not have, and whatever a variant raises.
+    """
+    check_vocabulary(model, windows.ids)
+    device = model.get_input_embeddings().weight.device
+    size = batch_size or windows_at_once(model, windows)
+    wanted = {variant.layer for variant in variants} - {0}
+    seconds, sums = [0.0] * (1 + len(variants)), [list[float]() for _ in range(1 + len(variants))]
+    with torch.inference_mode():
+        few = windows.ids[0][None, :TRIED].to(device)
+        head, reusable = head_of(model, few), not wanted or is_reusable(model, layers, few, wanted)
+        parts = list(batches(windows, size))
+        for index, batch in enumerate(parts):
+            recording = Recording(layers, wanted if reusable else set())
+            for at in range(1 + len(variants)):
+                start = time.perf_counter()
+                change = nullcontext() if at == 0 else variants[at - 1].apply()
+                with change, recording.capturing() if at == 0 else recording.replayed(variants[at - 1].layer):
+                    sums[at] += batch_sums(head, batch, windows.length, device).tolist()
+                seconds[at] += time.perf_counter() - start
+                if on_batch is not None:
+                    on_batch(index * (1 + len(variants)) + at + 1, len(parts) * (1 + len(variants)))
+    notes: tuple[str, ...] = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
+    if not reusable:
+        notes += (f"{type(head.inner).__name__} passes more between its layers than they return: attacks run it whole",)
+    return [
+        summarize(per_sample(windows, parts, found), windows.units, spent, notes)
+        for found, spent in zip(sums, seconds, strict=True)
+    ]
+
+
+class Recording:
+    """What decoder layers return in one forward, and a way to return it again.
+
+    wanted: layers l of which the stream that enters them is kept, (B, T, H) each; of all others only the form of what
+    the layer returns.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], wanted: set[int]) -> None:
+        self.layers, self.wanted = layers, wanted
+        self.forms: dict[int, Any] = {}
+        self.streams: dict[int, Tensor] = {}
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Records the last forward run inside the block."""
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.layers[: max(self.wanted, default=0)]):
+                hooks.callback(layer.register_forward_hook(self._keep(index)).remove)
+            yield
+
+    @contextmanager
+    def replayed(self, layer: int) -> Iterator[None]:
+        """Inside the block the layers below `layer` return what was recorded and compute nothing."""
+        below = list(enumerate(self.layers[:layer])) if layer in self.streams else []
+        before = [module.__dict__.get("forward") for _, module in below]  # accelerate puts one there
+        try:
+            for index, module in below:
+                module.__dict__["forward"] = _returning(_with_stream(self.forms[index], self.streams[layer]))
+            yield
+        finally:
+            for (_, module), forward in zip(below, before, strict=True):
+                module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.__dict__["forward"] = forward
+
+    def _keep(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if index + 1 in self.wanted:
+                self.streams[index + 1] = output if isinstance(output, Tensor) else output[0]
+            self.forms[index] = _with_stream(output, None)
+
+        return hook
+
+
+def is_reusable(model: Any, layers: Sequence[nn.Module], ids: Tensor, wanted: set[int]) -> bool:
+    """Whether replaying the layers below each of `wanted` gives the logits of a whole forward, bit for bit.
+
+    ids: (1, T), a few tokens to try it on.
+    """
+    recording = Recording(layers, wanted)
+    with torch.inference_mode():
+        with recording.capturing():
+            whole: Tensor = model(input_ids=ids, use_cache=False).logits
+        for layer in sorted(wanted):
+            try:
+                with recording.replayed(layer):
+                    again: Tensor = model(input_ids=ids, use_cache=False).logits
+            except LACKING:
+                return False
+            if layer not in recording.streams or not torch.equal(again.nan_to_num(), whole.nan_to_num()):
+                return False
+    return True
+
+
+def _with_stream(output: Any, stream: Tensor | None) -> Any:
+    """The layer's output with another residual stream in it: some layers return the stream, some a tuple of it."""
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_args, **_options: output
