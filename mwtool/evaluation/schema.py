@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mwtool.errors import BadValue
 from mwtool.files.schema import LARGEST, Count, Envelope, Magnitude, Positive, Strict
+from mwtool.files.text import shown
 from mwtool.surgery.attack import parse_attack
 
 Sample = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -34,6 +35,14 @@ class Bos(Strict):
 
 class Attacked(Strict):
     """The rows that attacks take, by rank."""
+
+    layer: Count
+    expert: Count | None
+    indices: list[Count]
+
+
+class Place(Strict):
+    """The rows an attack took in one FFN."""
 
     layer: Count
     expert: Count | None
@@ -91,6 +100,7 @@ class EvalDocument(Envelope):
     options: Options
     batch_size: Positive | None
     massive: Attacked | None
+    places: dict[str, list[Place]] = Field(default_factory=dict)
     attacks: list[str]
     tasks: list[str]
     complete: bool
@@ -145,5 +155,5 @@ def _attack(text: str) -> str:
     try:
         parse_attack(text)
     except BadValue as fault:
-        raise ValueError(str(fault)) from fault
+        raise ValueError(f"attack {shown(text)} is not understood") from fault
     return text

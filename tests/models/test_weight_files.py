@@ -23,7 +23,7 @@ from mwtool.models.checkpoint import open_checkpoint
 from mwtool.models.load import load
 from mwtool.models.source import locate
 from mwtool.scan.scanner import scan_checkpoint
-from mwtool.surgery.attack import Attack
+from mwtool.surgery.attack import Attack, Edit
 from mwtool.surgery.save import save_attacked
 
 INDEX = {False: "model.safetensors.index.json", True: "pytorch_model.bin.index.json"}
@@ -80,7 +80,7 @@ def test_the_index_decides_which_shard_a_tensor_is_read_from(
     suffix = "bin" if legacy else "safetensors"
     said = f"is stored in a.{suffix} and in z.{suffix}, and 17 more tensors likewise; {INDEX[legacy]} decides"
     assert [note for note in found.notes if said in note], found.notes
-    save_attacked(found, found.layers[1].ffns[0], [17], Attack("scale", 1, 1.0), tmp_path / "saved")
+    save_attacked(found, [Edit(found.layers[1].ffns[0], (17,))], Attack("scale", 1, 1.0), tmp_path / "saved")
     assert digest(load(str(tmp_path / "saved")).base) == digest(found.base)
 
 
@@ -225,7 +225,7 @@ def test_an_adapter_beside_a_whole_model_is_never_applied_and_a_note_says_so(
         assert any(said in note and "the model is used without the adapter" in note for note in found.notes)
     assert figures(folder) == figures(plain)
     assert any(said in note for note in scan_checkpoint(str(folder)).notes)
-    save_attacked(found, found.layers[1].ffns[0], [17], Attack("zero", 1), tmp_path / "saved")
+    save_attacked(found, [Edit(found.layers[1].ffns[0], (17,))], Attack("zero", 1), tmp_path / "saved")
     assert list((tmp_path / "saved").glob("adapter*")) == []
 
 
