@@ -7,6 +7,7 @@ that the pages of a layer leave memory together with its tensors.
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -227,7 +228,7 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
 
 UNREADABLE: tuple[type[Exception], ...] = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError),
-    *(ArithmeticError, AssertionError, ImportError, MemoryError),
+    *(ArithmeticError, AssertionError, ImportError, MemoryError, struct.error),
 )
 """What `torch.load(weights_only=True)` raises over files that are damaged, or that are no tensors at all."""
 

@@ -7,6 +7,7 @@ first read, so that a scan that stops at layer 6 does not download layer 79.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.registry import register
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
-from mwtool.files.text import link_fault, read_json
+from mwtool.files.text import link_fault, read_json, shown
 from mwtool.models.gguf_header import is_gguf
 from mwtool.models.gguf_model import GGUFModel, Vocabulary, models_among, open_gguf
 from mwtool.models.hub import fetch, fetch_small, files_of
@@ -102,6 +103,11 @@ class Source:
             if "auto_map" in raw and not self.trust_remote_code:
                 advice = "; it ships code of its own, which runs only with --trust-remote-code"
             raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {line_of(fault)}{advice}") from fault
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if not isinstance(depth, int) or isinstance(depth, bool):
+            raise BadCheckpoint(
+                f"{self.folder / 'config.json'} describes no decoder layers: their number is {shown(depth)}"
+            )
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -129,6 +135,11 @@ class Source:
             raise BadCheckpoint(
                 f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"
             )
+        limit: object = tokenizer.model_max_length
+        if not isinstance(limit, int | float):
+            raise BadCheckpoint(
+                f"{self.folder / 'tokenizer_config.json'} states model_max_length {shown(limit)}; expected a number"
+            )
         return tokenizer
 
     def vocabulary(self) -> PreTrainedTokenizerBase | Vocabulary | None:
@@ -152,7 +163,7 @@ def unusable() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     plain = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
-    return (*plain, AssertionError, MemoryError, StrictDataclassError)
+    return (*plain, AssertionError, MemoryError, struct.error, StrictDataclassError)
 
 
 def model_class(config: PretrainedConfig) -> Any:
