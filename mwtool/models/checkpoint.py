@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -214,8 +215,10 @@ def _unpickled(path: Path) -> Mapping[str, Any]:
     import torch
 
     try:
-        # mapped where it is an archive, which files of torch before 1.6 are not
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            # mapped where it is an archive, which files of torch before 1.6 are not
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except UNREADABLE as fault:
         raise BadCheckpoint(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or holds more than tensors "

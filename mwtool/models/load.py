@@ -240,6 +240,7 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             )
         with warnings.catch_warnings():  # peft asks transformers by a former name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return PeftModel.from_pretrained(base, adapter).eval()
     except faults as fault:
         raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ def empty_model(source: Source, config: PretrainedConfig | None = None) -> PreTr
     from it.
     """
     config = source.config() if config is None else config
-    with torch.device("meta"), _building(source):
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights(), _building(source):
         made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return made
 
@@ -96,7 +99,9 @@ def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreT
 def _building(source: Source) -> Iterator[None]:
     """What a model's constructor raises or asserts over its configuration, in one line."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)  # refused by its shape
+            yield
     except unusable() as fault:
         line = " ".join(f"{type(fault).__name__} {fault}".split())
         raise BadCheckpoint(f"no model can be built from {source.folder / 'config.json'}: {line}") from fault

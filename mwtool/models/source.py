@@ -7,6 +7,7 @@ first read, so that a scan that stops at layer 6 does not download layer 79.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,9 +105,9 @@ class Source:
                 advice = "; it ships code of its own, which runs only with --trust-remote-code"
             raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {line_of(fault)}{advice}") from fault
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-        if not isinstance(depth, int) or isinstance(depth, bool):
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
             raise BadCheckpoint(
-                f"{self.folder / 'config.json'} describes no decoder layers: their number is {shown(depth)}"
+                f"{self.folder / 'config.json'} states {shown(depth)} decoder layers; expected at least 1"
             )
         return config
 
@@ -163,7 +164,7 @@ def unusable() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
 
     plain = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
-    return (*plain, AssertionError, MemoryError, struct.error, StrictDataclassError)
+    return (*plain, AssertionError, MemoryError, struct.error, re.error, StrictDataclassError)
 
 
 def model_class(config: PretrainedConfig) -> Any:

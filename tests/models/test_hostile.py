@@ -156,7 +156,7 @@ def test_what_is_no_state_dict_in_a_bin_file_is_one_line_and_never_runs(work: Pa
             torch.save(Marks(mark), path)
         else:
             nested: Any = []
-            for _ in range(500):
+            for _ in range(100):
                 nested = [nested]
             made = {"pickle": Marks(mark), "number": 3, "nested": nested}
             path.write_bytes(pickle.dumps(made[kind]) if kind in made else b"junk" if kind == "junk" else b"")
