@@ -128,7 +128,8 @@ class Source:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
                 )
-        except unusable() as fault:
+                tokenizer("\u0001")  # some parts of a tokenizer are first looked at when it meets an unknown character
+        except Exception as fault:  # the tokenizers library raises nothing more specific
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
             raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {line_of(fault)}{advice}") from fault
@@ -346,6 +347,8 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
         return  # a model that sees, or a type transformers does not know: adapters and --trust-remote-code decide
     fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
     architectures = raw.get("architectures") or [causal]
+    if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+        raise BadCheckpoint(f"the config.json of {name} states architectures {shown(architectures)}; expected names")
     if "auto_map" not in raw and not fitting.intersection(architectures):
         raise UnsupportedModel(
             f"{name} is a {architectures[0]}; expected {causal}, the causal language model of type {model_type!r}"

@@ -37,7 +37,7 @@ Work = Callable[[Path, random.Random], None]
 
 def prepare(work: Path) -> None:
     """A model in one file, in shards of both formats, an adapter, and a document of each kind."""
-    model = planted_folder(work / "single", num_hidden_layers=2)
+    model = planted_folder(work / "single", num_hidden_layers=4)
     tensors = load_file(model / "model.safetensors")
     names = sorted(tensors)
     for suffix, index in (("safetensors", "model.safetensors.index.json"), ("bin", "pytorch_model.bin.index.json")):
