@@ -186,7 +186,9 @@ def _quiet() -> Iterator[None]:
     silence = _NoReport()
     logger.addFilter(silence)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)  # refused by its shape
+            yield
     finally:
         logger.removeFilter(silence)
 

@@ -128,7 +128,10 @@ class Source:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
                 )
-                tokenizer("\u0001")  # some parts of a tokenizer are first looked at when it meets an unknown character
+                if isinstance(tokenizer.model_max_length, int | float):  # else said below
+                    tokenizer(
+                        "\u0001"
+                    )  # some parts of a tokenizer are first looked at when it meets an unknown character
         except Exception as fault:  # the tokenizers library raises nothing more specific
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
