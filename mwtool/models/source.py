@@ -109,6 +109,9 @@ class Source:
             raise BadCheckpoint(
                 f"{self.folder / 'config.json'} states {shown(depth)} decoder layers; expected at least 1"
             )
+        width = getattr(config.get_text_config(), "hidden_size", None)
+        if isinstance(width, int) and width < 1:
+            raise BadCheckpoint(f"{self.folder / 'config.json'} states hidden_size {width}; expected at least 1")
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -129,9 +132,7 @@ class Source:
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
                 )
                 if isinstance(tokenizer.model_max_length, int | float):  # else said below
-                    tokenizer(
-                        "\u0001"
-                    )  # some parts of a tokenizer are first looked at when it meets an unknown character
+                    tokenizer("\u0001")  # an unknown character: some parts are first looked at then
         except Exception as fault:  # the tokenizers library raises nothing more specific
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
