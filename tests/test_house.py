@@ -120,7 +120,7 @@ def test_there_is_no_top_level_package_called_adapters() -> None:
     assert not (ROOT / "adapters" / "__init__.py").exists()
 
 
-def test_one_handler_catches_everything_and_it_is_around_plugins() -> None:
+def test_what_catches_everything_is_around_plugins_and_around_tokenizers_which_raise_nothing_more_specific() -> None:
     broad = []
     for path in [*SOURCES, *ADAPTERS]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -128,7 +128,7 @@ def test_one_handler_catches_everything_and_it_is_around_plugins() -> None:
             bare = isinstance(node, ast.ExceptHandler) and node.type is None
             if bare or re.search(r"\b(Base)?Exception\b", caught):
                 broad.append(path.name)
-    assert broad == ["registry.py"]
+    assert broad == ["registry.py", "source.py"]
 
 
 def test_every_public_name_exists_and_has_words_to_it() -> None:

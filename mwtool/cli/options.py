@@ -69,7 +69,9 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
+    except RecursionError as fault:
+        raise typer.BadParameter(f"{path} is nested too deeply; expected option names and values") from fault
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as fault:  # tags: `!!int x`, `2026-99-99`
         raise typer.BadParameter(f"{path} cannot be read: {line_of(fault, whole=True)}") from fault
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")

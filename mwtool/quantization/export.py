@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadCheckpoint, BadValue, nearest
-from mwtool.files.text import read_json
+from mwtool.errors import BadValue, nearest
 from mwtool.massive import SCHEMA
 
 HEAD = "lm_head"
@@ -53,12 +52,10 @@ class Selection:
 
 def read_scan(path: Path) -> dict[str, Any]:
     """A saved scan of schema mwtool.scan/2. Raises BadValue if the file is anything else."""
-    try:
-        document = read_json(path)
-    except BadCheckpoint as fault:
-        raise BadValue(str(fault)) from fault
-    if document.get("schema") != SCHEMA:
-        raise BadValue(f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes")
+    from mwtool.files.scan_schema import ScanDocument
+    from mwtool.files.schema import read_document
+
+    document, _ = read_document(path, {SCHEMA: ScanDocument}, "mwtool scan -o")
     return document
 
 

@@ -169,7 +169,7 @@ def test_an_absent_tensor_is_named_and_never_made_up(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadCheckpoint, match=r"lacks tensor model.layers.2.mlp.up_proj.weight; it is"):
+    with pytest.raises(BadCheckpoint, match=r"has no tensor for model.layers.2.mlp.up_proj.weight; it is"):
         load(str(folder))
 
 
