@@ -75,7 +75,7 @@ def quantized(
 ) -> Iterator[None]:
     """The model computing with quantized weights inside the block; its own are untouched.
 
-    masks: parameter name -> entries that stay, bool, of the parameter's shape: (out, in), (E, out, in) for experts in one.
+    masks: parameter name -> entries that stay, bool, in the shape of the parameter: (out, in), or (E, out, in).
     """
     swaps = [_Swap(module=model.get_submodule(one.path), linear=one, scheme=scheme, masks=masks) for one in weights]
     handles: list[Any] = []
