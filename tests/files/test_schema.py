@@ -17,7 +17,7 @@ from command import run
 from words import planted_folder
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.document import earlier_results, read_documents, rows_of
+from mwtool.evaluation.document import earlier_results, entries_of, read_documents
 from mwtool.evaluation.report import eval_report
 from mwtool.files.document import text_of
 from mwtool.massive import Identity, load_massive
@@ -58,7 +58,7 @@ def used(kind: str, path: Path, originals: dict[str, dict[str, Any]]) -> None:
             assert all(map(math.isfinite, (*massive.magnitudes, *massive.shares, massive.value)))
         return
     found = read_documents(path)
-    rows = rows_of(found, [str(number) for number in range(len(found))])
+    rows = entries_of(found, [str(number) for number in range(len(found))])
     eval_report(rows)
     earlier_results(path, originals["eval"], found)
     text_of(found[0])

@@ -152,7 +152,7 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
     [
         (
             {"schema": "mwtool.eval/1"},
-            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2', as `mwtool scan -o` writes, or",
+            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2' or",
         ),
         ({"schema": None}, "schema None"),
         ({"massive": {}}, "massive.layer: field required"),
