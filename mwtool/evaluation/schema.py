@@ -19,7 +19,7 @@ class Options(Strict):
     """How it was measured."""
 
     limit: Positive | None
-    protocol: Literal["bos", "bos-4096", "sun-4096", "word"] | None
+    protocol: Annotated[str, Field(min_length=1)] | None
     window: Annotated[int, Field(ge=2, le=LARGEST)] | None
     delimiter: str
     new_tokens: Positive

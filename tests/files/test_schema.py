@@ -43,7 +43,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 def identity(scan: dict[str, Any]) -> Identity:
-    return Identity(scan["model"], scan["revision"], scan["model_type"], **scan["shape"])
+    return Identity(model=scan["model"], revision=scan["revision"], model_type=scan["model_type"], **scan["shape"])
 
 
 def used(kind: str, path: Path, originals: dict[str, dict[str, Any]]) -> None:

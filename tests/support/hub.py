@@ -67,7 +67,7 @@ class Hub:
         if repo in self.gated:
             return _refusal(403, "GatedRepo", f"Access to model {repo} is restricted")
         path = self.repos[repo] / name
-        if not path.is_file():
+        if len(name) > 255 or not path.is_file():  # more is no file name here
             return _refusal(404, "EntryNotFound", "Entry not found")
         content = path.read_bytes()
         return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
