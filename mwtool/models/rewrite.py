@@ -102,7 +102,10 @@ def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
 
 
 def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> None:
-    """Write the weight files, shard by shard, with new values for some tensors."""
+    """Write the weight files, shard by shard, with new values for some tensors.
+
+    Raises BadCheckpoint if a file that the index names is not there.
+    """
     checkpoint = open_checkpoint(source)
     if source.gguf is not None:
         _from_gguf(checkpoint, getattr(torch, source.gguf.dtype), new, temporary)

@@ -54,12 +54,14 @@ def parse_bits(text: str) -> tuple[int, ...]:
 def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None) -> Tensor:
     """The matrix with every weight moved to the nearest of its group's levels, in the matrix's dtype.
 
-    weight: (out, in); computed in float32. kept: (out, in), bool: weights that stay as they are and, being stored
-    apart, do not widen the range of their group. A last group may be shorter than the others.
+    weight: (out, in); computed in float32. kept: (out, in), bool: weights that are given back as they were after
+    rounding, as a correction beside any quantizer's result does; they count towards the range of their group.
+    A last group may be shorter than the others.
 
-    With b bits, symmetric: s = max|w| / (2^(b-1) - 1), q = round(w / s) within [-2^(b-1), 2^(b-1) - 1]. With a zero
-    point: s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min(w, 0) / s), q = round(w / s + z) within
-    [0, 2^b - 1], and s (q - z) is the weight.
+    With b bits, symmetric, as compressed-tensors and GPTQ define it: s = 2 max|w| / (2^b - 1), q = round(w / s) within
+    [-2^(b-1), 2^(b-1) - 1]; there is one level more below zero than above, so the largest positive weight is clipped
+    to (2^b - 2) / (2^b - 1) of itself. With a zero point: s = (max(w, 0) - min(w, 0)) / (2^b - 1),
+    z = round(-min(w, 0) / s), q = round(w / s + z) within [0, 2^b - 1], and s (q - z) is the weight.
     """
     width = weight.shape[1]
     size = width if scheme.group is None else min(scheme.group, width)
@@ -76,15 +78,13 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None)
 
 def _rounded(groups: Tensor, scheme: Scheme, kept: Tensor | None) -> Tensor:
     """Each row of `groups`, (G, size), is a group."""
-    values = groups.float()
-    counted = values if kept is None else values.masked_fill(kept, 0.0)
+    values, most = groups.float(), 2**scheme.bits - 1
     if scheme.symmetric:
-        most = 2 ** (scheme.bits - 1) - 1
-        scale = _safe(counted.abs().amax(1, keepdim=True) / most)
-        found = (values / scale).round_().clamp_(-most - 1, most).mul_(scale)
+        scale = _safe(2 * values.abs().amax(1, keepdim=True) / most)
+        half = 2 ** (scheme.bits - 1)
+        found = (values / scale).round_().clamp_(-half, half - 1).mul_(scale)
     else:
-        low, high = counted.amin(1, keepdim=True).clamp(max=0), counted.amax(1, keepdim=True).clamp(min=0)
-        most = 2**scheme.bits - 1
+        low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
         scale = _safe((high - low) / most)
         zero = (-low / scale).round_()
         found = (values / scale).add_(zero).round_().clamp_(0, most).sub_(zero).mul_(scale)

@@ -23,7 +23,7 @@ from mwtool.quantization.verdict import verdicts
 from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.scanner import Scan, Settings
 
-PLAN = QuantizeConfig(bits=(4,), ks=(1, 2))
+PLAN = QuantizeConfig(bits=(3,), ks=(1, 2))
 OPTIONS = Options(limit=6, window=64)
 
 
@@ -90,7 +90,7 @@ def test_each_set_of_protected_weights_is_measured_beside_its_control(demo: Load
     hidden = demo.base.config.hidden_size
     assert weights["columns at every event"] == weights["random columns at every event"] == 2 * 2 * hidden
     assert weights["FFN matrices of the events"] == weights["FFN matrices of other layers"]
-    assert all(one.bytes == one.protection.weights * 28 // 8 for one in found.variants if one.protection)
+    assert all(one.bytes == one.protection.weights * 29 // 8 for one in found.variants if one.protection)
     assert found.weights == sum(p.numel() for n, p in demo.base.named_parameters() if ".layers." in n and p.ndim == 2)
 
 
