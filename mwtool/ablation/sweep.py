@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mwtool.ablation.config import AblateConfig
 from mwtool.ablation.controls import norm_rows, random_rows
+from mwtool.ablation.head import Head, head_of
 from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
@@ -80,12 +81,22 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """The results of a sweep: the baseline, every run, the verdicts, and notes for the user."""
+    """The results of a sweep: the baseline, every run, the verdicts, and notes for the user.
+
+    head: what its document says of the model; None where it is unknown.
+    """
 
     baseline: tuple[Measured, ...]
     runs: tuple[Run, ...]
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
+    head: Head | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of schema mwtool.ablate/1, as `mwtool ablate --json` prints it."""
+        from mwtool.ablation.document import document_of_ablation
+
+        return document_of_ablation(self)
 
 
 OnRun = Callable[[int, int, str], OnProgress | None]
@@ -138,7 +149,9 @@ def ablate(
         for plan in plans
     ]
     notes = [note for one in ready for note in one.notes] + _notes(groups, sweep, plans)
-    return Ablation(baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes))
+    return Ablation(
+        baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes), head_of(loaded, seed=sweep.seed)
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
 from mwtool.architecture.packed import packed_dtype
@@ -98,6 +98,12 @@ class Scan:
     def super_weights(self) -> tuple[SuperWeight, ...]:
         """Those of all layers walked, first layer first."""
         return tuple(weight for state in self.states for weight in state.super_weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of schema mwtool.scan/2, as `mwtool scan --json` prints it."""
+        from mwtool.scan.document import scan_document
+
+        return scan_document(self)
 
 
 def scan_checkpoint(
