@@ -84,7 +84,7 @@ class MassiveWeights:
 
     def document(self) -> dict[str, Any]:
         """The `massive` object of a scan document."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, list[str]]:

@@ -50,6 +50,28 @@ def document_of_ablation(
     }
 
 
+def run_records(found: Ablation) -> list[dict[str, Any]]:
+    """One line a run and task, with the interval of its ratio."""
+    baseline = named(found.baseline)
+    return [
+        {
+            "mode": run.attack.name,
+            "k": run.attack.k,
+            "control": run.control,
+            "layers": run.place,
+            "task": name,
+            "value": one.value,
+            "ratio": None if ratio is None else ratio.value,
+            "low": None if ratio is None else ratio.low,
+            "high": None if ratio is None else ratio.high,
+            "points": points_of(one, baseline[name]),
+        }
+        for run in found.runs
+        for name, one in named(run.measured).items()
+        for ratio in [ratio_of(one, baseline[name])]
+    ]
+
+
 def _massive(found: Ablation) -> dict[str, Any] | None:
     """The ranked rows attacked, where all attacks are on those of one place; what `--massive FILE` reads."""
     places = {run.targets for run in found.runs}

@@ -18,6 +18,7 @@ from mwtool.architecture.packed import packed_dtype
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
 from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
+from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.bos import Bos, find_bos
 from mwtool.models.identity import identity_of
@@ -48,7 +49,7 @@ OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Scan:
     """The result of a scan.
 
@@ -104,6 +105,25 @@ class Scan:
         from mwtool.scan.document import scan_document
 
         return scan_document(self)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one line a layer. Raises BadValue where pandas is not installed."""
+        from mwtool.scan.document import layer_records
+
+        return frame_of(layer_records(self))
+
+    def __repr__(self) -> str:
+        """One line: the model, the massive layer and its rows, and how many events there are."""
+        if self.massive is None:
+            found = f"massive=None, absence={self.absence!r}"
+        else:
+            found = f"layer={self.massive.layer}, rows={list(self.massive.indices)}"
+        return f"Scan({self.identity.model!r}, {found}, events={len(self.events)}, layers={len(self.states)})"
+
+    def _repr_html_(self) -> str:
+        from mwtool.scan.document import event_records
+
+        return html_of(repr(self), event_records(self))
 
 
 def scan_checkpoint(

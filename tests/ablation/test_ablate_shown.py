@@ -195,3 +195,10 @@ def test_the_caption_names_model_layer_and_text(loaded: Loaded) -> None:
 def test_only_the_document_of_an_ablation_is_drawn() -> None:
     with pytest.raises(BadValue, match=r"schema 'mwtool.scan/2' was given; expected 'mwtool.ablate/1'"):
         plot_ablation({"schema": "mwtool.scan/2"})
+
+
+def test_an_ablation_shows_itself_in_one_line_and_as_a_table(loaded: Loaded) -> None:
+    found = made_up(loaded)
+    assert repr(found) == f"Ablation({loaded.source.name!r}, runs=4, tasks=['ppl:x', 'mc:x.jsonl'])"
+    assert found._repr_html_().count("<tr>") == 1 + 4 * 2
+    assert found.to_dict() == ablate_document(loaded, found)
