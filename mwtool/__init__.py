@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 from mwtool._version import __version__
 
 if TYPE_CHECKING:
+    from mwtool.ablation.plot import plot_ablation
     from mwtool.ablation.sweep import ablated
     from mwtool.errors import MwtoolError
     from mwtool.evaluation.config import EvalConfig
     from mwtool.evaluation.perplexity import Perplexity, measure_perplexity
     from mwtool.evaluation.run import evaluate_models
+    from mwtool.finetune.plot import plot_training
     from mwtool.macdrop.callback import MacDropCallback, guard
     from mwtool.macdrop.curriculum import Curriculum
     from mwtool.macdrop.curriculum_yaml import read_curriculum
     from mwtool.macdrop.engine import MacDrop
     from mwtool.massive import MassiveWeights
+    from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
     from mwtool.scan.settings import Settings, Thresholds
 
@@ -37,6 +40,9 @@ _HOMES = {
     "evaluate_models": "mwtool.evaluation.run",
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
+    "plot_ablation": "mwtool.ablation.plot",
+    "plot_scan": "mwtool.scan.plot",
+    "plot_training": "mwtool.finetune.plot",
     "read_curriculum": "mwtool.macdrop.curriculum_yaml",
     "scan_checkpoint": "mwtool.scan.scanner",
     "scan_model": "mwtool.scan.scanner",
@@ -58,6 +64,9 @@ __all__ = [
     "evaluate_models",
     "guard",
     "measure_perplexity",
+    "plot_ablation",
+    "plot_scan",
+    "plot_training",
     "read_curriculum",
     "scan_checkpoint",
     "scan_model",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from mwtool.ablation.head import head_of
 from mwtool.ablation.sweep import Ablation, Run
 from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
-from mwtool.evaluation.document import envelope_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.files.document import finite
-from mwtool.massive import ABLATION
 from mwtool.models.load import Loaded
-
-SCHEMA = ABLATION
 
 
 def ablate_document(
@@ -27,10 +25,19 @@ def ablate_document(
     saved: str | None = None,
 ) -> dict[str, Any]:
     """The document. Numbers that are not finite are null, and `nonfinite` gives the reason."""
+    head = head_of(loaded, seed=seed, command=command)
+    return document_of_ablation(replace(found, head=head), generated=generated, saved=saved)
+
+
+def document_of_ablation(
+    found: Ablation, *, generated: Sequence[tuple[str, str]] = (), saved: str | None = None
+) -> dict[str, Any]:
+    """The document of an ablation. Raises ValueError where it has no `head`, so that its model is unknown."""
+    if found.head is None:
+        raise ValueError("this ablation has no head; expected one that `ablate` returned")
     baseline = named(found.baseline)
     return {
-        **envelope_of(SCHEMA, loaded, seed=seed, command=command),
-        "shape": _shape(loaded),
+        **found.head.keys,
         "massive": _massive(found),
         "tasks": [_task(name, one) for name, one in baseline.items()],
         "baseline": {name: finite(one.value) for name, one in baseline.items()},
@@ -39,18 +46,30 @@ def ablate_document(
         "verdicts": [_verdict(one) for one in found.verdicts],
         "generated": [{"attack": attack, "text": text} for attack, text in generated],
         "saved": saved,
-        "notes": list(dict.fromkeys((*loaded.notes, *found.notes))),
+        "notes": list(dict.fromkeys((*found.head.notes, *found.notes))),
     }
 
 
-def _shape(loaded: Loaded) -> dict[str, int | None]:
-    one = loaded.identity
-    return {
-        "layers": one.layers,
-        "hidden_size": one.hidden_size,
-        "intermediate_size": one.intermediate_size,
-        "experts": one.experts,
-    }
+def run_records(found: Ablation) -> list[dict[str, Any]]:
+    """One line a run and task, with the interval of its ratio."""
+    baseline = named(found.baseline)
+    return [
+        {
+            "mode": run.attack.name,
+            "k": run.attack.k,
+            "control": run.control,
+            "layers": run.place,
+            "task": name,
+            "value": one.value,
+            "ratio": None if ratio is None else ratio.value,
+            "low": None if ratio is None else ratio.low,
+            "high": None if ratio is None else ratio.high,
+            "points": points_of(one, baseline[name]),
+        }
+        for run in found.runs
+        for name, one in named(run.measured).items()
+        for ratio in [ratio_of(one, baseline[name])]
+    ]
 
 
 def _massive(found: Ablation) -> dict[str, Any] | None:

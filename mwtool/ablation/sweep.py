@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mwtool.ablation.config import AblateConfig
 from mwtool.ablation.controls import norm_rows, random_rows
+from mwtool.ablation.head import Head, head_of
 from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
@@ -24,6 +25,7 @@ from mwtool.evaluation.measurement import Measured, OnProgress
 from mwtool.evaluation.perplexity import check_vocabulary
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
+from mwtool.files.tabular import frame_of, html_of
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited_together, parse_mode, rows_of
@@ -78,14 +80,40 @@ class Run:
         return "+".join(map(str, self.layers))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Ablation:
-    """The results of a sweep: the baseline, every run, the verdicts, and notes for the user."""
+    """The results of a sweep: the baseline, every run, the verdicts, and notes for the user.
+
+    head: what its document says of the model; None where it is unknown.
+    """
 
     baseline: tuple[Measured, ...]
     runs: tuple[Run, ...]
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
+    head: Head | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of schema mwtool.ablate/1, as `mwtool ablate --json` prints it."""
+        from mwtool.ablation.document import document_of_ablation
+
+        return document_of_ablation(self)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame, one line a run and task. Raises BadValue where pandas is not installed."""
+        from mwtool.ablation.document import run_records
+
+        return frame_of(run_records(self))
+
+    def __repr__(self) -> str:
+        """One line: the model, and how much was measured."""
+        model = None if self.head is None else self.head.keys["model"]
+        return f"Ablation({model!r}, runs={len(self.runs)}, tasks={[one.task for one in self.baseline]})"
+
+    def _repr_html_(self) -> str:
+        from mwtool.ablation.document import run_records
+
+        return html_of(repr(self), run_records(self))
 
 
 OnRun = Callable[[int, int, str], OnProgress | None]
@@ -138,7 +166,9 @@ def ablate(
         for plan in plans
     ]
     notes = [note for one in ready for note in one.notes] + _notes(groups, sweep, plans)
-    return Ablation(baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes))
+    return Ablation(
+        baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes), head_of(loaded, seed=sweep.seed)
+    )
 
 
 @contextmanager

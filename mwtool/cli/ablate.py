@@ -232,8 +232,9 @@ def _give(
         _show(found, said)
     if plot is not None:
         from mwtool.ablation.plot import plot_ablation
+        from mwtool.files.figure import save_figure
 
-        plot_ablation(found, plot)
+        save_figure(plot_ablation(document), plot)
 
 
 def _show(found: Ablation, said: list[tuple[str, str]]) -> None:

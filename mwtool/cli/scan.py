@@ -191,9 +191,10 @@ def scan(
     if output is not None:
         write(output, text)
     if plot is not None:
+        from mwtool.files.figure import save_figure
         from mwtool.scan.plot import plot_scan
 
-        plot_scan(found, plot)
+        save_figure(plot_scan(found), plot)
     if json:
         typer.echo(text, nl=False)
     else:

@@ -23,6 +23,7 @@ from mwtool.evaluation.document import (
 from mwtool.evaluation.evaluate import OnTask, Result, check, evaluate
 from mwtool.evaluation.tasks import Task, parse_tasks
 from mwtool.files.atomic_write import check_writable, write
+from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded, load
 from mwtool.scan.loaded import massive_for, scan_loaded
@@ -34,7 +35,7 @@ Groups = dict[tuple[int, ...], Group]
 """By the layers that an attack names, the rows it acts on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Evaluations:
     """What was measured on each model in turn, or read from a result file.
 
@@ -52,6 +53,36 @@ class Evaluations:
     def compared(self, command: str | None = None) -> dict[str, Any]:
         """One document of schema mwtool.comparison/1: every metric compared with the first of its kind."""
         return comparison_document(self.documents, self.names, command)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of the model, or of the comparison where there are several, as `mwtool eval --json` prints."""
+        return self.compared() if len(self.documents) > 1 else self.documents[0]
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one line a metric. Raises BadValue where pandas is not installed."""
+        return frame_of(self._records())
+
+    def __repr__(self) -> str:
+        """One line: the models and how much was measured."""
+        return f"Evaluations({list(self.names)}, metrics={len(self.entries)})"
+
+    def _repr_html_(self) -> str:
+        return html_of(repr(self), self._records())
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "model": entry.model,
+                "attack": entry.attack,
+                "task": entry.measured.task,
+                "part": entry.measured.part,
+                "metric": entry.measured.metric,
+                "value": entry.measured.value,
+                "stderr": entry.measured.stderr,
+                "n": entry.measured.n,
+            }
+            for entry in self.entries
+        ]
 
 
 def evaluate_models(

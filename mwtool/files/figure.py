@@ -1,21 +1,143 @@
-"""Shared by all plots: the file format, saving, and a matplotlib that never opens a window."""
+"""Shared by all figures: one style, the size of a column, a caption, and saving.
+
+Figures are built on `matplotlib.figure.Figure` itself, without pyplot: no window opens, no global state changes, and
+nothing has to be closed. They are drawn from JSON documents, so that a saved result has the figure of a fresh one.
+"""
 
 from __future__ import annotations
 
 import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mwtool.errors import OutputError
+from mwtool.errors import BadValue, OutputError
 from mwtool.files.atomic_write import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMN = 3.5
+"""Width of a figure in inches: one column of a two-column page (89 mm), and of a narrow screen."""
+INK, MUTED = "#24292f", "#6e7781"
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072b2", "#d55e00", "#009e73", "#b35a92", "#56b4e9", "#e69f00"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+"""Okabe and Ito's colours, which remain distinct under the common kinds of colour blindness; purple is darkened."""
+MARKERS = ("o", "s", "^", "D", "v", "P")
+"""One for each colour, so that series also differ in grey."""
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same figure on every machine
+    "axes.titlesize": 8,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#d0d7de",
+    "grid.linewidth": 0.4,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in a file's name begins no formula
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "ytick.minor.width": 0.4,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.2,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3,
+    "errorbar.capsize": 2,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "mwtool",  # the same document gives the same file
+    "pdf.fonttype": 42,  # text that can be searched and edited
+}
+CAPTION = 70
+"""Characters in a line of a caption, at the width of a column."""
+
+
+class HasDocument(Protocol):
+    """A result that can be drawn: a scan, an ablation, evaluations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document of the result."""
+        ...
+
+
+def document_of(result: HasDocument | Mapping[str, Any], *schemas: str) -> Mapping[str, Any]:
+    """The document to draw. Raises BadValue where it has none of these schemas."""
+    document = result if isinstance(result, Mapping) else result.to_dict()
+    if document.get("schema") not in schemas:
+        raise BadValue(
+            f"a document of schema {document.get('schema')!r} was given; expected {' or '.join(map(repr, schemas))}"
+        )
+    return document
+
+
+def panels(heights: Sequence[float], caption: str) -> tuple[Figure, list[Axes]]:
+    """A figure one column wide with panels one below the other, and its caption below them.
+
+    heights: of each panel, in inches. Use it inside `styled`, which all that is drawn needs as well.
+    """
+    from matplotlib.figure import Figure
+
+    lines = textwrap.wrap(caption, CAPTION, break_on_hyphens=False)
+    figure = Figure(figsize=(COLUMN, sum(heights) + 0.13 * len(lines) + 0.1), layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6.5, color=MUTED, linespacing=1.3)
+    return figure, [row[0] for row in axes]
+
+
+def styled() -> Any:
+    """A context in which matplotlib draws in the style of this module."""
+    import matplotlib as mpl
+
+    return mpl.rc_context(STYLE)
+
+
+def model_name(document: Mapping[str, Any]) -> str:
+    """The model as a caption names it: a Hub id whole, a folder or file by its last part."""
+    name = str(document["model"])
+    if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
+        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    return name + (f" at {document['revision'][:12]}" if document.get("revision") else "")
+
+
+def count_axis(panel: Axes) -> None:
+    """Whole numbers on the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plain_numbers(panel: Axes) -> None:
+    """Numbers without powers of ten on the vertical axis."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:,.6g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def check_plottable(path: Path) -> None:
     """Check, before any work is done, that `path` has a suffix matplotlib can write. Raises OutputError."""
-    pyplot = load_pyplot()
-    figure = pyplot.figure()
-    known = sorted(figure.canvas.get_supported_filetypes())
-    pyplot.close(figure)
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
     if _format(path) not in known:
         raise OutputError(
             f"{path}: matplotlib cannot write files of type {path.suffix or '(none)'}; expected one of "
@@ -23,23 +145,14 @@ def check_plottable(path: Path) -> None:
         )
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure atomically, in the format of the suffix of `path`, and close it. Raises OutputError."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically, in the format of the suffix of `path`. Raises OutputError."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=_format(path), bbox_inches="tight", dpi=150)
-    load_pyplot().close(figure)
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(_format(path))
+    with styled():
+        figure.savefig(drawn, format=_format(path), dpi=300, metadata=undated)
     write(path, drawn.getvalue())
 
 
 def _format(path: Path) -> str:
     return path.suffix.lstrip(".").lower()
-
-
-def load_pyplot() -> Any:
-    """matplotlib.pyplot with a backend that writes files and opens no window; imported at the first call."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt

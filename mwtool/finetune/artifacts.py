@@ -7,6 +7,7 @@ from typing import Any
 
 from mwtool.files.atomic_write import write
 from mwtool.files.document import text_of
+from mwtool.files.figure import save_figure
 from mwtool.finetune.document import RECORD, model_card
 from mwtool.finetune.plot import plot_training
 from mwtool.finetune.trainer import Trained
@@ -21,7 +22,7 @@ def leave(document: dict[str, Any], trained: Trained, folder: Path, *, merge: bo
 
     document: as `finetune_document` makes it. Raises OutputError where it cannot be written.
     """
-    plot_training(document["log"], document["p"], folder / FIGURE)
+    save_figure(plot_training(document), folder / FIGURE)
     base = trained.model.peft_config["default"].base_model_name_or_path
     write(folder / "README.md", model_card(document, str(base)))
     if merge and not (folder / MERGED).exists():  # there, whole, where a killed run had come that far

@@ -13,6 +13,8 @@ from mwtool.finetune.records import Form
 from mwtool.macdrop.curriculum import Curriculum, curriculum_of
 from mwtool.scan.settings import Choice
 
+SCHEMA = "mwtool.finetune/1"
+"""Of the document that a run leaves beside its adapter."""
 Peft = Literal["lora", "dora"]
 Quantize = Literal["4bit"]
 PAPER_STEPS = 579

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.files.document import envelope, finite
+from mwtool.finetune.config import SCHEMA
 from mwtool.finetune.memory import Footprint
 from mwtool.finetune.plan import Plan
 from mwtool.finetune.trainer import Trained
 from mwtool.massive import MassiveWeights, RankedRows
 
-SCHEMA, PLAN = "mwtool.finetune/1", "mwtool.finetune.plan/1"
+PLAN = "mwtool.finetune.plan/1"
 RECORD = "macdrop.json"
 """The document's name beside the adapter; where it is, the run has ended."""
 NAMED = 1000

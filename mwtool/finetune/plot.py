@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mwtool.files.figure import load_pyplot, save_figure
+from mwtool.files.figure import BLUE, GREEN, VERMILION, count_axis, document_of, model_name, panels, styled
+from mwtool.finetune.config import SCHEMA
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from matplotlib.figure import Figure
 
 
-def plot_training(log: Sequence[dict[str, Any]], p: Sequence[float], path: Path) -> None:
-    """Loss and held-out loss over the steps, and below them p of each step where MacDrop dropped.
+def plot_training(run: Mapping[str, Any]) -> Figure:
+    """Loss and held-out loss over the optimizer steps, and below them p of each step where MacDrop dropped (Figure 7).
 
-    log: entries of `step` with `loss` or `eval_loss`. Raises OutputError where it cannot be written.
+    run: the document of a fine-tuning run, as `macdrop.json` holds it. Raises BadValue for another document.
     """
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(
-        2 if p else 1, 1, figsize=(7, 5 if p else 4), sharex=True, squeeze=False, height_ratios=[3, 1] if p else None
-    )
-    upper = axes[0][0]
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
-        if points:
-            upper.plot(*zip(*points, strict=True), style, label=label)
-    upper.set(ylabel="loss")
-    upper.legend(frameon=False, fontsize="small")
-    if p:
-        axes[1][0].step(range(1, len(p) + 1), p, where="mid", color="C2")
-        axes[1][0].set(ylabel="p", ylim=(-0.02, 1.02))
-    axes[-1][0].set(xlabel="step")
-    save_figure(figure, path)
+    document = document_of(run, SCHEMA)
+    p = document["p"]
+    with styled():
+        figure, axes = panels([1.9, 0.9] if p else [1.9], _caption(document))
+        for key, label, style, color in (("loss", "training", "-", BLUE), ("eval_loss", "held out", "o--", VERMILION)):
+            points = [(entry["step"], entry[key]) for entry in document["log"] if entry.get(key) is not None]
+            if points:
+                axes[0].plot(*zip(*points, strict=True), style, color=color, label=label)
+        axes[0].set_title("Loss")
+        axes[0].set(ylabel="nats a token")
+        axes[0].legend()
+        if p:
+            axes[1].step(range(1, len(p) + 1), p, where="mid", color=GREEN)
+            axes[1].set_title("MacDrop: probability that an entry is dropped")
+            axes[1].set(ylabel="p", ylim=(-0.03, 1.03))
+            axes[0].sharex(axes[1])
+            axes[0].tick_params(labelbottom=False)
+        axes[-1].set(xlabel="optimizer step")
+        count_axis(axes[-1])
+    return figure
+
+
+def _caption(document: Mapping[str, Any]) -> str:
+    settings = document["settings"]
+    name = {"lora": "LoRA", "dora": "DoRA"}.get(settings["peft"], settings["peft"])
+    said = f"{model_name(document)}, {name} of rank {settings['rank']}, learning rate {settings['lr']:g}"
+    if not document["p"]:
+        return f"{said}, without MacDrop."
+    places = " and ".join(str(one["layer"]) for one in document["places"])
+    rows = f"{len(document['rows'])} row{'' if len(document['rows']) == 1 else 's'}"
+    return f"{said}; MacDrop {settings['curriculum']['schedule']} on {rows} of layer {places}."

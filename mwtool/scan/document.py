@@ -76,6 +76,43 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
     return checked(ScanDocument, document)
 
 
+def layer_records(scan: Scan) -> list[dict[str, Any]]:
+    """One line a layer: the largest entry and the median of both states, and the event there."""
+    kinds = {event.layer: event.kind for event in scan.events}
+    records = []
+    for state in scan.states:
+        hidden, intermediate = _summary(state.hidden), _summary(state.intermediate)
+        records.append(
+            {
+                "layer": state.layer,
+                "hidden_index": hidden["top"][0]["index"],
+                "hidden_value": hidden["top"][0]["value"],
+                "hidden_median": hidden["median"],
+                "intermediate_index": intermediate["top"][0]["index"],
+                "intermediate_value": intermediate["top"][0]["value"],
+                "intermediate_median": intermediate["median"],
+                "event": kinds.get(state.layer),
+            }
+        )
+    return records
+
+
+def event_records(scan: Scan) -> list[dict[str, Any]]:
+    """One line an event."""
+    return [
+        {
+            "layer": event.layer,
+            "kind": event.kind,
+            "dimension": event.dimension,
+            "written": event.written,
+            "before": event.before,
+            "after": event.after,
+            "rows": list(event.rows.indices),
+        }
+        for event in scan.events
+    ]
+
+
 def _event(event: Event, places: tuple[Protected, ...]) -> dict[str, Any]:
     return {
         "layer": event.layer,

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
 from mwtool.architecture.packed import packed_dtype
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
 from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
+from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.bos import Bos, find_bos
 from mwtool.models.identity import identity_of
@@ -48,7 +49,7 @@ OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Scan:
     """The result of a scan.
 
@@ -98,6 +99,31 @@ class Scan:
     def super_weights(self) -> tuple[SuperWeight, ...]:
         """Those of all layers walked, first layer first."""
         return tuple(weight for state in self.states for weight in state.super_weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of schema mwtool.scan/2, as `mwtool scan --json` prints it."""
+        from mwtool.scan.document import scan_document
+
+        return scan_document(self)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one line a layer. Raises BadValue where pandas is not installed."""
+        from mwtool.scan.document import layer_records
+
+        return frame_of(layer_records(self))
+
+    def __repr__(self) -> str:
+        """One line: the model, the massive layer and its rows, and how many events there are."""
+        if self.massive is None:
+            found = f"massive=None, absence={self.absence!r}"
+        else:
+            found = f"layer={self.massive.layer}, rows={list(self.massive.indices)}"
+        return f"Scan({self.identity.model!r}, {found}, events={len(self.events)}, layers={len(self.states)})"
+
+    def _repr_html_(self) -> str:
+        from mwtool.scan.document import event_records
+
+        return html_of(repr(self), event_records(self))
 
 
 def scan_checkpoint(

@@ -26,7 +26,7 @@ import mwtool
 from mwtool.architecture.registry import installed
 from mwtool.cli import app, terminal
 from mwtool.errors import ModelNotFound
-from mwtool.scan import plot
+from mwtool.files.figure import COLUMN, save_figure
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,11 @@ def test_a_document_holds_the_command_that_repeats_it(model: Path) -> None:
     assert run(*first["command"].split()[1:]).document == first
 
 
-def test_a_figure_shows_the_states_and_what_the_ffns_add_as_the_document_has_it(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run("scan", model, "--plot", tmp_path / "layers.png").code == 0
+def test_a_figure_shows_the_states_and_what_the_ffns_add_as_the_document_has_it(model: Path, tmp_path: Path) -> None:
+    document = run("scan", model, "--plot", tmp_path / "layers.png", "--json").document
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
-    drawn: list[Any] = []
-    monkeypatch.setattr(plot, "save_figure", lambda figure, _path: drawn.append(figure))
-    document = run("scan", model, "--plot", tmp_path / "again.svg", "--json").document
-    hidden, intermediate, added = drawn[0].axes
+    figure = mwtool.plot_scan(document)
+    hidden, intermediate, added = figure.axes
     for panel, state in ((hidden, "hidden"), (intermediate, "intermediate")):
         ranked = [[abs(entry["value"]) for entry in layer[state]["top"]] for layer in document["layers"]]
         expected = [*map(list, zip(*ranked, strict=True)), [layer[state]["median"] for layer in document["layers"]]]
@@ -68,7 +64,28 @@ def test_a_figure_shows_the_states_and_what_the_ffns_add_as_the_document_has_it(
         marks = [line.get_xdata()[0] for line in lines[len(expected) :]]
         assert marks == [event["layer"] for event in document["events"]]
     (trace,) = [one for one in document["dimensions"] if one["dimension"] == document["massive"]["dimension"]]
-    assert [bar.get_height() for bar in added.patches[: len(trace["written"])]] == pytest.approx(trace["written"])
+    points = {}
+    for line in added.get_lines():
+        if line.get_marker() in ("^", "v"):
+            sign = 1 if line.get_marker() == "^" else -1
+            points |= {at: sign * size for at, size in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert points == {at: value for at, value in enumerate(trace["written"]) if value}
+    assert figure.get_figwidth() == COLUMN
+
+
+def test_the_figure_of_a_scan_is_that_of_its_document_byte_for_byte(tmp_path: Path) -> None:
+    model = tiny.model("llama")
+    tiny.plant(model)
+    scan = mwtool.scan_model(model)
+    for name, drawn in (("a.svg", mwtool.plot_scan(scan)), ("b.svg", mwtool.plot_scan(scan.to_dict()))):
+        save_figure(drawn, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_scan_that_finds_nothing_has_a_figure_without_a_third_panel() -> None:
+    figure = mwtool.plot_scan(mwtool.scan_model(tiny.model("llama")))
+    assert len(figure.axes) == 2
+    assert "No massive layer." in figure._supxlabel.get_text().replace("\n", " ")  # type: ignore[attr-defined] # no getter
 
 
 def test_a_figure_that_cannot_be_written_is_told_before_the_scan(model: Path, tmp_path: Path) -> None:
