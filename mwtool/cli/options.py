@@ -87,6 +87,9 @@ def _default(path: Path, key: str, value: Any, params: Sequence[Any]) -> tuple[s
     if param is None:
         names = [name.removeprefix("--") for one in takes for name in getattr(one, "opts", ()) if len(name) > 2]  # noqa: PLR2004 # not -k
         raise typer.BadParameter(f"{path} has an unknown key {key!r}; {nearest(key.replace('_', '-'), names)}")
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, int) and one.bit_length() > 64:  # noqa: PLR2004 # Python may refuse to write more as text
+            raise typer.BadParameter(f"{path}: {key} is an integer of {one.bit_length():,} bits; expected at most 64")
     if getattr(param, "multiple", False) or param.nargs == -1:
         value = [one.strip() for one in value.split(",")] if isinstance(value, str) and key.endswith("s") else value
         value = value if isinstance(value, list) else [value]
