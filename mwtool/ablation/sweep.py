@@ -80,7 +80,7 @@ class Run:
         return "+".join(map(str, self.layers))
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Ablation:
     """The results of a sweep: the baseline, every run, the verdicts, and notes for the user.
 
@@ -167,7 +167,11 @@ def ablate(
     ]
     notes = [note for one in ready for note in one.notes] + _notes(groups, sweep, plans)
     return Ablation(
-        baseline, tuple(runs), tuple(verdicts(baseline, runs)), tuple(notes), head_of(loaded, seed=sweep.seed)
+        baseline=baseline,
+        runs=tuple(runs),
+        verdicts=tuple(verdicts(baseline, runs)),
+        notes=tuple(notes),
+        head=head_of(loaded, seed=sweep.seed),
     )
 
 

@@ -51,7 +51,9 @@ def made_up(loaded: Loaded) -> Ablation:
         return Run(attack=attack, control=control, targets=(target,), rows=((17,),), measured=found)
 
     runs = (run(None, 0.5, 0.25), run("random:0", 0.1, 0.5), run("random:1", 0.3, 0.75), run("norm", 0.2, 0.5))
-    return Ablation((measured(plain, counts), accuracy(0.5)), runs, (), (), head_of(loaded))
+    return Ablation(
+        baseline=(measured(plain, counts), accuracy(0.5)), runs=runs, verdicts=(), notes=(), head=head_of(loaded)
+    )
 
 
 def test_an_accuracy_has_points_and_no_ratio(loaded: Loaded) -> None:
