@@ -180,6 +180,12 @@ def test_a_repeatable_option_takes_one_value_or_a_list_from_a_file(tmp_path: Pat
         ("k: many", ["-k"]),
         ("- 1", ["list"]),
         ("a: [", ["cannot be read"]),
+        ("seed: " + "9" * 5_000, ["cannot be read", "5000 digits"]),
+        ("k: 0x" + "f" * 5_000, ["k is an integer of 20,000 bits", "expected at most 64"]),
+        ("k: " + "1:" * 3_000 + "1", ["k is an integer of", "expected at most 64"]),
+        ("seed: !!int x", ["cannot be read", "'x'"]),
+        ("seed: !!python/object/apply:os.getcwd []", ["cannot be read", "could not determine a constructor"]),
+        ("seed: " + "[" * 5_000 + "]" * 5_000, ["nested too deeply", "expected option names and values"]),
     ],
 )
 def test_a_bad_configuration_file_is_wrong_usage(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -187,6 +193,7 @@ def test_a_bad_configuration_file_is_wrong_usage(tmp_path: Path, text: str, word
     file.write_text(text)
     ran = run("scan", "--config", file)
     assert (ran.code, ran.out) == (2, "")
+    assert "Traceback" not in ran.err
     shown = " ".join(ran.err.replace("│", " ").split())
     assert [word for word in words if word not in shown] == [], shown
 
