@@ -12,37 +12,17 @@ from typing import Annotated
 import typer
 
 from mwtool import __version__
-from mwtool.cli.ablate import EXAMPLES as ABLATE
-from mwtool.cli.ablate import ablate
-from mwtool.cli.adapters import adapters
-from mwtool.cli.command import Command, Group
-from mwtool.cli.eval import EXAMPLES as EVAL
-from mwtool.cli.eval import evaluate
-from mwtool.cli.export import EXAMPLES as EXPORT
-from mwtool.cli.export import export
-from mwtool.cli.finetune import EXAMPLES as FINETUNE
-from mwtool.cli.finetune import finetune
-from mwtool.cli.quantize_check import EXAMPLES as QUANTIZE_CHECK
-from mwtool.cli.quantize_check import quantize_check
-from mwtool.cli.scan import EXAMPLES as SCAN
-from mwtool.cli.scan import ScanCommand, scan
+from mwtool.cli.commands import LazyGroup
 from mwtool.cli.streams import give_up_stdout, prepare
 from mwtool.errors import MwtoolError, line_of
 
 app = typer.Typer(
-    cls=Group,
+    cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=ScanCommand, epilog=SCAN)(scan)
-app.command(cls=Command, epilog=ABLATE)(ablate)
-app.command("eval", cls=Command, epilog=EVAL)(evaluate)
-app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)
-app.command("quantize-check", cls=Command, epilog=QUANTIZE_CHECK)(quantize_check)
-app.command(cls=Command, epilog=EXPORT, options_metavar="--to TOOL [OPTIONS]")(export)
-app.add_typer(adapters, name="adapters")
 
 
 def _version(on: bool) -> None:

@@ -11,6 +11,8 @@ import typer
 
 from mwtool.ablation.config import AblateConfig
 from mwtool.cli import options
+from mwtool.cli.command import Command
+from mwtool.cli.commands import single
 from mwtool.models.load_options import LoadOptions, On
 
 if TYPE_CHECKING:
@@ -243,3 +245,7 @@ def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
 
     console = report_console()
     console.print(ablate_report(found, said, console.width))
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("ablate", cls=Command, epilog=EXAMPLES)(ablate)

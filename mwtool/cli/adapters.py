@@ -12,12 +12,13 @@ import typer
 from mwtool import __version__
 from mwtool.cli import options, waiting
 from mwtool.cli.command import Command, Group
+from mwtool.cli.commands import single
 from mwtool.errors import BadPlugin
 
 if TYPE_CHECKING:
     from mwtool.testing.kit import Conformance
 
-adapters = typer.Typer(cls=Group, rich_markup_mode=None)
+app = single(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 EXAMPLES = """\
 mwtool adapters                          # the model types that can be scanned
 mwtool adapters check                    # check every installed adapter
@@ -25,7 +26,7 @@ mwtool adapters new mymodel ./plugin     # start an adapter for a new type
 """
 
 
-@adapters.callback(invoke_without_command=True, epilog=EXAMPLES)
+@app.callback(invoke_without_command=True, epilog=EXAMPLES)
 def _list(context: typer.Context, json: options.Json = False, debug: options.Debug = False) -> None:
     """List the supported model types; check an adapter, or start a new one."""
     if context.invoked_subcommand is not None:
@@ -42,7 +43,7 @@ def _list(context: typer.Context, json: options.Json = False, debug: options.Deb
     report_console().print(adapters_table(plugins))
 
 
-@adapters.command(
+@app.command(
     cls=Command,
     epilog="mwtool adapters check llama\nmwtool adapters check mypackage.adapter:ADAPTER\n",
 )
@@ -75,7 +76,7 @@ def check(
         raise BadPlugin(f"{failed[0].model_type}: {failed[0].fault}{more}")
 
 
-@adapters.command(cls=Command, epilog="mwtool adapters new mymodel ./mymodel-adapter\n")
+@app.command(cls=Command, epilog="mwtool adapters new mymodel ./mymodel-adapter\n")
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model type it is for, as in config.json.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it; a new or empty folder.")],

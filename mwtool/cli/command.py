@@ -35,7 +35,7 @@ class _Helpful:
         command.format_help_text(ctx, formatter)
         params = command.get_params(ctx)
         arguments = [(one.metavar or one.name, described(one)) for one in params if one.param_type_name == "argument"]
-        subcommands = [(name, _first_line(one.help)) for name, one in getattr(command, "commands", {}).items()]
+        subcommands = list(command.summaries()) if isinstance(command, Group) else []
         sections = [("Arguments", arguments), ("Commands", subcommands)]
         sections += [
             (heading, [(names_of(one), described(one)) for one in found]) for heading, found in _panels(params)
@@ -77,6 +77,11 @@ class Command(_Helpful, TyperCommand):
 
 class Group(_Helpful, TyperGroup):
     """A command with subcommands."""
+
+    def summaries(self) -> Iterator[tuple[str, str]]:
+        """Subcommands, and the first line of the help of each."""
+        for name, one in self.commands.items():
+            yield name, _first_line(one.help)
 
 
 def names_of(option: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from mwtool.cli import options
+from mwtool.cli.command import Command
+from mwtool.cli.commands import single
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import EvalConfig, Options
 from mwtool.evaluation.tasks import expected
@@ -193,3 +195,7 @@ def _usage(
         )
     if resume and output is None:
         raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("eval", cls=Command, epilog=EXAMPLES)(evaluate)

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from mwtool.cli import options
+from mwtool.cli.command import Command
+from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.quantization.export import TOOLS, exported, select
 
@@ -58,3 +60,7 @@ def export(
     from mwtool.cli.terminal import note
 
     note(chosen.comment)
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("export", cls=Command, epilog=EXAMPLES, options_metavar="--to TOOL [OPTIONS]")(export)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mwtool.cli import options, process
-from mwtool.cli.command import MODEL, REQUIRED
+from mwtool.cli.command import MODEL, REQUIRED, Command
+from mwtool.cli.commands import single
 from mwtool.finetune.config import LENGTH, PAPER_STEPS, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
 from mwtool.models.load_options import DType
@@ -449,3 +450,7 @@ def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
         sys.stdout.write(text_of(document))
     else:
         report_console().print(outcome_report(document, str(folder)))
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("finetune", cls=Command, epilog=EXAMPLES, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)

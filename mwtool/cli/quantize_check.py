@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from mwtool.cli import options
+from mwtool.cli.command import Command
+from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.evaluation.config import Options
 from mwtool.models.load_options import LoadOptions
@@ -117,3 +119,7 @@ def quantize_check(
     from mwtool.quantization.report import quantize_report
 
     report_console().print(quantize_report(found))
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("quantize-check", cls=Command, epilog=EXAMPLES)(quantize_check)

@@ -10,6 +10,7 @@ import typer
 
 from mwtool.cli import options
 from mwtool.cli.command import Command
+from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.models.load_options import DType, LoadOptions
 from mwtool.scan.settings import ByHand, Settings, Thresholds
@@ -277,3 +278,7 @@ def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bo
         console.print(super_weights_table(found))
     if protect:
         console.print(protect_table(found))
+
+
+app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app.command("scan", cls=ScanCommand, epilog=EXAMPLES)(scan)

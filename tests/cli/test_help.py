@@ -13,6 +13,7 @@ from command import run, run_apart
 from typer.main import get_command
 
 from mwtool.cli import app, waiting
+from mwtool.cli.commands import SUMMARIES
 from mwtool.cli.options import WrongUsage
 from mwtool.cli.spelling import misspelled, respelled
 from mwtool.evaluation.config import EvalConfig
@@ -194,3 +195,22 @@ def test_a_terminal_shows_something_before_libraries_are_imported(monkeypatch: p
     waiting.clear()
     waiting.clear()
     assert shown.getvalue() == f"{waiting.LINE}\r{' ' * len(waiting.LINE)}\r"
+
+
+def test_the_summaries_shown_without_importing_a_command_are_the_commands_own() -> None:
+    for name, summary in SUMMARIES.items():
+        assert GROUP.commands[name].name == name
+        assert GROUP.commands[name].help.partition("\n\n")[0].replace("\n", " ") == summary
+
+
+def test_help_imports_no_command_and_a_command_no_other() -> None:
+    code = "import sys; sys.argv = ['mwtool', *sys.argv[1:]]; import mwtool.cli, contextlib\n"
+    code += "with contextlib.suppress(SystemExit): mwtool.cli.main()\n"
+    code += "print(*sorted(m for m in sys.modules if m.startswith('mwtool.')), file=sys.stderr)"
+    found = {}
+    for argument in ("--help", "export"):
+        done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=False)
+        found[argument] = set(done.stderr.splitlines()[-1].split())
+    modules = {f"mwtool.cli.{name.replace('-', '_')}" for name in SUMMARIES}
+    assert found["--help"] & modules == set()
+    assert found["export"] & modules == {"mwtool.cli.export"}
