@@ -107,7 +107,7 @@ MOMENTS = (
         (("--peft", "dora"), MOMENTS),
         (
             ("--macdrop", "none"),
-            "on_substep_end:1 on_save:3 on_step_begin:4 on_train_begin:6",
+            "on_substep_end:1 on_save:3 on_save:6 on_train_begin:6",
         ),  # another list of callbacks
     ],
     ids=["dora", "none"],
