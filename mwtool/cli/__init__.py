@@ -20,6 +20,8 @@ from mwtool.cli.eval import EXAMPLES as EVAL
 from mwtool.cli.eval import evaluate
 from mwtool.cli.finetune import EXAMPLES as FINETUNE
 from mwtool.cli.finetune import finetune
+from mwtool.cli.report import EXAMPLES as REPORT
+from mwtool.cli.report import report
 from mwtool.cli.scan import EXAMPLES as SCAN
 from mwtool.cli.scan import ScanCommand, scan
 from mwtool.cli.streams import give_up_stdout, prepare
@@ -36,6 +38,7 @@ app.command(cls=ScanCommand, epilog=SCAN)(scan)
 app.command(cls=Command, epilog=ABLATE)(ablate)
 app.command("eval", cls=Command, epilog=EVAL)(evaluate)
 app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)
+app.command(cls=Command, epilog=REPORT)(report)
 app.add_typer(adapters, name="adapters")
 
 
