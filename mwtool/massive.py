@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mwtool.errors import BadCheckpoint, BadValue
-from mwtool.files.text import read_json
+from mwtool.errors import BadValue
+
+if TYPE_CHECKING:
+    from mwtool.files.scan_schema import Rows
 
 SCHEMA = "mwtool.scan/2"
 ABLATION = "mwtool.ablate/1"
-READABLE = ("mwtool.scan/1", SCHEMA, ABLATION)
-"""Schemas whose `massive` and `shape` this version reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +83,7 @@ class MassiveWeights:
 
     def document(self) -> dict[str, Any]:
         """The `massive` object of a scan document."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, list[str]]:
@@ -92,74 +91,30 @@ def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, li
 
     Raises BadValue if the file is neither, belongs to a model of another shape, or is an ablation of other rows.
     """
-    if not path.exists():
-        raise BadValue(f"there is no {path}; expected a document that `mwtool scan -o` wrote")
-    try:
-        document = read_json(path)
-    except BadCheckpoint as fault:
-        raise BadValue(str(fault)) from fault
-    if document.get("schema") not in READABLE:
-        raise BadValue(
-            f"{path} has schema {document.get('schema')!r}; expected {SCHEMA!r}, as `mwtool scan -o` writes, "
-            f"or {' or '.join(map(repr, (one for one in READABLE if one != SCHEMA)))}"
-        )
-    if document["schema"] == ABLATION and document.get("massive") is None:
+    from mwtool.files.scan_schema import AblationRows, ScanDocument, ScanDocument1, Scanned
+    from mwtool.files.schema import read_document
+
+    models: dict[str, type[Scanned]] = {SCHEMA: ScanDocument, "mwtool.scan/1": ScanDocument1, ABLATION: AblationRows}
+    document, found = read_document(path, models, "mwtool scan -o")
+    if document["schema"] == ABLATION and found.massive is None:
         raise BadValue(
             f"{path} is an ablation of rows named by hand, or of several places, or of an older version; expected "
             f"one of a scan's rows: name the rows with --layer and --indices"
         )
-    try:
-        scanned = _identity(document)
-        massive = None if document["massive"] is None else _parse(document["massive"], scanned)
-    except (KeyError, TypeError, ValueError) as fault:
-        raise BadValue(
-            f"{path} is not a complete {document['schema']} document: {type(fault).__name__} {fault}"
-        ) from fault
-    _refuse_other_shape(path, scanned, model)
-    return massive, _differences(path, scanned, model)
-
-
-def _identity(document: Mapping[str, Any]) -> Identity:
-    shape = document["shape"]
-    names = ("layers", "hidden_size", "intermediate_size", "experts")  # of keys that newer versions add, none
-    for name in ("model", "revision"):
-        if not isinstance(document[name], str) and not (name == "revision" and document[name] is None):
-            raise TypeError(f"{name} is {document[name]!r}; expected a text")
-    return Identity(
-        model=document["model"],
-        revision=document["revision"],
-        model_type=document["model_type"],
-        **{name: shape[name] for name in names},
+    scanned = Identity(
+        model=found.model, revision=found.revision, model_type=found.model_type, **found.shape.model_dump()
     )
+    _refuse_other_shape(path, scanned, model)
+    return _rows(found.massive), _differences(path, scanned, model)
 
 
-def _parse(massive: Mapping[str, Any], scanned: Identity) -> MassiveWeights:
-    values = {field.name: massive[field.name] for field in fields(MassiveWeights)}
-    for name in ("indices", "magnitudes", "shares"):
-        values[name] = tuple(values[name])
-    one = MassiveWeights(**values)
-    if fault := _fault(one, scanned):
-        raise ValueError(fault)
-    return one
-
-
-def _fault(one: MassiveWeights, scanned: Identity) -> str | None:
-    """What no scan would have written; rows are held against I where they are used, as it differs among layers."""
-    if not _within(one.layer, scanned.layers):
-        return f"layer {one.layer!r} of {scanned.layers!r}"
-    if not _within(one.dimension, scanned.hidden_size):
-        return f"dimension {one.dimension!r} of {scanned.hidden_size!r}"
-    if one.expert is not None and not _within(one.expert, scanned.experts):
-        return f"expert {one.expert!r} of {scanned.experts!r}"
-    if not one.indices or not all(_within(i, i + 1) for i in one.indices) or len(set(one.indices)) < len(one.indices):
-        return f"indices {list(one.indices)!r}; expected different row numbers"
-    if not len(one.indices) == len(one.magnitudes) == len(one.shares):
-        return f"{len(one.indices)} indices, {len(one.magnitudes)} magnitudes and {len(one.shares)} shares"
-    return None
-
-
-def _within(value: object, limit: object) -> bool:
-    return isinstance(value, int) and isinstance(limit, int) and 0 <= value < limit
+def _rows(found: Rows | None) -> MassiveWeights | None:
+    """Those of a valid document; rows are held against I where they are used, as it differs among layers."""
+    if found is None:
+        return None
+    values: dict[str, Any] = found.model_dump()
+    values |= {key: tuple(one) for key, one in values.items() if isinstance(one, list)}
+    return MassiveWeights(**values)
 
 
 def _refuse_other_shape(path: Path, scanned: Identity, model: Identity) -> None:

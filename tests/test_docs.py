@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,7 +93,9 @@ def test_python_in_the_documentation_runs_as_it_stands(
 ) -> None:
     """On the bundled model, in the place of a path that everybody replaces."""
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": page.stem}
+    module = ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # where dataclasses look up their annotations
+    names = module.__dict__
     for code in python_of(page):
         exec(compile(code.replace("path/to/model", str(DEMO)), page.name, "exec"), names)
 

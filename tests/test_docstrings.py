@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 UNDOCUMENTED = {"cli", "demo"}
 """A command's docstring is its help; the modules of demo are scripts."""
 FOLDERS = (
-    "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "finetune", "testing",
+    "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "quantization",
+    "finetune", "testing",
     "demo", "cli",
 )  # fmt: skip
 """Every folder of the package; what lies beside them is held to the same."""

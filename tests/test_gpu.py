@@ -49,7 +49,14 @@ def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: st
     ids = tuple(torch.randint(3, 60, (length,), generator=source) for length in (24, 24, 17, 24, 9))
     counts = tuple(len(one) - 1 for one in ids)
     cut = Windows(
-        ids=ids, scored=counts, sample=tuple(range(5)), units=counts, protocol="sun-4096", metric=24, length=None
+        ids=ids,
+        scored=counts,
+        sample=tuple(range(5)),
+        units=counts,
+        protocol="sun-4096",
+        metric="perplexity",
+        length=24,
+        bos=None,
     )
     ffn = tiny.layers_of(model)[1].ffns[0]
     values = []

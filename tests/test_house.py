@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "macdrop": {"architecture"},
     "evaluation": {"scan", "surgery"},
     "ablation": {"evaluation"},
+    "quantization": {"evaluation"},
     "finetune": {"macdrop", "scan"},
     "report": {"ablation", "finetune"},
     "testing": {"scan", "surgery"},
-    "cli": {"report", "testing"},
+    "cli": {"quantization", "report", "testing"},
 }
 """What a folder may import, beside what that may import: one way, no circles."""
 
@@ -77,7 +78,7 @@ def test_every_folder_has_its_line_in_the_list_and_its_reason_in_a_docstring() -
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders - {"demo"} == {place for place in MAY_IMPORT if place != "massive"}
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == MODULES
-    assert len(folders) + len(list(PACKAGE.glob("*.*"))) <= 21
+    assert len(folders) + len(list(PACKAGE.glob("*.*"))) <= 22
     for folder in folders - {"cli", "testing"}:
         (docstring,) = ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")).body
         assert isinstance(docstring, ast.Expr), f"{folder} does more than say what it is"
@@ -120,7 +121,7 @@ def test_there_is_no_top_level_package_called_adapters() -> None:
     assert not (ROOT / "adapters" / "__init__.py").exists()
 
 
-def test_one_handler_catches_everything_and_it_is_around_plugins() -> None:
+def test_what_catches_everything_is_around_plugins_and_around_tokenizers_which_raise_nothing_more_specific() -> None:
     broad = []
     for path in [*SOURCES, *ADAPTERS]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -128,7 +129,7 @@ def test_one_handler_catches_everything_and_it_is_around_plugins() -> None:
             bare = isinstance(node, ast.ExceptHandler) and node.type is None
             if bare or re.search(r"\b(Base)?Exception\b", caught):
                 broad.append(path.name)
-    assert broad == ["registry.py"]
+    assert broad == ["registry.py", "source.py"]
 
 
 def test_every_public_name_exists_and_has_words_to_it() -> None:

@@ -18,8 +18,12 @@ from mwtool.cli.adapters import adapters
 from mwtool.cli.command import Command, Group
 from mwtool.cli.eval import EXAMPLES as EVAL
 from mwtool.cli.eval import evaluate
+from mwtool.cli.export import EXAMPLES as EXPORT
+from mwtool.cli.export import export
 from mwtool.cli.finetune import EXAMPLES as FINETUNE
 from mwtool.cli.finetune import finetune
+from mwtool.cli.quantize_check import EXAMPLES as QUANTIZE_CHECK
+from mwtool.cli.quantize_check import quantize_check
 from mwtool.cli.report import EXAMPLES as REPORT
 from mwtool.cli.report import report
 from mwtool.cli.scan import EXAMPLES as SCAN
@@ -38,6 +42,8 @@ app.command(cls=ScanCommand, epilog=SCAN)(scan)
 app.command(cls=Command, epilog=ABLATE)(ablate)
 app.command("eval", cls=Command, epilog=EVAL)(evaluate)
 app.command(cls=Command, epilog=FINETUNE, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)
+app.command("quantize-check", cls=Command, epilog=QUANTIZE_CHECK)(quantize_check)
+app.command(cls=Command, epilog=EXPORT, options_metavar="--to TOOL [OPTIONS]")(export)
 app.command(cls=Command, epilog=REPORT)(report)
 app.add_typer(adapters, name="adapters")
 

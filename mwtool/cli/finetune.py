@@ -21,7 +21,6 @@ from mwtool.scan.settings import Choice
 
 if TYPE_CHECKING:
     from mwtool.finetune.plan import Plan
-    from mwtool.finetune.trainer import Telling
     from mwtool.models.source import Source
 
 
@@ -258,10 +257,7 @@ def finetune(
     if show_curriculum:
         _show_curriculum(curriculum, max_steps, epochs)
         return
-    if data is None:
-        raise options.WrongUsage("--data DATA is required: the records to train on")
-    if output is None and not dry_run:
-        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
+    data = _needed(data, output, dry_run=dry_run)
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.models.source import locate
 
@@ -289,19 +285,16 @@ def finetune(
         seed=seed,
         dtype=process.training_precision(dtype, place),
     )
-    form = None if format_ == "auto" else format_
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
-    if curriculum.layers and replace(choice, file=None) != Choice():
-        raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
     asked = Asked(
         data=data,
-        form=form,
+        form=None if format_ == "auto" else format_,
         split=split,
         skip_bad=skip_bad_rows,
         chat_template=chat_template,
         massive=massive,
         allow_none=allow_none,
-        choice=replace(choice, file=None),
+        choice=_without_layers(choice, curriculum, macdrop),
     )
     locating = partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     if dry_run or output is None:
@@ -310,13 +303,27 @@ def finetune(
     from mwtool.finetune.checkpointing import date_of, locked
 
     with locked(output) if process.first() else nullcontext():
-        if _ended(output, resume=resume):
-            return
-        plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
-        from mwtool.finetune.trainer import Telling
+        if not _ended(output, resume=resume):
+            plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
+            reporting = (logging_steps, save_steps, tuple(report_to or ()))
+            _run(plan, output, place, reporting, resume=resume, merge=merge, json=json)
 
-        telling = Telling(logging_steps, save_steps, tuple(report_to or ()))
-        _run(plan, output, place, telling, resume=resume, merge=merge, json=json)
+
+def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
+    """The data, which is required, as is an output folder to train. Raises WrongUsage."""
+    if data is None:
+        raise options.WrongUsage("--data DATA is required: the records to train on")
+    if output is None and not dry_run:
+        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
+    return data
+
+
+def _without_layers(choice: Choice, curriculum: Curriculum, macdrop: str) -> Choice:
+    """The rows chosen by options other than --massive, if the curriculum names no layers. Raises WrongUsage."""
+    own = replace(choice, file=None)
+    if curriculum.layers and own != Choice():
+        raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
+    return own
 
 
 def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
@@ -389,12 +396,22 @@ def _show_plan(plan: Plan, *, json: bool) -> None:
     console.print(plan_report(plan, needed, console.width))
 
 
-def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: bool, merge: bool, json: bool) -> None:
+def _run(
+    plan: Plan,
+    folder: Path,
+    device: str,
+    reporting: tuple[int | None, int | None, tuple[str, ...]],
+    *,
+    resume: bool,
+    merge: bool,
+    json: bool,
+) -> None:
+    """Train, and save the results. reporting: as in `Telling`."""
     from mwtool.cli.terminal import command_line, note, note_all, step_progress
     from mwtool.finetune.artifacts import leave
     from mwtool.finetune.checkpointing import newest
     from mwtool.finetune.document import finetune_document
-    from mwtool.finetune.trainer import train, with_adapter
+    from mwtool.finetune.trainer import Telling, train, with_adapter
 
     settings = plan.settings()
     found, notes = newest(folder, settings) if resume else (None, ())
@@ -411,7 +428,7 @@ def _run(plan: Plan, folder: Path, device: str, telling: Telling, *, resume: boo
             folder,
             settings=settings,
             resume=found,
-            telling=replace(telling, on_step=on_step),
+            telling=Telling(*reporting, on_step=on_step),
             processes=plan.processes,
         )
     if trained.stopped_by is not None:

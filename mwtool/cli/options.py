@@ -69,7 +69,9 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as fault:
+    except RecursionError as fault:
+        raise typer.BadParameter(f"{path} is nested too deeply; expected option names and values") from fault
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as fault:  # tags: `!!int x`, `2026-99-99`
         raise typer.BadParameter(f"{path} cannot be read: {line_of(fault, whole=True)}") from fault
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} holds a {type(values).__name__}; expected option names and values")
@@ -85,6 +87,9 @@ def _default(path: Path, key: str, value: Any, params: Sequence[Any]) -> tuple[s
     if param is None:
         names = [name.removeprefix("--") for one in takes for name in getattr(one, "opts", ()) if len(name) > 2]  # noqa: PLR2004 # not -k
         raise typer.BadParameter(f"{path} has an unknown key {key!r}; {nearest(key.replace('_', '-'), names)}")
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, int) and one.bit_length() > 64:  # noqa: PLR2004 # Python may refuse to write more as text
+            raise typer.BadParameter(f"{path}: {key} is an integer of {one.bit_length():,} bits; expected at most 64")
     if getattr(param, "multiple", False) or param.nargs == -1:
         value = [one.strip() for one in value.split(",")] if isinstance(value, str) and key.endswith("s") else value
         value = value if isinstance(value, list) else [value]

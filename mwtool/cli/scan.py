@@ -173,6 +173,8 @@ def scan(
         raise options.WrongUsage("--event and --layer name a place each; give one of them")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
+    if check is not None and Path(check).is_dir():
+        raise options.WrongUsage(f"--check takes a text, and {check} is a folder; write MODEL before --check")
     for file in (output, plot):
         if file is not None:
             check_writable(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -43,9 +42,12 @@ def eval_document(
     groups: Mapping[tuple[int, ...], Group] | None = None,
 ) -> dict[str, Any]:
     """The document of one evaluation. Numbers that are not finite are null, and `nonfinite` gives the reason."""
+    from mwtool.evaluation.schema import EvalDocument
+    from mwtool.files.schema import checked
+
     head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
     bos = bos_for(loaded, options)
-    return {
+    document = {
         **head,
         "versions": {**head["versions"], **_versions()},
         "attention": getattr(loaded.base.config, "_attn_implementation", None),
@@ -73,6 +75,7 @@ def eval_document(
         "results": [result_of(one) for one in results],
         "notes": list(dict.fromkeys((*loaded.notes, *notes))),
     }
+    return checked(EvalDocument, document)
 
 
 def result_of(one: Result) -> dict[str, Any]:
@@ -101,8 +104,11 @@ def comparison_document(
     documents: Sequence[dict[str, Any]], names: Sequence[str], command: str | None
 ) -> dict[str, Any]:
     """Documents of several models, with every metric compared with the first of its task, part and metric."""
+    from mwtool.evaluation.schema import ComparisonDocument
+    from mwtool.files.schema import checked
+
     keys = ("mwtool_version", "model", "revision", "model_type", "dtype", "device", "seed", "versions")
-    return {
+    document = {
         "schema": COMPARISON,
         **{key: documents[0][key] for key in keys},
         "command": command,
@@ -111,6 +117,7 @@ def comparison_document(
         "pairs": [_pair(*one) for one in compare_with_first(entries_of(documents, names))],
         "models": list(documents),
     }
+    return checked(ComparisonDocument, document)
 
 
 def entries_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Entry]:
@@ -145,29 +152,27 @@ def measured_of(entry: dict[str, Any]) -> Measured:
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
     """The evaluations in a result file, one or several. Raises BadValue if it is not a result file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise BadValue(f"{path} cannot be read as a result file: {fault}") from fault
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema not in (SCHEMA, COMPARISON):
-        raise BadValue(
-            f"{path} has schema {schema!r}; expected {SCHEMA!r} or {COMPARISON!r}, as `mwtool eval -o` writes"
-        )
-    found = document["models"] if schema == COMPARISON else [document]
-    missing = next(
-        (key for one in found for key in (*SAME, "model", "adapter", "on", "massive", "results") if key not in one),
-        None,
-    )
-    if missing is not None:
-        raise BadValue(f"{path} has no {missing!r}; expected a result file written by this version of mwtool")
-    return list(found)
+    from mwtool.evaluation.schema import ComparisonDocument, EvalDocument
+    from mwtool.files.schema import Envelope, read_document
+
+    models: dict[str, type[Envelope]] = {SCHEMA: EvalDocument, COMPARISON: ComparisonDocument}
+    document, _ = read_document(path, models, "mwtool eval -o")
+    return list(document["models"]) if document["schema"] == COMPARISON else [document]
+
+
+def earlier_notes(now: dict[str, Any], documents: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The notes of the same model among earlier documents: of tasks that are done and not prepared again."""
+    return tuple(note for one in documents if _same_model(one, now) for note in one["notes"])
+
+
+def _same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("model", "adapter", "on"))
 
 
 def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[str, Any]]) -> list[Result]:
     """Earlier results of the same model, to resume from. Raises BadValue if they were measured with other settings."""
     for one in documents:
-        if (one["model"], one["adapter"], one["on"]) != (now["model"], now["adapter"], now["on"]):
+        if not _same_model(one, now):
             continue
         other = next((key for key in SAME if one[key] != now[key]), None)
         if other is None and not _same_rows(one["massive"], now["massive"]):

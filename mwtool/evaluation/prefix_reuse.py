@@ -81,7 +81,9 @@ def perplexities(
                 seconds[at] += time.perf_counter() - start
                 if on_batch is not None:
                     on_batch(index * (1 + len(variants)) + at + 1, len(parts) * (1 + len(variants)))
-    notes: tuple[str, ...] = () if head.why is None else (f"{head.why}: logits of whole windows are held",)
+    notes: tuple[str, ...] = (
+        () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
+    )
     if not reusable:
         notes += (f"{type(head.inner).__name__} passes more between its layers than they return: attacks run it whole",)
     return [

@@ -13,6 +13,7 @@ from mwtool.evaluation.comparison import Entry
 from mwtool.evaluation.config import EvalConfig
 from mwtool.evaluation.document import (
     comparison_document,
+    earlier_notes,
     earlier_results,
     entries_of,
     eval_document,
@@ -183,6 +184,7 @@ class _Run:
         if self.output is not None:
             now = self._document(loaded, massive, groups, [], notes, complete=False)
             before = earlier_results(self.output, now, saved)
+            notes[:0] = earlier_notes(now, saved) if before else ()
         results: list[Result] = list(before)
         self.documents.append(self._document(loaded, massive, groups, results, notes, complete=False))
         self.names.append(model)

@@ -97,9 +97,9 @@ def _umask() -> int:
 
 
 def permissions(folder: Path) -> None:
-    """Give a folder's files, and those in folders within, the permissions that the umask leaves to new files.
+    """Give all files and folders in a folder the permissions of new files, as the umask determines them.
 
-    Libraries that write to a temporary file and rename it leave one that only its owner can read.
+    Libraries that write to a temporary file and rename it leave a file that only its owner can read.
     """
     mask = _umask()
     for path in folder.rglob("*"):
@@ -110,7 +110,7 @@ def permissions(folder: Path) -> None:
 def check_free(folder: Path, besides: Collection[str] = ()) -> None:
     """Check, before any work is done, that `folder` can be created, or is empty. Raises OutputError.
 
-    besides: names of files that may be in it.
+    besides: names of files that it may contain.
     """
     if folder.exists() and (not folder.is_dir() or any(path.name not in besides for path in folder.iterdir())):
         raise OutputError(f"{folder} exists and is not an empty folder; save elsewhere")

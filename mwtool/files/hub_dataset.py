@@ -8,6 +8,9 @@ from typing import Any
 
 from mwtool.errors import ModelNotFound, line_of
 
+FOREIGN = (LookupError, TypeError, AttributeError, ArithmeticError)
+"""What the libraries raise over answers that are not those of a Hub."""
+
 
 def load_from_hub(what: str, load: Callable[[], Any], instead: str) -> Any:
     """What `load` returns. Raises ModelNotFound if it fails; the message names `what` and suggests `instead`."""
@@ -19,5 +22,5 @@ def load_from_hub(what: str, load: Callable[[], Any], instead: str) -> Any:
         disable_progress_bars()
     try:
         return load()
-    except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError) as fault:
+    except (OSError, HTTPError, DatasetsError, ValueError, RuntimeError, *FOREIGN) as fault:
         raise ModelNotFound(f"{what} could not be loaded ({line_of(fault)}); {instead}") from fault

@@ -19,7 +19,7 @@ def read_text(path: Path, expected: str = "text", *, damaged: bool = False) -> s
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise BadValue(f"{path} does not exist; expected a file") from None
+        raise BadValue(link_fault(path) or f"{path} does not exist; expected a file") from None
     except OSError as fault:
         raise BadValue(f"{path} cannot be read: {fault.strerror}") from fault
     except ValueError as fault:
@@ -106,9 +106,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        fault = link_fault(path)
+        if fault is not None:
+            raise BadCheckpoint(f"{fault}; get the file again, or point the link at it") from None
         raise BadCheckpoint(f"{path.parent} has no {path.name}; expected a model in Hugging Face format") from None
+    except RecursionError:
+        raise BadCheckpoint(f"{path} is nested too deeply; expected a JSON object") from None
     except (OSError, ValueError) as fault:
         raise BadCheckpoint(f"{path} cannot be read: {line_of(fault)}") from fault
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+def link_fault(path: Path) -> str | None:
+    """Why a link leads nowhere, as a sentence; None for anything that is not such a link."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which does not exist"
+    return None

@@ -45,7 +45,7 @@ def locked(run: Path) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         pass
     except FileNotFoundError:
-        raise OutputError(f"{run.absolute().parent} does not exist; make it, or save elsewhere") from None
+        raise OutputError(f"{run.absolute().parent} does not exist; create it, or save elsewhere") from None
     except (OSError, ValueError) as fault:
         reason = getattr(fault, "strerror", None) or fault
         raise OutputError(f"{str(run)!r} cannot be written: {reason}; train into another folder (-o)") from fault

@@ -45,7 +45,7 @@ class Asked:
     choice: Choice = field(default_factory=Choice)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What decides the trained adapter, besides the model, the data and the massive rows.
 

@@ -17,7 +17,7 @@ FOUR_BIT = 0.516
 """Bytes a weight packed in 4 bits takes, with the scales of its blocks (NF4, double quantization)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """Parameters, and an estimate of bytes on each device, for the longest sequences.
 
@@ -63,7 +63,14 @@ def footprint(plan: Plan) -> Footprint:
         wrapped = adapted(model, plan.source, recipe)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     weights = (parameters - packed) * size + packed * FOUR_BIT
-    return Footprint(parameters, trainable, weights, 16.0 * trainable, activations, float(kept))
+    return Footprint(
+        parameters=parameters,
+        trainable=trainable,
+        weights=weights,
+        adapter=16.0 * trainable,
+        activations=activations,
+        kept=float(kept),
+    )
 
 
 def _activations(plan: Plan, size: int) -> float:

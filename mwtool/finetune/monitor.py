@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Where a run stands.
 
@@ -115,4 +115,14 @@ class Watch(TrainerCallback):
         if self.on_step is not None and self.seconds and state.is_world_process_zero:
             p = None if self.macdrop is None or self.macdrop.engine is None else self.macdrop.engine.p
             mean = (time.perf_counter() - self.first) / len(self.seconds)
-            self.on_step(Step(state.global_step, state.max_steps, self.loss, p, self.seconds[-1], mean, logged))
+            self.on_step(
+                Step(
+                    step=state.global_step,
+                    steps=state.max_steps,
+                    loss=self.loss,
+                    p=p,
+                    seconds=self.seconds[-1],
+                    mean=mean,
+                    logged=logged,
+                )
+            )

@@ -138,9 +138,12 @@ def _turn(number: int, one: Any) -> Turn:
         raise BadValue(f"message {number}: {found}; expected system, developer, user, assistant or tool")
     calls = _calls(number, one, text_key) if role == "assistant" else []
     spoken = isinstance(name, str) and name.strip().lower() == "function_call"
-    content = "" if spoken and calls else _content(number, one.get(text_key), text_key, one, optional=bool(calls))
+    said = one.get(text_key)
+    if role == "assistant" and said is None and not calls and (text_key in one or "tool_calls" in one):
+        raise _silent(number, one)
+    content = "" if spoken and calls else _content(number, said, text_key, one, optional=bool(calls))
     if role == "assistant" and not content.strip() and not calls:
-        raise BadValue(f"message {number} of the assistant is empty; expected a text")
+        raise _silent(number, one)
     taken = {role_key, text_key, "tool_calls", "function_call"}
     trained = True
     if role == "assistant":
@@ -150,6 +153,13 @@ def _turn(number: int, one: Any) -> Turn:
     if calls:
         more["tool_calls"] = calls
     return Turn(role, content, trained, more)
+
+
+def _silent(number: int, message: Mapping[str, Any]) -> BadValue:
+    """An answer without a text, whose calls are absent or empty: there is nothing in it to train on."""
+    keys = [key for key in (*_TEXT_KEYS, "tool_calls", "function_call") if key in message]
+    found = " and ".join(f"{key} {json.dumps(message[key], default=str)[:40]}" for key in keys)
+    return BadValue(f"message {number} of the assistant has {found}; expected a text, or calls in tool_calls")
 
 
 def _content(number: int, value: Any, key: str, message: Mapping[str, Any], *, optional: bool) -> str:

@@ -161,7 +161,7 @@ class Renderer:
         )
         threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
         now, variables = self.template.now.isoformat(), self.template.variables
-        first = {"template": self.text, "now": now, "globals": variables}
+        first = {"template": self.text, "now": now, "globals": variables, "memory": self.memory}
         found = self._ask(first, where, 3 * self.seconds)  # it starts, and compiles
         if "error" in found:
             self.close()
@@ -181,11 +181,17 @@ class Renderer:
                 if time.monotonic() > end:
                     raise self._stopped(f"takes longer than {seconds:g} s", where) from None
                 if _memory(self._process.pid) > self.memory:
-                    raise self._stopped(f"needs more than {self.memory / 2**30:.2g} GiB of memory", where) from None
+                    raise self._exhausted(where) from None
                 continue
             if answer is None:
                 raise self._stopped("ends the process that renders it", where)
-            return json.loads(answer)
+            found = json.loads(answer)
+            if found == {"exhausted": True}:
+                raise self._exhausted(where)
+            return found
+
+    def _exhausted(self, where: str) -> BadValue:
+        return self._stopped(f"needs more than {self.memory / 2**30:.2g} GiB of memory", where)
 
     def _stopped(self, why: str, where: str) -> BadValue:
         self.close()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +44,17 @@ def fetch(repo: str, file: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def holds(repo: str, file: str, revision: str | None) -> bool:
+    """Whether a repository has this file, without fetching it; offline, whether the cache has. Raises ModelNotFound."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repo, file, revision=revision), str):
+        return True
+    if constants.is_offline_mode():
+        return False
+    return _asking(repo, revision, lambda: HfApi().file_exists(repo, file, revision=revision))
+
+
 def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
     """The paths of a repository's files; of those in the cache, `folder`, where the Hub cannot be asked."""
     from huggingface_hub import HfApi, constants
@@ -49,14 +64,21 @@ def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
     return _asking(repo, revision, lambda: HfApi().list_repo_files(repo, revision=revision))
 
 
+WAITS = (2.0,)
+"""Seconds before what failed with a status of `PASSING` is asked for again, after the client's own attempts."""
+PASSING = (500, 502, 503, 504)
+FOREIGN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, OSError)
+"""What huggingface_hub raises, beside its own errors, over answers that are not those of a Hub."""
+
+
 def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """Call the Hub and turn its errors into one-line messages."""
+    """Call the Hub, once more where it fails for a moment, and turn its errors into one-line messages."""
     from huggingface_hub import constants, errors
-    from huggingface_hub.errors import HTTPError  # the HTTP client's own base class, whichever client the Hub uses
 
     at = f" at revision {revision}" if revision else ""
     try:
-        return ask()
+        with _silent():
+            return _repeated(ask)
     except errors.GatedRepoError as fault:
         raise ModelNotFound(
             f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then log in with `hf auth login`"
@@ -69,11 +91,79 @@ def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
             f"(if it is private: `hf auth login`)"
         ) from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
-        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} cannot be reached"
+        status = _status(fault)
+        why = f"{constants.ENDPOINT} cannot be reached" if status is None else _refusal(status)
+        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else why
         here = "" if "/" in repo else f"there is no folder {repo} here, "
         raise ModelNotFound(
             f"{here}{why} and {repo}{at} is not in the cache; "
             f"give a local folder instead, such as one made by `hf download {repo} --local-dir DIR`"
         ) from fault
-    except HTTPError as fault:
-        raise ModelNotFound(f"{constants.ENDPOINT} failed to give {repo}{at}: {line_of(fault)}") from fault
+    except errors.HTTPError as fault:
+        status = _status(fault)
+        why = f"{constants.ENDPOINT} failed: {line_of(fault)}" if status is None else _refusal(status)
+        raise ModelNotFound(f"{repo}{at} could not be fetched: {why}") from fault
+    except json.JSONDecodeError as fault:
+        raise ModelNotFound(
+            f"{repo}{at} could not be fetched: {constants.ENDPOINT} answered with something else than JSON; a proxy or "
+            f"the login page of a network may be in the way"
+        ) from fault
+    except FOREIGN as fault:
+        raise ModelNotFound(
+            f"{repo}{at} could not be fetched: {constants.ENDPOINT} gave an answer that huggingface_hub does not "
+            f"accept ({type(fault).__name__}: {line_of(fault)})"
+        ) from fault
+
+
+def _repeated(ask: Callable[[], T]) -> T:
+    from huggingface_hub.errors import HTTPError
+
+    for wait in WAITS:
+        try:
+            return ask()
+        except (OSError, HTTPError) as fault:
+            if _status(fault) not in PASSING:
+                raise
+            time.sleep(wait)
+    return ask()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the client's warnings about each attempt; how it ended is said in one line."""
+    import logging as levels
+
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(levels.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _status(fault: BaseException) -> int | None:
+    """The HTTP status behind an exception, which may be that of an exception it was raised for."""
+    seen: set[int] = set()
+    one: BaseException | None = fault
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if isinstance(status, int) and status >= HTTPStatus.BAD_REQUEST:
+            return status
+        one = one.__cause__ or one.__context__
+    return None
+
+
+def _refusal(status: int) -> str:
+    """What the Hub's status means and what to do."""
+    from huggingface_hub import constants
+
+    known = {one.value for one in HTTPStatus}
+    named = f"{constants.ENDPOINT} answered {status}{f' {HTTPStatus(status).phrase}' if status in known else ''}"
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return f"{named} (log in with `hf auth login` as someone who has access)"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return f"{named} (wait a few minutes; the limit is higher after `hf auth login`)"
+    return f"{named} (try again later)" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else named

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from mwtool.models.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensors:
@@ -132,3 +134,49 @@ def _with_ties(model: PreTrainedModel, names: dict[str, list[str]]) -> dict[str,
             if absent not in names and present in names:
                 names[absent] = names[present]
     return dict(names)
+
+
+def absent(parameter: str, checkpoint: Checkpoint, more: str = "") -> str:
+    """Why a parameter has no tensor, to follow the model's name: the prefix that is in the way, if that is it.
+
+    parameter: its name in the model. more: how many others are absent, in words.
+    A name differs by a prefix where it ends as the parameter does, from a layer's number or the last three parts on;
+    or where taking parts out of one of the two gives the other (`model.layers.0._orig_mod.mlp`).
+    """
+    missing = f"has no tensor for {parameter}{more}"
+    wanted = parameter.split(".")
+    for name, file in checkpoint.lost.items():
+        if name.endswith(wanted[-1]) and (name == parameter or _extra(name.split("."), wanted)):
+            return f"{missing}: {file} does not hold {name}, which {checkpoint.index} says it does; get it again"
+    near = min(
+        (name for name in checkpoint.files if name.endswith(wanted[-1]) and _extra(name.split("."), wanted)),
+        key=lambda name: (abs(name.count(".") - len(wanted) + 1), name),
+        default=None,
+    )
+    if near is None:
+        return f"{missing}; it is incomplete"
+    extra, lacking = _extra(near.split("."), wanted) or ([], [])
+    parts = [f"with {_dotted(extra)} in it"] if extra else []
+    parts += [f"without {_dotted(lacking)}"] if lacking else []
+    return f"{missing}; it has {near}, {' and '.join(parts)}: rename its tensors"
+
+
+def _extra(found: list[str], wanted: list[str]) -> tuple[list[str], list[str]] | None:
+    """Parts that only the one and only the other name has, at one place; None where they do not name one tensor."""
+    start, end, least = 0, 0, min(len(found), len(wanted))
+    while end < least and found[-1 - end] == wanted[-1 - end]:
+        end += 1
+    while start < least - end and found[start] == wanted[start]:
+        start += 1
+    extra, lacking = found[start : len(found) - end], wanted[start : len(wanted) - end]
+    numbers = any(part.isdigit() for part in (*extra, *lacking))  # another layer's, or another expert's
+    alike = any(part.isdigit() for part in wanted[len(wanted) - end :]) or end >= TAIL or not (extra and lacking)
+    return None if numbers or not (extra or lacking) or not alike or not end else (extra, lacking)
+
+
+TAIL = 3
+"""Last parts of two names that must agree for them to be taken for one tensor's, where no layer's number is among."""
+
+
+def _dotted(parts: list[str]) -> str:
+    return f"{'.'.join(parts)}."

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import Filter, LogRecord
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,12 +17,15 @@ from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at
 from mwtool.errors import BadCheckpoint, UnsupportedModel, line_of
+from mwtool.files.text import read_json
 from mwtool.massive import Identity, MassiveWeights
-from mwtool.models.checkpoint import open_checkpoint
+from mwtool.models.checkpoint import WHOLE, Checkpoint, open_checkpoint
 from mwtool.models.identity import identity_of
+from mwtool.models.key_mapping import absent
 from mwtool.models.load_options import On
+from mwtool.models.meta_model import empty_model, resolved_dtype
 from mwtool.models.quantization import refuse_unscaled_weights
-from mwtool.models.source import ADAPTER_FILES, Source, locate, model_class, unusable
+from mwtool.models.source import ADAPTER_CONFIG, ADAPTER_FILES, Source, locate, unusable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,84 +84,107 @@ def load(
     config = source.config()
     layers = tuple(decoder_layers(adapter_for(config.model_type), config))
     options = {"dtype": dtype, "device_map": device_map or {"": device}, **(model_options or {})}
-    base = _from_pretrained(source, config, options)
+    base, stored = _from_pretrained(source, config, options)
     tokenizer = source.tokenizer()
+    if source.adapter is not None:
+        tokenizer, said = _tokenizer(source, tokenizer, base)
+        stored += said
     if source.adapter is None:
         unused = (f"--on {on} is ignored: {source.name} is no adapter folder",) if on != "base" else ()
         return Loaded(
-            model=base, base=base, tokenizer=tokenizer, source=source, layers=layers, notes=(*source.notes, *unused)
+            model=base,
+            base=base,
+            tokenizer=tokenizer,
+            source=source,
+            layers=layers,
+            notes=(*source.notes, *stored, *unused),
         )
     wrapped: Any = _with_adapter(base, source.adapter)
-    if on == "merged":
-        merged = wrapped.merge_and_unload().eval()
-        return Loaded(
-            model=merged, base=merged, tokenizer=tokenizer, source=source, layers=layers, on=on, notes=source.notes
-        )
+    merged = wrapped.merge_and_unload().eval() if on == "merged" else None
     return Loaded(
-        model=wrapped,
-        base=wrapped.get_base_model(),
+        model=wrapped if merged is None else merged,
+        base=wrapped.get_base_model() if merged is None else merged,
         tokenizer=tokenizer,
         source=source,
         layers=layers,
         on=on,
-        notes=source.notes,
+        notes=(*source.notes, *stored),
     )
 
 
-def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model with its weights, and what the user should know about its files."""
     from safetensors import SafetensorError
 
-    faults: tuple[type[Exception], ...] = (*unusable(), IndexError, UnpicklingError, SafetensorError)
+    checkpoint = open_checkpoint(source)
+    faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, SafetensorError)
     stored_plain = getattr(config, "quantization_config", None) is None
     try:
         with _quiet():
-            model, info = _filled(source, config, options) if source.gguf else _read(source, config, options)
+            model, info = _filled(source, config, checkpoint, options)
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {line_of(fault)}") from fault
     except faults as fault:
-        _blame_file(source)
         raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
-    _check_whole(source, info)
+    _check_whole(source, checkpoint, info)
     if stored_plain and not source.gguf:  # transformers casts whatever it finds, without a word
-        refuse_unscaled_weights(model, open_checkpoint(source))
+        refuse_unscaled_weights(model, checkpoint)
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
         )
     evaluated: PreTrainedModel = model.eval()
-    return evaluated
+    return evaluated, tuple(note for note in checkpoint.notes if note != WHOLE)
 
 
-def _read(source: Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model as `from_pretrained` reads it, and what it says of absent and misshapen tensors."""
-    loaded: tuple[Any, dict[str, Any]] = model_class(config).from_pretrained(
-        source.folder if source.repo is None else source.repo,
-        config=config,
-        revision=source.revision or "main",
-        trust_remote_code=source.trust_remote_code,
-        local_files_only=source.repo is None,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # said below, by name
-        **options,
-    )
-    return loaded
+def _filled(source: Source, config: Any, checkpoint: Checkpoint, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of absent and misshapen tensors.
 
-
-def _filled(source: Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The same of a GGUF file, whose tensors are given to `from_pretrained` as they are dequantized, one by one.
-
-    Its own way of reading GGUF depends on the version: 5.17 gets Gemma 3 wrong, 5.23 does not read Q5_0.
+    transformers is given the tensors of the checkpoint, as a scan reads them, and not the folder: by itself it takes a
+    tensor that lies in two shards from the last of them, whatever the index says, and applies an adapter it finds.
+    Only where layers may be left on the disk does it have to know the files, since it goes on reading from them.
     """
-    assert source.gguf is not None
-    source.gguf.refuse_rotary_fault()
-    checkpoint = open_checkpoint(source)
-    kind = model_class(config)._model_mapping[type(config)]  # noqa: SLF001 - the automatic class insists on a path
-    with checkpoint.tensors(checkpoint.files) as tensors:
-        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    loaded[0].name_or_path = loaded[0].config.name_or_path = source.reference  # PEFT writes it down as the base model
-    return loaded
+    empty = empty_model(source, config)
+    kind: Any = type(empty)
+    if not isinstance(config, kind.config_class):  # the text model of one that sees
+        config = empty.config
+    options = {**options, "dtype": resolved_dtype(options["dtype"], config, checkpoint)}
+    common = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}  # said by name
+    place = str(source.folder if source.repo is None else source.repo)
+    plain = checkpoint.legacy is None and source.gguf is None and checkpoint.as_transformers
+    if source.gguf is not None:
+        source.gguf.refuse_rotary_fault()
+        place = source.reference
+    with checkpoint.whole() as tensors:
+        if plain and len(set(_places(options["device_map"]))) > 1:
+            loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+                place,
+                revision=source.revision or "main",
+                local_files_only=source.repo is None,
+                adapter_kwargs={"subfolder": "no adapter"},  # where there is none, whatever lies beside the model
+                **common,
+            )
+            return loaded
+        model, info = kind.from_pretrained(None, state_dict=tensors, **common)
+    if model.can_generate() and source.gguf is None:
+        model.generation_config = _generation(source)
+    model.config.name_or_path = model.name_or_path = place  # which PEFT writes down as the base model
+    return model, info
+
+
+def _places(device_map: Any) -> tuple[Any, ...]:
+    """Where a device map puts modules; more than one for those that accelerate works out itself."""
+    return tuple(device_map.values()) if isinstance(device_map, dict) else ("here", "elsewhere")
+
+
+def _generation(source: Source) -> Any:
+    """How the model generates: as generation_config.json says, else as config.json does."""
+    from transformers import GenerationConfig
+
+    if (source.folder / "generation_config.json").exists():
+        read_json(source.folder / "generation_config.json")
+        return GenerationConfig.from_pretrained(source.folder)
+    return GenerationConfig.from_pretrained(source.folder, config_file_name="config.json", _from_model_config=True)
 
 
 @contextmanager
@@ -171,17 +198,19 @@ def _quiet() -> Iterator[None]:
     silence = _NoReport()
     logger.addFilter(silence)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)  # refused by its shape
+            yield
     finally:
         logger.removeFilter(silence)
 
 
-def _check_whole(source: Source, info: dict[str, Any]) -> None:
+def _check_whole(source: Source, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Raise BadCheckpoint for what transformers fills with random numbers and goes on."""
-    absent = sorted(info["missing_keys"])
-    if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        raise BadCheckpoint(f"{source.name} lacks tensor {absent[0]}{more}; it is incomplete")
+    missing = sorted(info["missing_keys"], key=_natural)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise BadCheckpoint(f"{source.name} {absent(missing[0], checkpoint, more)}")
     misshapen = sorted(info["mismatched_keys"])
     if misshapen:
         name, found, expected = misshapen[0]
@@ -191,12 +220,9 @@ def _check_whole(source: Source, info: dict[str, Any]) -> None:
         )
 
 
-def _blame_file(source: Source) -> None:
-    """Raise BadCheckpoint, naming the file, if loading failed for one that is absent or damaged."""
-    checkpoint = open_checkpoint(source)
-    for name in {file: name for name, file in checkpoint.files.items()}.values():  # one tensor of each file
-        with checkpoint.tensors([name]):
-            pass
+def _natural(name: str) -> list[str | int]:
+    """Layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 class _NoReport(Filter):
@@ -217,6 +243,8 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             f"the base model of {adapter} does not fit and is left in its files in part, over which PEFT would write "
             f"the sum with the adapter; give it more memory, or merge and save the two with PEFT and take that"
         )
+    read_json(Path(adapter) / ADAPTER_CONFIG)
+    faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, EOFError, SafetensorError)
     try:
         config = PeftConfig.from_pretrained(adapter)
         if config.is_prompt_learning:
@@ -226,6 +254,39 @@ def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
             )
         with warnings.catch_warnings():  # peft asks transformers by a former name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return PeftModel.from_pretrained(base, adapter).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
+    except faults as fault:
         raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault
+
+
+def _tokenizer(
+    source: Source, tokenizer: PreTrainedTokenizerBase | None, base: PreTrainedModel
+) -> tuple[PreTrainedTokenizerBase | None, tuple[str, ...]]:
+    """The tokenizer of an adapter that brings its own, else that of its base model; a note where the two differ."""
+    assert source.adapter is not None
+    own = replace(source, folder=Path(source.adapter), repo=None).tokenizer()
+    if own is None:
+        return tokenizer, ()
+    if tokenizer is not None and _same(own, tokenizer):
+        return own, ()
+    most = max(own.get_vocab().values(), default=0)
+    embedding: Any = base.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if most >= rows:
+        return tokenizer, (
+            (
+                f"the adapter {source.adapter} brings a tokenizer with token ids up to {most}, and the base model has "
+                f"{rows} embeddings; the base model's tokenizer is used"
+            ),
+        )
+    return own, (f"the adapter {source.adapter} brings a tokenizer that differs from its base model's; it is used",)
+
+
+def _same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same tokens, special tokens and chat template."""
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.special_tokens_map == other.special_tokens_map
+        and one.chat_template == other.chat_template
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +32,16 @@ class MetaModel:
     load_config: Any
 
 
-def empty_model(source: Source) -> PreTrainedModel:
-    """The model's modules with parameters and buffers on the meta device."""
-    config = source.config()
-    with torch.device("meta"):
+def empty_model(source: Source, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model's modules with parameters and buffers on the meta device.
+
+    config: the model's configuration if it has been read already.
+    Raises BadCheckpoint if no model can be built from it.
+    """
+    config = source.config() if config is None else config
+    from transformers.initialization import no_init_weights
+
+    with torch.device("meta"), no_init_weights(), _building(source):
         made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return made
 
@@ -56,7 +63,7 @@ def build(
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    torch_dtype = _resolved(dtype, config, checkpoint)
+    torch_dtype = resolved_dtype(dtype, config, checkpoint)
     quantizer = dequantizer(source, config)
     model = _built(source, config, torch_dtype)
     parameters = model.num_parameters()
@@ -80,19 +87,27 @@ def build(
 
 
 def _built(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with _without_weights():
-            model: PreTrainedModel = model_class(config).from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
-    except unusable() as fault:
-        line = " ".join(f"{type(fault).__name__} {fault}".split())
-        raise BadCheckpoint(f"a model cannot be built from {source.folder / 'config.json'}: {line}") from fault
+    with _building(source), _without_weights():
+        model: PreTrainedModel = model_class(config).from_config(
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
     model.tie_weights()  # not inside the block, which gives every module a parameter of its own
     return model
 
 
-def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+@contextmanager
+def _building(source: Source) -> Iterator[None]:
+    """What a model's constructor raises or asserts over its configuration, in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)  # refused by its shape
+            yield
+    except unusable() as fault:
+        line = " ".join(f"{type(fault).__name__} {fault}".split())
+        raise BadCheckpoint(f"a model cannot be built from {source.folder / 'config.json'}: {line}") from fault
+
+
+def resolved_dtype(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype; `auto` is as in `from_pretrained`: that of the configuration, else that of the stored weights."""
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
@@ -102,7 +117,9 @@ def _resolved(dtype: str, config: PretrainedConfig, checkpoint: Checkpoint) -> t
         return stated
     for name in checkpoint.files:
         with checkpoint.tensors([name]) as tensors:
-            stored: torch.dtype = tensors[name][:1].dtype
+            tensor = tensors[name]
+            scalar = not (tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+            stored: torch.dtype = (tensor[...] if scalar else tensor[:1]).dtype
         if stored.is_floating_point and stored.itemsize > 1:
             return stored
     return torch.float32

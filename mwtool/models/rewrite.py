@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from mwtool.architecture.packed import PLAIN
-from mwtool.errors import UnsupportedModel
+from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.files.atomic_write import atomic_folder, check_free
 from mwtool.files.text import read_json
-from mwtool.models.checkpoint import LEGACY_INDEX, SAFETENSORS, Checkpoint, open_checkpoint
+from mwtool.models.checkpoint import Checkpoint, open_checkpoint
 from mwtool.models.load import Loaded
-from mwtool.models.source import Source
+from mwtool.models.source import ADAPTER_CONFIG, Source
+from mwtool.models.weight_files import LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX
 
 KEPT = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja"),
@@ -101,7 +102,10 @@ def by_stored_name(loaded: Loaded, new: Mapping[str, New]) -> dict[str, New]:
 
 
 def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> None:
-    """Write the weight files, shard by shard, with new values for some tensors."""
+    """Write the weight files, shard by shard, with new values for some tensors.
+
+    Raises BadCheckpoint if a file that the index names is not there.
+    """
     checkpoint = open_checkpoint(source)
     if source.gguf is not None:
         _from_gguf(checkpoint, getattr(torch, source.gguf.dtype), new, temporary)
@@ -109,9 +113,11 @@ def rewrite_files(source: Source, new: Mapping[str, New], temporary: Path) -> No
     if checkpoint.legacy is not None:
         _from_legacy(checkpoint.legacy, new, temporary)
         return
-    for file in sorted(set(checkpoint.files.values())):
+    for file in checkpoint.shards:
         path = source.path(file)
-        assert path is not None, "open_checkpoint has found it"
+        if path is None:
+            raise BadCheckpoint(f"{source.name}: {checkpoint.index} names {file}, which is not there; get it again")
+        (temporary / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, temporary / file)
         inside = {name: value for name, value in new.items() if checkpoint.files[name] == file}
         with checkpoint.tensors(inside) as tensors:
@@ -149,7 +155,10 @@ def _from_legacy(stored: Mapping[str, Tensor], new: Mapping[str, New], temporary
 
 
 def copy_small_files(source: Source, temporary: Path) -> None:
-    """Copy configuration, tokenizer, chat templates and license, and the modeling code if there is any."""
+    """Copy configuration, tokenizer, chat templates and license, and the modeling code if there is any.
+
+    An index that the checkpoint was not read by stays behind, and so does what an adapter left beside the model.
+    """
     if source.gguf is not None:
         source.config().save_pretrained(temporary)
         tokenizer = source.tokenizer()
@@ -157,8 +166,11 @@ def copy_small_files(source: Source, temporary: Path) -> None:
             tokenizer.save_pretrained(temporary)
         return
     patterns = [*KEPT, *(["*.py"] if "auto_map" in read_json(source.folder / "config.json") else [])]
+    left = {LEGACY_INDEX, RECORD, ADAPTER_CONFIG}
+    if open_checkpoint(source).index != SAFETENSORS_INDEX:
+        left.add(SAFETENSORS_INDEX)
     for file in {file for pattern in patterns for file in source.folder.glob(pattern) if file.is_file()}:
-        if file.name not in (LEGACY_INDEX, RECORD):
+        if file.name not in left:
             copy = temporary / file.relative_to(source.folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

@@ -7,6 +7,8 @@ first read, so that a scan that stops at layer 6 does not download layer 79.
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,20 +19,23 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.registry import register
 from mwtool.errors import BadCheckpoint, ModelNotFound, UnsupportedModel, line_of
-from mwtool.files.text import read_json
+from mwtool.files.text import link_fault, read_json, shown
 from mwtool.models.gguf_header import is_gguf
 from mwtool.models.gguf_model import GGUFModel, Vocabulary, models_among, open_gguf
 from mwtool.models.hub import fetch, fetch_small, files_of
+from mwtool.models.weight_files import find_weights, present
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEMO = Path(str(resources.files("mwtool.demo")))
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *ADAPTER_FILES]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json", "adapter_model.bin")
 """A folder that holds none of these and a GGUF file is that file's, whether it has a config.json or not."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +86,13 @@ class Source:
         """The configuration; raises BadCheckpoint if it is damaged, UnsupportedModel if it is not a causal LM's."""
         from transformers import AutoConfig
 
+        from mwtool.models.depth import check_depth  # which opens checkpoints, which know sources
+
         if self.gguf is not None:
             return self.gguf.config()
         raw = read_json(self.folder / "config.json")
         _refuse_foreign(self.name, raw)
+        check_depth(self, raw)
         register(raw["model_type"], own_code="auto_map" in raw)
         try:
             with _silent():
@@ -96,6 +104,14 @@ class Source:
             if "auto_map" in raw and not self.trust_remote_code:
                 advice = "; it ships code of its own, which runs only with --trust-remote-code"
             raise BadCheckpoint(f"{self.folder / 'config.json'} cannot be used: {line_of(fault)}{advice}") from fault
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+            raise BadCheckpoint(
+                f"{self.folder / 'config.json'} states {shown(depth)} decoder layers; expected at least 1"
+            )
+        width = getattr(config.get_text_config(), "hidden_size", None)
+        if isinstance(width, int) and width < 1:
+            raise BadCheckpoint(f"{self.folder / 'config.json'} states hidden_size {width}; expected at least 1")
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -115,13 +131,20 @@ class Source:
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                     self.folder, trust_remote_code=self.trust_remote_code, local_files_only=self.repo is None
                 )
-        except unusable() as fault:
+                if isinstance(tokenizer.model_max_length, int | float):  # else said below
+                    tokenizer("\u0001")  # an unknown character: some parts are first looked at then
+        except Exception as fault:  # the tokenizers library raises nothing more specific
             needed = (self.folder / "tokenizer.model").exists() and find_spec("sentencepiece") is None
             advice = "; a tokenizer.model needs `pip install sentencepiece protobuf`" if needed else ""
             raise BadCheckpoint(f"the tokenizer in {self.folder} cannot be read: {line_of(fault)}{advice}") from fault
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a vocabulary that cannot be read may pass for none
             raise BadCheckpoint(
                 f"the tokenizer in {self.folder} has no vocabulary: its files are damaged; get it again"
+            )
+        limit: object = tokenizer.model_max_length
+        if not isinstance(limit, int | float):
+            raise BadCheckpoint(
+                f"{self.folder / 'tokenizer_config.json'} states model_max_length {shown(limit)}; expected a number"
             )
         return tokenizer
 
@@ -145,8 +168,8 @@ def unusable() -> tuple[type[Exception], ...]:
     """What transformers raises over a configuration or tokenizer that it can read but not use."""
     from huggingface_hub.errors import StrictDataclassError
 
-    plain = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
-    return (*plain, StrictDataclassError)
+    plain = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RuntimeError, OSError)
+    return (*plain, AssertionError, MemoryError, struct.error, re.error, StrictDataclassError)
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -173,6 +196,8 @@ def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Sou
         path = Path(model).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
         raise ModelNotFound(f"no such folder: {model}") from None
+    if lost := link_fault(path):
+        raise ModelNotFound(lost)
     if path.is_file():
         if not is_gguf(path):
             raise ModelNotFound(f"{model} is a file; expected a GGUF file or a folder with config.json and the weights")
@@ -187,12 +212,14 @@ def _find(model: str, revision: str | None, gguf_file: str | None = None) -> Sou
 
 
 def _local(model: str, folder: Path, gguf_file: str | None) -> Source:
-    has_config = (folder / "config.json").exists() or (folder / "adapter_config.json").exists()
+    for name in ("config.json", ADAPTER_CONFIG, *ADAPTER_FILES, *TOKENIZER_FILES, *OTHER_FILES):
+        present(folder, name)  # a link that leads nowhere is not the same as no file
+    has_config = (folder / "config.json").exists() or (folder / ADAPTER_CONFIG).exists()
     if gguf_file is None and has_config and any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         return Source(name=model, folder=folder)
-    name = _chosen(model, [path.name for path in folder.glob("*.gguf")], gguf_file)
-    if name is not None:
-        return Source(name=str(Path(model) / name), folder=folder, gguf=open_gguf(folder / name))
+    chosen = _chosen(model, [path.name for path in folder.glob("*.gguf")], gguf_file)
+    if chosen is not None:
+        return Source(name=str(Path(model) / chosen), folder=folder, gguf=open_gguf(folder / chosen))
     if has_config:
         return Source(name=model, folder=folder)
     sibling = folder.resolve().parent / f"{folder.resolve().name}-hf"
@@ -236,7 +263,7 @@ def _hub(model: str, revision: str | None, gguf_file: str | None) -> Source:
     except HFValidationError as fault:
         raise ModelNotFound(f"{model!r} is neither a folder nor a Hub id: {line_of(fault)}") from None
     source = _snapshot(model, revision)
-    has_config = (source.folder / "config.json").exists() or (source.folder / "adapter_config.json").exists()
+    has_config = (source.folder / "config.json").exists() or (source.folder / ADAPTER_CONFIG).exists()
     if has_config and gguf_file is None:
         return source
     name = _chosen(model, files_of(model, source.revision, source.folder), gguf_file)
@@ -268,22 +295,41 @@ def _snapshot(repo: str, revision: str | None) -> Source:
 
 
 def _follow_adapter(source: Source) -> Source:
-    """A PEFT adapter's folder stands for its base model."""
-    if source.gguf is not None or (source.folder / "config.json").exists():
-        return source
-    base = read_json(source.folder / "adapter_config.json").get("base_model_name_or_path")
+    """A PEFT adapter's folder stands for its base model; a whole model with an adapter's files beside it for itself."""
+    if _whole(source):
+        return _leaving_adapter(source)
+    base = read_json(source.folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise BadCheckpoint(f"{source.folder / 'adapter_config.json'} names no base_model_name_or_path")
+        raise BadCheckpoint(f"{source.folder / ADAPTER_CONFIG} names no base_model_name_or_path")
     try:
         found = _find(base, None)
     except ModelNotFound as fault:
         raise ModelNotFound(f"{source.name} is a PEFT adapter whose base model cannot be opened: {fault}") from fault
-    if found.gguf is None and not (found.folder / "config.json").exists():
+    if not _whole(found):
         raise BadCheckpoint(
             f"{source.name} is a PEFT adapter whose base model {base} is an adapter too; merge that one"
         )
     # Noted by whoever leaves the adapter out: a scan does, an evaluation does not.
-    return replace(found, adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
+    return replace(_leaving_adapter(found), adapter=str(source.folder), trust_remote_code=source.trust_remote_code)
+
+
+def _whole(source: Source) -> bool:
+    """Whether a folder is a model's, and not an adapter's beside which the base's configuration may lie."""
+    if source.gguf is not None or not (source.folder / ADAPTER_CONFIG).exists():
+        return True
+    return (source.folder / "config.json").exists() and find_weights(source) is not None
+
+
+def _leaving_adapter(source: Source) -> Source:
+    """The same, with a note where an adapter's files lie beside a whole model."""
+    files = [name for name in (ADAPTER_CONFIG, *ADAPTER_FILES) if (source.folder / name).exists()]
+    if source.gguf is not None or ADAPTER_CONFIG not in files:
+        return source
+    return _noted(
+        source,
+        f"{source.name} is a whole model with the files of a PEFT adapter beside it ({', '.join(files)}); the model is "
+        f"used without the adapter",
+    )
 
 
 def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
@@ -305,6 +351,8 @@ def _refuse_foreign(name: str, raw: dict[str, Any]) -> None:
         return  # a model that sees, or a type transformers does not know: adapters and --trust-remote-code decide
     fitting = {causal, MODEL_MAPPING_NAMES.get(model_type), *_causal_like(model_type)}
     architectures = raw.get("architectures") or [causal]
+    if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+        raise BadCheckpoint(f"the config.json of {name} states architectures {shown(architectures)}; expected names")
     if "auto_map" not in raw and not fitting.intersection(architectures):
         raise UnsupportedModel(
             f"{name} is a {architectures[0]}; expected {causal}, the causal language model of type {model_type!r}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint, open_checkpoint
-from mwtool.models.key_mapping import ExpertTensors, Rows, tensor_map
+from mwtool.models.key_mapping import ExpertTensors, Rows, absent, tensor_map
 from mwtool.models.meta_model import build
 from mwtool.models.quantization import refuse_unscaled
 
@@ -158,7 +158,7 @@ class Stream:
         """Rows of an embedding table, (len(rows), H), on the device and in the dtype of the model."""
         name = self._source(parameter)
         if name is None:
-            raise BadCheckpoint(f"the checkpoint has no tensor for {parameter}; it is incomplete")
+            raise BadCheckpoint(f"the checkpoint {absent(parameter, self.checkpoint)}")
         with self.checkpoint.tensors([name]) as tensors:
             found = _shape(tensors[name])
             if found != expected:
@@ -234,7 +234,7 @@ class Stream:
             if tensor.is_meta:
                 if f"{path}.{name}".rpartition(".")[0] in self.experts:
                     continue  # read after the router has run
-                raise BadCheckpoint(f"the checkpoint has no tensor for {path}.{name}; it is incomplete")
+                raise BadCheckpoint(f"the checkpoint {absent(f'{path}.{name}', self.checkpoint)}")
             if not tensor.sum().isfinite() and not tensor.isfinite().all():
                 raise BadCheckpoint(f"tensor {path}.{name} holds NaN or inf; the checkpoint is damaged")
             self._count(tensor)

@@ -22,8 +22,11 @@ TOP = 3
 
 def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] | None = None) -> dict[str, Any]:
     """A scan as a document of schema mwtool.scan/2. check: its `check` object, where one was made."""
+    from mwtool.files.scan_schema import ScanDocument
+    from mwtool.files.schema import checked
+
     one, bos, limits = scan.identity, scan.bos, scan.settings.thresholds
-    return {
+    document = {
         **envelope(
             SCHEMA,
             model=one.model,
@@ -70,6 +73,7 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
         "published": _published(scan),
         "notes": list(scan.notes),
     }
+    return checked(ScanDocument, document)
 
 
 def layer_records(scan: Scan) -> list[dict[str, Any]]:

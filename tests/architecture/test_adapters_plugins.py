@@ -81,7 +81,7 @@ BROKEN: list[tuple[str, str, str]] = [
     (
         "names what runs later",
         elsewhere('adds="model.norm"'),
-        "model.norm is named for model.layers.0 but does not run",
+        "model.norm is named for model.layers.0 but has not run",
     ),
     ("no name of a module", plugins.source(CWM).replace("DecoderLayer(path", "DecoderLayer(3"), "with a layer at 3"),
     ("experts that are none", elsewhere('adds=path, experts="x"'), "1 other FFNs in model.layers.0"),

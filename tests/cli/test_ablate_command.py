@@ -208,7 +208,7 @@ def test_non_finite_results_are_null_in_the_document_and_said_in_the_table(folde
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "lacks tensor model.layers.3.mlp.up_proj.weight"),
+        (None, "has no tensor for model.layers.3.mlp.up_proj.weight"),
         (torch.zeros(63, 32), "has shape (63, 32); config.json makes it (64, 32)"),
         (torch.full((64, 32), torch.nan), "tensor model.layers.3.mlp.up_proj.weight holds NaN or inf"),
     ],

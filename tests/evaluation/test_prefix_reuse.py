@@ -25,7 +25,16 @@ def cut(count: int = 3, length: int = 12) -> Windows:
     ids = [torch.randint(3, 20, (length,), generator=generator) for _ in range(count)]
     ids[-1] = ids[-1][: length - 3]
     scored = tuple(len(one) - 1 for one in ids)
-    return Windows(tuple(ids), scored, tuple(range(count)), scored, "bos", length, 1)
+    return Windows(
+        ids=tuple(ids),
+        scored=scored,
+        sample=tuple(range(count)),
+        units=scored,
+        protocol="bos",
+        metric="perplexity",
+        length=length,
+        bos=1,
+    )
 
 
 def modules(model: Any) -> list[nn.Module]:

@@ -117,8 +117,12 @@ def test_keys_that_nothing_reads_are_kept_by_name() -> None:
         ({"role": "user", "content": 3}, "message 1: content is 3; expected a text"),
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "has a part of type 'image'; expected parts"),
         ("hello", "message 1 is 'hello'; expected an object with role and content"),
-        ({"role": "assistant", "content": None, "tool_calls": []}, "message 1: content is None; expected a text"),
-        ({"role": "assistant", "content": " "}, "message 1 of the assistant is empty"),
+        (
+            {"role": "assistant", "content": None, "tool_calls": []},
+            "message 1 of the assistant has content null and tool_calls []; expected a text, or calls in tool_calls",
+        ),
+        ({"from": "gpt", "value": None, "content": None}, "the assistant has content null and value null; expected"),
+        ({"role": "assistant", "content": " "}, 'message 1 of the assistant has content " "; expected a text, or'),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "message 1: weight is 0.5; expected 0 or 1"),
         (
             {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]},

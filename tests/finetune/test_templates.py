@@ -151,9 +151,33 @@ def test_a_template_that_ends_no_answer_is_noted(end: str, *, noted: bool) -> No
         "{{ '%*d' % (10**10, 1) }}",
         "{% set n = namespace(x='x' * 10**6) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x | replace('', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x.join([n.x] * 9) %}{% endfor %}",
+        "{{ range(99999) | join('x' * 999999) }}",
+        "{{ range(99999) | map('string') | join('x' * 999999) }}",
+        "{{ 'x' | center(10**10) }}",
+        "{{ 'x' | center(width=10**10) }}",
+        "{{ 'x' | indent(10**10, first=true) }}",
+        "{{ ('x\n' * 99999) | indent('y' * 99999) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:{}}'.format(1, 10**10) }}",
+        "{{ '{0:9999999999}'.format(1) }}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{{ 'x'.zfill(10**10) }}",
+        "{{ ('\t' * 9).expandtabs(10**10) }}",
+        "{{ ('x' * 9999).replace('x', 'x' * 9999) }}",
+        "{{ (1).to_bytes(10**10, 'big') }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% macro a() %}{{ b() }}{% endmacro %}{% macro b() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}{{ os }}",
+        "{% extends 'base.html' %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     ],
 )
-def test_a_template_that_multiplies_fails_before_it_has_the_memory(template: str) -> None:
+def test_a_template_that_multiplies_recurses_or_reads_files_fails_before_it_has_the_memory(template: str) -> None:
     with pytest.raises(BadValue, match="fails on it") as fault:
         encoded(template)
     assert "\n" not in str(fault.value)
@@ -168,7 +192,7 @@ def test_a_template_that_multiplies_fails_before_it_has_the_memory(template: str
             "takes longer",
         ),
         (
-            "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "{% set n = namespace(x=[]) %}{% for i in range(9999) %}{% set n.x = n.x + ['x' * 9999999] %}{% endfor %}",
             {"memory": 1 << 28},
             "needs more than 0.25 GiB of memory",
         ),

@@ -85,7 +85,7 @@ def test_a_curriculum_of_layers_takes_those_of_the_rows_given() -> None:
     model = frozen()
     chosen = Curriculum(phases=curriculum_of("constant:0.5").phases, layers=(2,))
     assert [place.ffn.module for place in engine(model, chosen).places] == ["model.layers.2.mlp"]
-    with pytest.raises(BadValue, match="names layer 0, whose rows are not given; given are those of 1, 2"):
+    with pytest.raises(BadValue, match="names layer 0, but rows are given only for 1, 2"):
         engine(model, Curriculum(phases=chosen.phases, layers=(0,)))
     with pytest.raises(BadValue, match="rows of layer 1 are given twice"):
         engine(model, layers=(1, 1))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hub
 import pytest
@@ -13,6 +16,14 @@ import tiny
 import torch
 from command import run, run_apart
 from huggingface_hub import constants, utils
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mwtool.models.load import load
+from mwtool.models.source import locate
+
+SHARD = "model-00002-of-00009.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +165,103 @@ def test_the_environment_s_endpoint_and_cache_are_used(models: hub.Hub, tmp_path
     assert ran.document["revision"] == hub.COMMIT
     assert ran.err == ""
     assert list((tmp_path / "home").glob("hub/models--some--model/snapshots/*/config.json"))
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits between attempts."""
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+
+
+@pytest.mark.parametrize("where", ["info", "config.json", SHARD])
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+@pytest.mark.usefixtures("hurried")
+def test_a_hub_that_fails_for_a_moment_is_asked_again(models: hub.Hub, where: str, status: int) -> None:
+    models.failing[where] = [status]
+    ran = run("scan", "some/model", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    assert models.failing[where] == []
+
+
+STATUSES = {
+    401: "answered 401 Unauthorized (log in with `hf auth login`",
+    403: "answered 403 Forbidden (log in with `hf auth login`",
+    429: "answered 429 Too Many Requests (wait a few minutes",
+    500: "answered 500 Internal Server Error (try again later)",
+    503: "answered 503 Service Unavailable (try again later)",
+    599: "answered 599 (try again later)",
+}
+
+
+@pytest.mark.parametrize("where", ["info", "config.json", SHARD])
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.usefixtures("hurried")
+def test_a_refusal_is_told_by_its_status(models: hub.Hub, where: str, status: int) -> None:
+    models.failing[where] = [status] * 99
+    fault = run("scan", "some/model").fault
+    assert STATUSES[status] in fault or (status == 401 and "if it is private: `hf auth login`" in fault)
+    assert "cannot be reached" not in fault
+
+
+ANSWERS = {
+    "a captive portal": (b"<html><body>Log in</body></html>", "a proxy or the login page of a network"),
+    "an empty page": (b"", "a proxy or the login page of a network"),
+    "a list": (b"[]", "gave an answer that huggingface_hub does not accept"),
+    "an object of something else": (b"{}", "gave an answer that huggingface_hub does not accept"),
+    "a nested answer": (b"[" * 100_000, "gave an answer that huggingface_hub does not accept"),
+    "no text": (b"\xff\xfe", "could not be fetched"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.usefixtures("hurried")
+def test_whatever_answers_in_a_hub_s_place_is_one_line(models: hub.Hub, name: str) -> None:
+    body, words = ANSWERS[name]
+    models.everything = 200, {"Content-Type": "text/html"}, body
+    for model in ("some/model", "gpt2"):
+        fault = run("scan", model).fault
+        assert words in fault
+        assert models.endpoint in fault
+
+
+LISTED = {
+    "a name with ..": {"path": "../../evil.json", "size": 3},
+    "an absolute name": {"path": "/etc/evil.json", "size": 3},
+    "a name with NUL": {"path": "a\0.json", "size": 3},
+    "an absurd size": {"path": "huge.json", "size": 10**30},
+    "no size": {"path": "huge.json", "size": "x"},
+    "no name": {"path": None, "size": 3},
+    "a long name": {"path": "x" * 300 + ".json", "size": 3},
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.usefixtures("hurried")
+def test_absurd_entries_of_a_repository_are_one_line(models: hub.Hub, name: str) -> None:
+    models.listed.append({"type": "file", "oid": "0" * 40, **LISTED[name]})
+    ran = run("scan", "some/model")
+    assert ran.code in (0, 1)  # the client may pass over what it cannot use
+    assert ran.code == 0 or "could not be fetched" in ran.fault or "not in the cache" in ran.fault
+
+
+@pytest.mark.usefixtures("hurried")
+def test_an_adapter_s_repository_with_a_configuration_is_an_adapter_unless_it_has_weights(
+    models: hub.Hub, folder: Path, tmp_path: Path
+) -> None:
+    made: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path / "adapter")
+    shutil.copy(folder / "config.json", tmp_path / "adapter")
+    models.repos["some/adapter"] = tmp_path / "adapter"
+    models.repos["some/both"] = Path(shutil.copytree(tmp_path / "adapter", tmp_path / "both"))
+    save_file(AutoModelForCausalLM.from_pretrained(folder).state_dict(), tmp_path / "both" / "model.safetensors")
+    assert locate("some/adapter").adapter is not None
+    found = locate("some/both")
+    assert found.adapter is None
+    assert "is a whole model with the files of a PEFT adapter beside it" in found.notes[0]
+    assert "model.safetensors" not in models.sent
+
+
+@pytest.mark.usefixtures("hurried")
+def test_loading_whole_asks_again_for_a_shard_as_well(models: hub.Hub, folder: Path) -> None:
+    models.failing[SHARD] = [503]
+    assert tiny.digest(load("some/model").base) == tiny.digest(load(str(folder)).base)

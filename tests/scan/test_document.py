@@ -92,7 +92,7 @@ def test_without_massive_weights_the_whole_object_is_null() -> None:
 
 
 def test_a_number_that_is_not_finite_never_gets_into_a_document(scan: Scan) -> None:
-    with pytest.raises(ValueError, match="Out of range float"):
+    with pytest.raises(ValueError, match="finite number"):
         text_of(scan_document(replace(scan, sun=((3, 1, float("nan")),))))
 
 
@@ -152,12 +152,12 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
     [
         (
             {"schema": "mwtool.eval/1"},
-            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2', as `mwtool scan -o` writes, or",
+            "schema 'mwtool.eval/1'; expected 'mwtool.scan/2' or",
         ),
         ({"schema": None}, "schema None"),
-        ({"massive": {}}, "KeyError"),
-        ({"massive": [1]}, "TypeError"),
-        ({"shape": None}, "TypeError"),
+        ({"massive": {}}, "massive.layer: field required"),
+        ({"massive": [1]}, "massive: input should be a valid dictionary"),
+        ({"shape": None}, "shape: input should be a valid dictionary"),
     ],
 )
 def test_what_is_no_scan_document_is_refused(
@@ -171,14 +171,22 @@ def test_what_is_no_scan_document_is_refused(
     ("changes", "words"),
     [
         ({"layer": 8}, "layer 8 of 8"),
-        ({"layer": "one"}, "layer 'one' of 8"),
-        ({"layer": -1}, "layer -1 of 8"),
+        ({"layer": "one"}, "massive.layer: input should be a valid integer, found 'one'"),
+        ({"layer": True}, "massive.layer: input should be a valid integer, found True"),
+        ({"layer": 1.0}, "massive.layer: input should be a valid integer, found 1.0"),
+        ({"shares": ["x", 0.1, 0.1]}, "massive.shares.0: input should be a valid number, found 'x'"),
+        ({"value": 10**400}, "massive.value: input should be a "),
+        ({"share_of_parameters": 1.5}, "less than or equal to 1, found 1.5"),
+        ({"value": float("nan")}, "NaN is no number in JSON"),
+        ({"value": float("-inf")}, "-Infinity is no number in JSON"),
+        ({"module": "\ud800"}, "massive.module: input should be a valid string"),
+        ({"layer": -1}, "massive.layer: .* greater than or equal to 0, found -1"),
         ({"dimension": 32}, "dimension 32 of 32"),
         ({"expert": 0}, "expert 0 of None"),
-        ({"indices": []}, "expected different row numbers"),
+        ({"indices": []}, "massive.indices: list should have at least 1 item"),
         ({"indices": [1, 1, 2]}, "expected different row numbers"),
-        ({"indices": [1, -2, 3]}, "expected different row numbers"),
-        ({"indices": "abc"}, "TypeError|row numbers"),
+        ({"indices": [1, -2, 3]}, "massive.indices.1: .*, found -2"),
+        ({"indices": "abc"}, "massive.indices: input should be a valid list"),
         ({"indices": [1, 2]}, "2 indices, 3 magnitudes and 3 shares"),
     ],
 )
@@ -191,7 +199,7 @@ def test_rows_that_no_scan_would_have_written_are_refused(
 
 
 def test_a_file_that_is_not_there_is_named(scan: Scan, tmp_path: Path) -> None:
-    with pytest.raises(BadValue, match=r"there is no .*nothing.json; expected .*scan -o"):
+    with pytest.raises(BadValue, match=r"nothing.json does not exist; expected .*scan -o"):
         load_massive(tmp_path / "nothing.json", scan.identity)
 
 

@@ -27,15 +27,26 @@ class Hub:
     endpoint: str = ""
     sent: list[str] = field(default_factory=list)
     """Files whose content was sent, in order."""
+    failing: dict[str, list[int]] = field(default_factory=dict)
+    """Statuses that requests for a file (`info`: for a repository) get instead of an answer, in order, each once."""
+    everything: tuple[int, dict[str, str], bytes] | None = None
+    """What every request gets: a portal before a network, a server that is down."""
+    listed: list[dict[str, object]] = field(default_factory=list)
+    """Further files a repository says it has."""
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a request."""
+        return self._answer(path) if self.everything is None else self.everything
+
+    def _answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         parts = unquote(urlsplit(path).path).strip("/").split("/")
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         if len(parts) < 4:  # of the client's own concerns this Hub knows nothing
             return 404, {}, b""
         repo, (verb, revision, *rest) = "/".join(parts[:2]), parts[2:]
+        if statuses := self.failing.get("info" if api else parts[-1], []):
+            return statuses.pop(0), {}, b""
         if repo not in self.repos:
             return _refusal(404, "RepoNotFound", "Repository not found")
         if revision not in self.revisions:
@@ -47,14 +58,16 @@ class Hub:
     def _about(self, repo: str, verb: str) -> object:
         files = sorted(path for path in self.repos[repo].iterdir() if path.is_file())
         if verb == "tree":
-            return [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
-        return {"id": repo, "sha": COMMIT, "private": False, "siblings": [{"rfilename": path.name} for path in files]}
+            found = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
+            return [*found, *self.listed]
+        named = [{"rfilename": path.name} for path in files] + [{"rfilename": one["path"]} for one in self.listed]
+        return {"id": repo, "sha": COMMIT, "private": False, "siblings": named}
 
     def _file(self, repo: str, name: str) -> tuple[int, dict[str, str], bytes]:
         if repo in self.gated:
             return _refusal(403, "GatedRepo", f"Access to model {repo} is restricted")
         path = self.repos[repo] / name
-        if not path.is_file():
+        if len(name) > 255 or not path.is_file():  # more is no file name here
             return _refusal(404, "EntryNotFound", "Entry not found")
         content = path.read_bytes()
         return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content

@@ -229,7 +229,7 @@ def test_an_offloaded_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
     model = tiny.model("llama", num_hidden_layers=4)
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded .* without offloading"):
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded.* without offloading"):
         edited(model, tiny.layers_of(model)[1].ffns[0], [1], Attack("zero", 1)).__enter__()
 
 
@@ -248,7 +248,7 @@ def test_experts_that_cannot_be_read_are_refused_before_their_states_are_average
         averaging(model, ffn).__enter__()
     weights.data = weights.data.float()
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.experts is offloaded .* without offloading"):
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.experts is offloaded.* without offloading"):
         averaging(model, ffn).__enter__()
 
 
@@ -369,7 +369,7 @@ def test_experts_under_an_adapter_of_their_own_are_attacked_but_not_fixed() -> N
     with edited(base, ffn, [1, 4], Attack("zero", 2)):
         assert not rows[[1, 4]].any()
     assert tiny.digest(wrapped) == before
-    with pytest.raises(UnsupportedModel, match="whose part no mean replaces; use --on merged"):
+    with pytest.raises(UnsupportedModel, match="whose contribution a mean cannot replace; use --on merged"):
         edited(base, ffn, [1, 4], Attack("mean", 2), means=torch.zeros(64)).__enter__()
 
 

@@ -1,0 +1,119 @@
+"""`mwtool quantize-check`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.options import numbers
+from mwtool.evaluation.config import Options
+from mwtool.models.load_options import LoadOptions
+from mwtool.quantization.config import QuantizeConfig
+from mwtool.quantization.rounding import parse_bits, parse_group
+from mwtool.scan.settings import Settings
+
+DEFAULTS, LOADING = QuantizeConfig(), LoadOptions()
+EXAMPLES = """\
+mwtool quantize-check                    # the bundled model
+mwtool quantize-check ./model --bits 4,3 --group 128
+mwtool quantize-check ./model --bits 4 --task ppl:wikitext2 --limit 64
+"""
+
+
+def quantize_check(
+    model: options.Model = "demo",
+    bits: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Bits of a weight, 2 to 8; each number is tried in turn.")
+    ] = ",".join(map(str, DEFAULTS.bits)),
+    group: Annotated[
+        str, typer.Option(metavar="N", help="Input weights that share a scale, or row for a whole row.")
+    ] = str(DEFAULTS.group),
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Give each group a zero point instead of symmetric levels.")
+    ] = not DEFAULTS.symmetric,
+    k: Annotated[str, typer.Option("-k", "--k", metavar="N,N,...", help="Columns to keep at each event.")] = ",".join(
+        map(str, DEFAULTS.ks)
+    ),
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK",
+            help="What to measure, as in mwtool eval; repeatable, or --tasks a,b.",
+            show_default=",".join(DEFAULTS.tasks),
+        ),
+    ] = None,
+    bos: Annotated[
+        str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")
+    ] = DEFAULTS.bos,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the random controls.", callback=options.a_seed)
+    ] = DEFAULTS.seed,
+    revision: options.Revision = None,
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
+    device_map: options.Spread = None,
+    gguf_file: options.GGUFFile = None,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: options.Output = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Measure what quantizing costs, and how much of it a few protected weights give back."""
+    ks = numbers(k, "-k")
+    if 0 in ks:
+        raise options.WrongUsage("-k 0 keeps no column; nothing kept is always measured")
+    from mwtool.cli.terminal import command_line, note_all, report_console, run_progress, say_once
+    from mwtool.evaluation.evaluate import check
+    from mwtool.evaluation.tasks import parse_tasks
+    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.document import text_of
+    from mwtool.models.load import load
+    from mwtool.quantization.check import quantize_check as check_quantized
+    from mwtool.quantization.document import quantize_document
+    from mwtool.scan.loaded import scan_loaded
+
+    say_once()
+    plan = QuantizeConfig(bits=parse_bits(bits), group=parse_group(group), symmetric=not asymmetric, ks=ks, seed=seed)
+    tasks = parse_tasks(task or DEFAULTS.tasks)
+    check(tasks)
+    if output is not None:
+        check_writable(output)
+    loaded = load(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        gguf_file=gguf_file,
+        trust_remote_code=trust_remote_code,
+    )
+    scan = scan_loaded(loaded, Settings(k=max(ks), bos=bos))
+    note_all((*loaded.notes, *scan.notes))
+    measuring = Options(batch_size=batch_size, limit=limit, window=window, bos=bos, seed=seed)
+    with run_progress() as on_run:
+        found = check_quantized(loaded, scan, tasks, plan, measuring, on_run=on_run)
+    note_all(found.notes)
+    document = text_of(quantize_document(loaded, found, command=command_line()))
+    if output is not None:
+        write(output, document)
+    if json:
+        sys.stdout.write(document)
+        return
+    from mwtool.quantization.report import quantize_report
+
+    report_console().print(quantize_report(found))

@@ -1,0 +1,123 @@
+"""What JSON documents must be like: the base of the models they are written and read with, and how they are read.
+
+pydantic takes a tenth of a second to import. Whoever needs a model imports it where a document is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mwtool.errors import BadValue
+from mwtool.files.text import link_fault, shown
+
+LARGEST = 2**53
+"""Whole numbers above are not exact in every reader of JSON."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Magnitude = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """An object of a document: types as they are (`true` is no number), numbers finite, unknown keys passed over."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="ignore")
+
+
+class Envelope(Strict):
+    """The keys every document about a model begins with."""
+
+    mwtool_version: str
+    model: str
+    revision: str | None
+    model_type: str
+    dtype: str
+    device: str
+    seed: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | None
+    versions: dict[str, str]
+    command: str | None
+
+
+Model = TypeVar("Model", bound=Strict)
+
+
+def checked(model: type[Strict], document: dict[str, Any]) -> dict[str, Any]:
+    """A document that was just made, held against its model and returned as it is.
+
+    Raises ValueError where it does not fit, or has a key that its model does not know: a fault of this program.
+    """
+    unknown = set(document) - {field.alias or name for name, field in model.model_fields.items()}
+    if unknown:
+        raise ValueError(f"{model.__name__} does not know {', '.join(sorted(unknown))}")
+    model.model_validate(document)
+    return document
+
+
+def read_document(path: Path, models: Mapping[str, type[Model]], written_by: str) -> tuple[dict[str, Any], Model]:
+    """A document from a file: as JSON, and as its model.
+
+    models: by schema, the newest first. written_by: the command that writes such documents, for the message.
+    Raises BadValue, on one line, for anything that is no such document: what was found, where, what was expected.
+    """
+    document = _parsed(path, written_by)
+    schema = document.get("schema")
+    if not isinstance(schema, str) or schema not in models:
+        expected = " or ".join(map(repr, models))
+        raise BadValue(f"{path} has schema {shown(schema)}; expected {expected}, as `{written_by}` writes")
+    try:
+        return document, models[schema].model_validate(document)
+    except ValidationError as fault:
+        raise BadValue(f"{path} is no {schema} document: {complaint(fault)}") from fault
+    except RecursionError as fault:
+        raise BadValue(f"{path} is nested too deeply; expected a {schema} document") from fault
+
+
+def complaint(fault: ValidationError) -> str:
+    """The first thing a document does not fulfil, on one line: where, what is expected, what was found."""
+    first = fault.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    said = " ".join(first["msg"].split()).removeprefix("Value error, ")
+    found = "" if first["type"] in ("missing", "value_error") else f", found {shown(first['input'])}"
+    expected = f"{said[:1].lower()}{said[1:]}{found}"
+    return " ".join(f"{where}: {expected}".split()) if where else expected
+
+
+def _parsed(path: Path, written_by: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadValue(
+            link_fault(path) or f"{path} does not exist; expected a document that `{written_by}` writes"
+        ) from None
+    except IsADirectoryError:
+        raise BadValue(f"{path} is a folder; expected a document that `{written_by}` writes") from None
+    except UnicodeDecodeError as fault:
+        raise BadValue(f"{path} is not UTF-8 text: byte {fault.start} is {fault.object[fault.start]:#04x}") from fault
+    except OSError as fault:
+        raise BadValue(f"{path} cannot be read: {fault.strerror or fault}") from fault
+    try:
+        document = json.loads(text, parse_constant=_refused, parse_float=_finite)
+    except RecursionError as fault:
+        raise BadValue(f"{path} is nested too deeply; expected a document that `{written_by}` writes") from fault
+    except ValueError as fault:
+        raise BadValue(f"{path} is not JSON: {' '.join(str(fault).split())}") from fault
+    if not isinstance(document, dict):
+        raise BadValue(f"{path} holds a {type(document).__name__}; expected a JSON object, as `{written_by}` writes")
+    return document
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON; expected finite numbers, or null")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(digits)} is too large for a number; expected finite ones")
+    return value

@@ -1,0 +1,57 @@
+"""A quantization check as a document of schema mwtool.quantize-check/1; docs/json.md describes every key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mwtool.evaluation.document import envelope_of, result_of
+from mwtool.evaluation.evaluate import Result
+from mwtool.surgery.attack import Attack
+
+if TYPE_CHECKING:
+    from mwtool.evaluation.comparison import Ratio
+    from mwtool.evaluation.measurement import Measured
+    from mwtool.models.load import Loaded
+    from mwtool.quantization.check import QuantizeCheck, Share, Variant
+
+SCHEMA = "mwtool.quantize-check/1"
+
+
+def quantize_document(loaded: Loaded, found: QuantizeCheck, *, command: str | None = None) -> dict[str, Any]:
+    """The document of a check of this model."""
+    plan = found.plan
+    return {
+        **envelope_of(SCHEMA, loaded, seed=plan.seed, command=command),
+        "method": "round to nearest",
+        "group": plan.group,
+        "symmetric": plan.symmetric,
+        "quantized_weights": found.weights,
+        "baseline": [_measured(one) for one in found.baseline],
+        "variants": [_variant(one) for one in found.variants],
+        "verdicts": list(found.verdicts),
+        "notes": list(found.notes),
+    }
+
+
+def _variant(one: Variant) -> dict[str, Any]:
+    protection = one.protection
+    return {
+        "bits": one.scheme.bits,
+        "protected": None if protection is None else protection.name,
+        "kind": None if protection is None else protection.kind,
+        "k": None if protection is None else protection.k,
+        "control": protection is not None and protection.control,
+        "kept_weights": 0 if protection is None else protection.weights,
+        "kept_bytes": one.bytes,
+        "results": [_measured(measured) for measured in one.measured],
+        "ratios": [_interval(ratio) for ratio in one.ratio],
+        "shares_given_back": [_interval(share) for share in one.back],
+    }
+
+
+def _interval(one: Ratio | Share | None) -> dict[str, Any] | None:
+    return None if one is None else {"value": one.value, "low": one.low, "high": one.high}
+
+
+def _measured(one: Measured) -> dict[str, Any]:
+    return {key: value for key, value in result_of(Result(Attack(), one)).items() if key != "attack"}

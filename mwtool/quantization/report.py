@@ -1,0 +1,64 @@
+"""A quantization check as text for people, with Rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mwtool.evaluation.numbers import figure, short
+
+if TYPE_CHECKING:
+    from mwtool.evaluation.measurement import Measured
+    from mwtool.quantization.check import QuantizeCheck, Share, Variant
+
+
+def quantize_report(found: QuantizeCheck) -> RenderableType:
+    """A table for each scheme, one line for each set of protected weights, then what follows in words."""
+    return Group(*_parts(found))
+
+
+def _parts(found: QuantizeCheck) -> Iterator[RenderableType]:
+    values = ", ".join(f"{short(one.task)} {_value(one)}" for one in found.baseline)
+    yield Text(f"{found.weights:,} weights quantized by round to nearest. In full precision: {values}\n")
+    for scheme in found.plan.schemes:
+        yield Text(str(scheme), "bold")
+        yield _table([one for one in found.variants if one.scheme == scheme], found.baseline)
+        yield Text()
+    for verdict in found.verdicts:
+        yield Text(verdict)
+
+
+def _table(variants: Sequence[Variant], baseline: Sequence[Measured]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("kept in full precision", overflow="fold")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for one in baseline:
+        table.add_column(short(one.task), justify="right", no_wrap=True)
+        if one.weights is not None:
+            table.add_column("given back", justify="right", no_wrap=True)
+    for variant in variants:
+        name = "nothing" if variant.protection is None else variant.protection.name
+        cells = []
+        for at, one in enumerate(variant.measured):
+            cells += [_value(one), *([_share(variant.back[at])] if baseline[at].weights is not None else [])]
+        style = "dim" if variant.protection is not None and variant.protection.control else None
+        table.add_row(name, "" if variant.protection is None else f"{variant.bytes:,}", *cells, style=style)
+    return table
+
+
+def _share(share: Share | None) -> str:
+    if share is None:
+        return ""
+    if share.low is None or share.high is None:
+        return f"{share.value:.0%}"
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+
+
+def _value(one: Measured) -> str:
+    if one.nonfinite:
+        return "not finite"
+    return figure(one.value) if one.weights is not None else f"{100 * one.value:.1f}"

@@ -1,0 +1,208 @@
+"""Documents that are read again: written and read with one model, and whatever was done to them, refused or right."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import run
+from words import planted_folder
+
+from mwtool.errors import BadValue
+from mwtool.evaluation.document import earlier_results, entries_of, read_documents
+from mwtool.evaluation.report import eval_report
+from mwtool.files.document import text_of
+from mwtool.massive import Identity, load_massive
+
+MUTATIONS = 2000
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One of each kind, as the commands write them."""
+    work = tmp_path_factory.mktemp("documents")
+    model = planted_folder(work / "model", num_hidden_layers=4)
+    (work / "t.txt").write_text(" ".join(f"w{n % 40 + 3}" for n in range(400)))
+    (work / "c.jsonl").write_text('{"context": "w3 w4", "continuation": "w5"}\n' * 5)
+    scan = run("scan", model, "--json", "-o", work / "scan.json")
+    tasks = ("--task", f"ppl:{work / 't.txt'}", "--task", f"cloze:{work / 'c.jsonl'}", "--window", 32)
+    evaluation = run(
+        "eval", model, *tasks, "--attack", "none", "--attack", "zero:1", "--json", "-o", work / "eval.json"
+    )
+    comparison = run("eval", "--compare", work / "eval.json", work / "eval.json", "--json")
+    assert [scan.code, evaluation.code, comparison.code] == [0, 0, 0], (scan, evaluation, comparison)
+    return {"scan": scan.document, "eval": evaluation.document, "comparison": comparison.document}
+
+
+def identity(scan: dict[str, Any]) -> Identity:
+    return Identity(model=scan["model"], revision=scan["revision"], model_type=scan["model_type"], **scan["shape"])
+
+
+def used(kind: str, path: Path, originals: dict[str, dict[str, Any]]) -> None:
+    """Everything a command does with such a file, and that what comes of it can be written again."""
+    if kind == "scan":
+        massive, _ = load_massive(path, identity(originals["scan"]))
+        if massive is not None:
+            text_of(massive.document())
+            assert all(type(index) is int and index >= 0 for index in massive.indices)
+            assert type(massive.layer) is int
+            assert 0 <= massive.layer < originals["scan"]["shape"]["layers"]
+            assert all(map(math.isfinite, (*massive.magnitudes, *massive.shares, massive.value)))
+        return
+    found = read_documents(path)
+    rows = entries_of(found, [str(number) for number in range(len(found))])
+    eval_report(rows)
+    earlier_results(path, originals["eval"], found)
+    text_of(found[0])
+    ran = run("eval", "--compare", path, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["schema"] == "mwtool.comparison/1"
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key and index in a document, with what holds it."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, -1e308, 10**17, 10**400, -(10**400), math.nan, math.inf),
+    *("", "x", "none", "zero:1", "mean:1", "zero:0", "zero:" + "9" * 500, "\ud800", "\0", "x" * 5000, "../x"),
+    *([], {}, [None], [1], ["x"], [[]], {"x": 1}, [True], [math.nan], {"": {}}),
+)
+
+
+def mutated(document: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """The document with one to three keys or entries replaced, removed, repeated or moved."""
+    changed = copy.deepcopy(document)
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        found = list(places(changed))
+        if not found:
+            break
+        holder, key = draw.choice(found)
+        act = draw.choice(("replace", "replace", "replace", "remove", "repeat", "swap", "grow"))
+        if act == "replace":
+            holder[key] = draw.choice(VALUES)
+        elif act == "remove":
+            del holder[key]
+        elif act == "repeat" and isinstance(holder, list):
+            holder.insert(key, holder[key])
+        elif act == "swap":
+            other, place = draw.choice(found)
+            with_other = copy.deepcopy(other[place]) if _holds(other, place) else None
+            holder[key] = with_other
+        elif isinstance(holder[key], int | float):
+            holder[key] *= draw.choice((-1, 2, 0.5, 10**6))
+    return changed
+
+
+def _holds(holder: Any, place: Any) -> bool:
+    return place in holder if isinstance(holder, dict) else place < len(holder)
+
+
+def complaint_of(kind: str, path: Path, originals: dict[str, dict[str, Any]]) -> str | None:
+    try:
+        used(kind, path, originals)
+    except BadValue as fault:
+        return str(fault)
+    return None
+
+
+@pytest.mark.parametrize("kind", ["scan", "eval", "comparison"])
+def test_a_mutated_document_is_refused_in_one_line_or_right(
+    kind: str, documents: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    draw, refused = random.Random(kind), 0
+    path = tmp_path / "document.json"
+    for _ in range(MUTATIONS // 4):
+        path.write_text(json.dumps(mutated(documents[kind], draw)))
+        said = complaint_of(kind, path, documents)
+        refused += said is not None
+        assert said is None or ("\n" not in said and len(said) < 600)
+    assert MUTATIONS // 10 < refused < MUTATIONS // 4
+
+
+@pytest.mark.parametrize("kind", ["scan", "eval", "comparison"])
+def test_an_untouched_document_is_read_as_it_was_written(
+    kind: str, documents: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "document.json"
+    path.write_text(text_of(documents[kind]))
+    used(kind, path, documents)
+
+
+BYTES = {
+    "nothing": (b"", "is not JSON"),
+    "cut short": (b'{"schema": ', "is not JSON"),
+    "nested": (b"[" * 100_000, "nested too deeply"),
+    "nested and closed": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "no text": (b"\xff\xfe{}", "is not UTF-8 text"),
+    "a list": (b"[1]", "holds a list"),
+    "another schema": (b'{"schema": "mwtool.scan/99"}', "has schema 'mwtool.scan/99'; expected"),
+    "a schema that is a list": (b'{"schema": []}', "has schema []; expected"),
+    "a number of 5,000 digits": (b'{"schema": ' + b"9" * 5000 + b"}", "is not JSON"),
+    "a number beyond doubles": (b'{"schema": 1e999}', "is too large for a number"),
+    "NaN": (b'{"schema": NaN}', "NaN is no number in JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_what_is_no_document_at_all_is_one_line(name: str, tmp_path: Path) -> None:
+    content, words = BYTES[name]
+    path = tmp_path / "document.json"
+    path.write_bytes(content)
+    commands = (
+        ["eval", "demo", "--attack", "zero:1", "--massive", path],
+        ["eval", "--compare", path],
+        ["eval", "demo", "--resume", "-o", path],
+        ["ablate", "demo", "--massive", path],
+    )
+    for command in commands:
+        fault = run(*command).fault
+        assert words in fault
+        assert str(path) in fault
+
+
+@pytest.mark.parametrize("kind", ["folder", "absent", "dangling"])
+def test_a_path_that_is_no_file_is_one_line(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "document.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "dangling":
+        path.symlink_to("nowhere")
+    words = {"folder": "is a folder", "absent": "does not exist", "dangling": "is a link to nowhere"}[kind]
+    assert words in run("ablate", "demo", "--massive", path).fault
+
+
+def test_resuming_a_finished_evaluation_keeps_its_notes(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("It was a dark night and the wind was in the trees. " * 3)
+    command = ("eval", "demo", "--task", f"ppl:{tmp_path / 't.txt'}", "-o", tmp_path / "eval.json")
+    assert run(*command).code == 0
+    before = json.loads((tmp_path / "eval.json").read_text())
+    assert before["notes"]
+    assert run(*command, "--resume").code == 0
+    after = json.loads((tmp_path / "eval.json").read_text())
+    assert after["notes"] == before["notes"]
+    assert after["results"] == before["results"]
+    more = run(*command, "--resume", "--task", "ppl:demo", "--limit", "1")
+    assert more.code == 1  # another limit
+    assert run(*command, "--resume", "--attack", "none", "--attack", "scale:0.5:1").code == 0
+    assert set(before["notes"]) <= set(json.loads((tmp_path / "eval.json").read_text())["notes"])
+
+
+def test_pydantic_is_imported_when_a_document_is_read_or_written_and_not_before(tmp_path: Path) -> None:
+
+    code = (
+        "import sys, mwtool.massive, mwtool.scan.document, mwtool.evaluation.document, mwtool.cli; "
+        "sys.exit('mwtool.files.schema' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
