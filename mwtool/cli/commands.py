@@ -21,6 +21,7 @@ SUMMARIES = {
     "finetune": "Train a LoRA or DoRA adapter with MacDrop.",
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
     "export": "Write the FFN matrices of a scan's events in the syntax of a quantization tool.",
+    "report": "Gather scans, ablations, fine-tuning runs and evaluations of one model in one HTML page.",
     "adapters": "List the supported model types; check an adapter, or start a new one.",
 }
 """Command -> the first line of its help, which a test compares with the command's own."""

@@ -1,0 +1,120 @@
+"""The HTML page: its structure, what it escapes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from command import run
+from sweeps import swept
+from words import planted
+
+import mwtool
+from mwtool.ablation.sweep import Sweep
+from mwtool.errors import BadValue
+from mwtool.report.page import page_of, read_for_page
+
+EVIL = "owner/<script>alert(1)</script></svg>$x_{2$"
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Structure(HTMLParser):
+    """Elements with their attributes; fails where they are not nested."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    loaded = planted(tmp_path_factory.mktemp("planted"))
+    model = tiny.model("llama")
+    tiny.plant(model)
+    found = [swept(loaded, Sweep(ks=(1, 2), draws=2)).to_dict(), mwtool.scan_model(model).to_dict()]
+    return [{**one, "model": "owner/name", "command": "mwtool <b>"} for one in found]
+
+
+def test_the_page_is_nested_and_has_each_figure_and_table_with_its_name(documents: list[dict[str, Any]]) -> None:
+    structure = Structure(page_of(documents))
+    figures = [attrs for attrs in structure.all("div") if attrs.get("role") == "img"]
+    assert len(figures) == len(structure.all("svg")) == 2
+    assert all(attrs["aria-label"] for attrs in figures)
+    assert len(structure.all("caption")) == len(structure.all("table")) == 3
+    assert {attrs["scope"] for attrs in structure.all("th")} == {"col"}
+    assert structure.all("html") == [{"lang": "en"}]
+    assert [len(structure.all(name)) for name in ("h1", "main", "nav")] == [1, 1, 1]
+
+
+def test_ids_are_unique_and_links_lead_to_them(documents: list[dict[str, Any]]) -> None:
+    page = page_of(documents)
+    structure = Structure(page)
+    ids = [attrs["id"] for _, attrs in structure.found if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = [str(attrs["href"]) for attrs in structure.all("a")] + re.findall(r'xlink:href="([^"]*)"', page)
+    links += re.findall(r"url\((#[^)]*)\)", page)
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_the_scan_comes_first_whatever_the_order_of_the_files(documents: list[dict[str, Any]]) -> None:
+    assert re.findall(r"<h2[^>]*>(\w+)", page_of(documents)) == ["Scan", "Ablation"]
+    assert page_of(documents) == page_of(documents[::-1])
+
+
+def test_what_comes_from_a_document_is_escaped(documents: list[dict[str, Any]]) -> None:
+    evil = [{**one, "model": EVIL, "command": EVIL, "notes": [EVIL], "dtype": EVIL} for one in documents]
+    page = page_of(evil)
+    structure = Structure(page)
+    assert structure.all("script") == []
+    assert len(structure.all("svg")) == 2
+    assert "owner/&lt;script&gt;" in page
+
+
+def test_the_page_asks_the_network_for_nothing(documents: list[dict[str, Any]]) -> None:
+    page = page_of(documents)
+    assert "default-src 'none'" in page
+    loaded = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page)
+    assert loaded == []
+    assert "@import" not in page
+    assert len(page.encode()) < 2_000_000
+
+
+def test_the_command_reads_folders_and_leaves_other_json_alone(documents: list[dict[str, Any]], tmp_path: Path) -> None:
+    for at, one in enumerate(documents):
+        (tmp_path / f"{at}.json").write_text(json.dumps(one))
+    (tmp_path / "config.json").write_text("{}")
+    ran = run("report", tmp_path, "-o", tmp_path / "page.html")
+    assert (ran.code, ran.out) == (0, "")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page_of(documents)
+
+
+def test_documents_of_two_models_and_other_files_are_refused(documents: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match=r"documents of 2 models were given \(owner/name, other\)"):
+        page_of([documents[0], {**documents[1], "model": "other"}])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadValue, match="has schema None; expected one of"):
+        read_for_page([tmp_path / "config.json"])
+    with pytest.raises(BadValue, match="there is no document in"):
+        read_for_page([tmp_path])
