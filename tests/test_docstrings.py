@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 UNDOCUMENTED = {"cli", "demo"}
 """A command's docstring is its help; the modules of demo are scripts."""
 FOLDERS = (
-    "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "quantization",
+    "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "quantization", "report",
     "finetune", "testing",
     "demo", "cli",
 )  # fmt: skip
