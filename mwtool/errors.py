@@ -1,4 +1,4 @@
-"""What can go wrong, in words for the person at the terminal.
+"""The errors mwtool raises, with messages for the person at the terminal.
 
 Each message is one line: what was found, what was expected, what to do next. The
 command line prints it and exits with 1; a library caller catches `MwtoolError`.

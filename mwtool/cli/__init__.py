@@ -81,7 +81,7 @@ def _told(fault: Exception) -> str:
 
 def _run() -> None:
     try:
-        app(prog_name="mwtool")  # as it is completed, under `python -m mwtool` too
+        app(prog_name="mwtool")  # the name that completion uses, under `python -m mwtool` too
     finally:
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a failure still counts

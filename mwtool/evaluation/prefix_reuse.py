@@ -1,7 +1,7 @@
 """Perplexity of a model and of many attacks on it, each attack running only the layers it can change.
 
 The residual stream that enters decoder layer l does not depend on the rows of layer l. For each batch of windows the
-model runs once as it is, and what its layers return is kept. Under an attack on layer l the layers below l then
+unattacked model runs once, and what its layers return is kept. Under an attack on layer l the layers below l then
 return what they returned before instead of computing it again, and the model's own forward does the rest, so the
 logits are those of a whole forward, bit for bit. Whether that holds is tried on a few tokens first; a model that
 passes more between its layers than they return (key-value states shared among layers, for one) runs whole.

@@ -63,7 +63,7 @@ def read_document(path: Path, models: Mapping[str, type[Model]], written_by: str
     """A document from a file: as JSON, and as its model.
 
     models: by schema, the newest first. written_by: the command that writes such documents, for the message.
-    Raises BadValue, on one line, for anything that is no such document: what was found, where, what was expected.
+    Raises BadValue, on one line, for any other file: what was found, where, what was expected.
     """
     document = _parsed(path, written_by)
     schema = document.get("schema")

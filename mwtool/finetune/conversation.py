@@ -24,7 +24,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of an answer's reasoning; templates read one of the first two."""
 
 _SHOWN = re.compile(r"""["']type["']: *["']text["']""")
-"""A list of parts that a template writes down as it is instead of reading its texts."""
+"""A list of parts that a template prints as a list instead of reading its texts."""
 
 Span = tuple[int, int]
 
@@ -236,7 +236,7 @@ def _span(
     shared = 0 if base is None else common(base, whole)
     begin = places[at][0] if at in places else after.rfind(turns[at].content.strip() or "\0")
     start = begin if before is None else common(before, after)
-    if begin >= 0:  # the prompt goes on with what this answer does not have, such as <think>
+    if begin >= 0:  # the prompt continues with what this answer does not have, such as <think>
         start = min(start, begin)
     if at in places and at - 1 in places:
         behind = start >= places[at - 1][1]

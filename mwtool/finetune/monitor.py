@@ -47,7 +47,7 @@ class NothingLeft(Exception):
 class Watch(TrainerCallback):
     """To be called after MacDrop's callback, whose p it keeps.
 
-    settings: written into every checkpoint. before: p of the steps before this process, where it goes on from one.
+    settings: written into every checkpoint. before: p of the steps before this process, if it resumed.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # those of this command and not of the checkpoint gone on from
+        # those of this command and not of the checkpoint it resumed from
         state.save_steps, state.logging_steps = int(args.save_steps), int(args.logging_steps)
         self.step, self.first = state.global_step, time.perf_counter()
 

@@ -109,7 +109,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class NotRendered:
-    """Why a call gave no text, in words that follow `the chat template`."""
+    """Why a call gave no text, as a clause that follows `the chat template`."""
 
     why: str
 

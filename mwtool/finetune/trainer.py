@@ -56,7 +56,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Telling:
-    """What is told while it trains, and where. loggers: names of Trainer's `report_to`."""
+    """What is reported during training, and where. loggers: names of Trainer's `report_to`."""
 
     logging_steps: int | None = None
     save_steps: int | None = None

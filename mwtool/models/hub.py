@@ -130,7 +130,7 @@ def _repeated(ask: Callable[[], T]) -> T:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the client's warnings about each attempt; how it ended is said in one line."""
+    """Without the client's warnings about each attempt; the outcome is reported in one line."""
     import logging as levels
 
     from huggingface_hub.utils import logging

@@ -142,7 +142,7 @@ def _filled(source: Source, config: Any, checkpoint: Checkpoint, options: dict[s
 
     transformers is given the tensors of the checkpoint, as a scan reads them, and not the folder: by itself it takes a
     tensor that lies in two shards from the last of them, whatever the index says, and applies an adapter it finds.
-    Only where layers may be left on the disk does it have to know the files, since it goes on reading from them.
+    Only where layers may be left on the disk does it have to know the files, since it reads from them later.
     """
     empty = empty_model(source, config)
     kind: Any = type(empty)
@@ -206,7 +206,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_whole(source: Source, checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    """Raise BadCheckpoint for what transformers fills with random numbers and goes on."""
+    """Raise BadCheckpoint for what transformers fills with random numbers without failing."""
     missing = sorted(info["missing_keys"], key=_natural)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -226,7 +226,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 class _NoReport(Filter):
-    """transformers logs a table of absent and misshapen tensors, the first of which is said here in one line."""
+    """transformers logs a table of absent and misshapen tensors, the first of which is reported here in one line."""
 
     def filter(self, record: LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Rewrite a checkpoint with some tensors changed; every other byte stays as it is.
+"""Rewrite a checkpoint with some tensors changed; all other bytes are unchanged.
 
 Safetensors files are copied and only the bytes of the changed tensors are written, so that shards, names and dtypes
 stay. Also how a base model and its PEFT adapter are written as one.

@@ -371,7 +371,7 @@ def _noted(source: Source, note: str) -> Source:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """What transformers would log of token ids and vocabularies is said here, where it matters, in one line."""
+    """What transformers would log of token ids and vocabularies is reported here, where it matters, in one line."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -87,7 +87,7 @@ class QuantizeCheck:
 
     @property
     def verdicts(self) -> tuple[str, ...]:
-        """What it shows, in words."""
+        """What it shows, one sentence for each scheme and set of weights."""
         return tuple(verdicts(self.variants))
 
 

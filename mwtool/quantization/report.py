@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def quantize_report(found: QuantizeCheck) -> RenderableType:
-    """A table for each scheme, one line for each set of protected weights, then what follows in words."""
+    """A table for each scheme, one line for each set of protected weights, then the verdicts."""
     return Group(*_parts(found))
 
 

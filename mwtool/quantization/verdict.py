@@ -1,4 +1,4 @@
-"""What a quantization check shows, in words."""
+"""The verdicts of a quantization check, as sentences."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def ranked_by_hand(
     massive: Event | None,
     dimensions: Sequence[int],
 ) -> MassiveWeights:
-    """The rows the user asked for. massive: the event the definitions choose, where nothing else is said.
+    """The rows the user asked for. massive: the event the definitions choose, unless chosen otherwise.
 
     Raises BadValue where there is no such event, expert or row.
     """

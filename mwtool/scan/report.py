@@ -242,7 +242,7 @@ def _rows(massive: MassiveWeights) -> Table:
 
 
 def _remarks(scan: Scan) -> Iterator[Text]:
-    """What is worth knowing beside the answer, a line each."""
+    """Further findings, one line for each."""
     yield Text()
     if (warning := overflow(scan)) is not None:
         yield Text(warning, "yellow")

@@ -1,4 +1,4 @@
-"""A scan in words: what each write does to its dimension, and what happens to a dimension over depth."""
+"""A scan as a sentence: what each write does to its dimension, and what happens to a dimension over depth."""
 
 from __future__ import annotations
 
