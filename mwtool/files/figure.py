@@ -151,7 +151,21 @@ def save_figure(figure: Figure, path: Path) -> None:
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(_format(path))
     with styled():
         figure.savefig(drawn, format=_format(path), dpi=300, metadata=undated)
-    write(path, drawn.getvalue())
+    content = drawn.getvalue()
+    write(path, with_stable_ids(content.decode()) if _format(path) == "svg" else content)
+
+
+def with_stable_ids(svg: str) -> str:
+    """SVG by matplotlib with its generated ids numbered in order of appearance.
+
+    matplotlib names clip paths by a hash of their coordinates, whose last bits differ from drawing to drawing.
+    """
+    numbers: dict[str, str] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return numbers.setdefault(found[0], f"{found[1]}{len(numbers)}")
+
+    return re.sub(r"\b([a-z])[0-9a-f]{10}\b", numbered, svg)
 
 
 def _format(path: Path) -> str:

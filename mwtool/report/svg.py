@@ -6,7 +6,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from mwtool.files.figure import INK, styled
+from mwtool.files.figure import INK, styled, with_stable_ids
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     drawn = io.StringIO()
     with styled(), mpl.rc_context({"svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    svg = drawn.getvalue()
+    svg = with_stable_ids(drawn.getvalue())
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r'\1 aria-hidden="true" focusable="false"', svg, count=1)
