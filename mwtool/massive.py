@@ -31,6 +31,11 @@ class Identity:
     intermediate_size: int
     experts: int | None = None
 
+    @property
+    def shape(self) -> dict[str, int | None]:
+        """The `shape` object of a document."""
+        return {name: getattr(self, name) for name in ("layers", "hidden_size", "intermediate_size", "experts")}
+
 
 class RankedRows(Protocol):
     """Ranked rows of one FFN: of a scan (`MassiveWeights`), or chosen by the user."""

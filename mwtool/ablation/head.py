@@ -20,11 +20,5 @@ class Head:
 
 def head_of(loaded: Loaded, *, seed: int = 0, command: str | None = None) -> Head:
     """The head of an ablation of this model."""
-    one = loaded.identity
-    shape = {
-        "layers": one.layers,
-        "hidden_size": one.hidden_size,
-        "intermediate_size": one.intermediate_size,
-        "experts": one.experts,
-    }
-    return Head({**envelope_of(ABLATION, loaded, seed=seed, command=command), "shape": shape}, loaded.notes)
+    keys = envelope_of(ABLATION, loaded, seed=seed, command=command)
+    return Head({**keys, "shape": loaded.identity.shape}, loaded.notes)

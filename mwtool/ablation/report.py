@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +15,7 @@ from mwtool.ablation.sweep import Ablation, Run, controls_of
 from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import named, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
-from mwtool.evaluation.numbers import figure, short
+from mwtool.evaluation.numbers import figure, short, shown
 from mwtool.scan.targets import Target
 
 BESIDE, WIDE = 26, 46
@@ -69,7 +68,7 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
             table.add_column(Text(column), justify="right", no_wrap=True)  # brackets in a file's name are no markup
     start = [*([""] if layers else []), "none", "0"]
     blank = [""] * (3 if controls else 1)
-    table.add_row(*start, *(cell for at in tasks for cell in (_value(found.baseline[at]), *blank)))
+    table.add_row(*start, *(cell for at in tasks for cell in (shown(found.baseline[at]), *blank)))
     for run in found.runs:
         if run.control is None:
             place = [run.place] if layers else []
@@ -81,7 +80,7 @@ def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -
     beside = controls_of(run, found.runs)
     for at in tasks:
         one, plain = run.measured[at], found.baseline[at]
-        yield _value(one)
+        yield shown(one)
         yield _change(one, plain)
         if controls:
             yield _spread([control.measured[at] for control in beside if control.control != "norm"], plain)
@@ -131,9 +130,3 @@ def _nonfinite(found: Ablation) -> Iterator[str]:
         for name, one in named(several).items():
             if one.nonfinite:
                 yield f"{short(name)} is not finite {under}: {one.nonfinite}."
-
-
-def _value(one: Measured) -> str:
-    if not math.isfinite(one.value):
-        return "not finite"
-    return figure(one.value) if one.weights is not None else f"{100 * one.value:.1f}"

@@ -84,20 +84,10 @@ def ablate(
     on: Annotated[
         On, typer.Option(help="With a PEFT adapter: attack the base model below it, or both merged.")
     ] = LOADING.on,
-    bos: Annotated[
-        str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")
-    ] = DEFAULTS.bos,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
-    ] = None,
+    bos: options.FirstToken = DEFAULTS.bos,
+    batch_size: options.BatchSize = None,
+    limit: options.Limit = None,
+    window: options.Window = None,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed of the first random control.", callback=options.a_seed)
     ] = DEFAULTS.seed,
@@ -247,5 +237,5 @@ def _show(found: Ablation, said: list[tuple[str, str]]) -> None:
     console.print(ablate_report(found, said, console.width))
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("ablate", cls=Command, epilog=EXAMPLES)(ablate)

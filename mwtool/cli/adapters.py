@@ -18,7 +18,7 @@ from mwtool.errors import BadPlugin
 if TYPE_CHECKING:
     from mwtool.testing.kit import Conformance
 
-app = single(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+app = single(cls=Group)
 EXAMPLES = """\
 mwtool adapters                          # the model types that can be scanned
 mwtool adapters check                    # check every installed adapter

@@ -61,4 +61,10 @@ class LazyGroup(Group):
 
 def single(**options: Any) -> typer.Typer:
     """A Typer for one command, or for one group of them, without options of its own."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **options,
+    )

@@ -83,10 +83,7 @@ def evaluate(
             show_default="sun-4096 for datasets, bos for files",
         ),
     ] = MEASURING.protocol,
-    window: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
-    ] = MEASURING.window,
+    window: options.Window = MEASURING.window,
     bos: Annotated[
         str, typer.Option(metavar="TOKEN", help="First token: auto, always, never, or a token or its id.")
     ] = MEASURING.bos,
@@ -197,5 +194,5 @@ def _usage(
         raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("eval", cls=Command, epilog=EXAMPLES)(evaluate)

@@ -62,5 +62,5 @@ def export(
     note(chosen.comment)
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("export", cls=Command, epilog=EXAMPLES, options_metavar="--to TOOL [OPTIONS]")(export)

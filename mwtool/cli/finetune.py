@@ -452,5 +452,5 @@ def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
         report_console().print(outcome_report(document, str(folder)))
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("finetune", cls=Command, epilog=EXAMPLES, options_metavar="--data DATA -o DIR [OPTIONS]")(finetune)

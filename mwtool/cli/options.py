@@ -178,6 +178,14 @@ Spread = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+FirstToken = Annotated[str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory")
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")]
+Window = Annotated[
+    int | None, typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit")
+]
 Massive = Annotated[
     Path | None,
     typer.Option(

@@ -47,20 +47,10 @@ def quantize_check(
             show_default=",".join(DEFAULTS.tasks),
         ),
     ] = None,
-    bos: Annotated[
-        str, typer.Option(metavar="TOKEN", help="First token: auto, always, or a token or its id.")
-    ] = DEFAULTS.bos,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit"),
-    ] = None,
+    bos: options.FirstToken = DEFAULTS.bos,
+    batch_size: options.BatchSize = None,
+    limit: options.Limit = None,
+    window: options.Window = None,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed of the random controls.", callback=options.a_seed)
     ] = DEFAULTS.seed,
@@ -121,5 +111,5 @@ def quantize_check(
     report_console().print(quantize_report(found))
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("quantize-check", cls=Command, epilog=EXAMPLES)(quantize_check)

@@ -39,5 +39,5 @@ def report(
     note(f"the report is in {output}")
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("report", cls=Command, epilog=EXAMPLES)(report)

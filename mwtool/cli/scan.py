@@ -280,5 +280,5 @@ def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bo
         console.print(protect_table(found))
 
 
-app = single(context_settings={"help_option_names": ["-h", "--help"]})
+app = single()
 app.command("scan", cls=ScanCommand, epilog=EXAMPLES)(scan)

@@ -80,9 +80,12 @@ def eval_document(
 
 def result_of(one: Result) -> dict[str, Any]:
     """An entry of `results`."""
-    measured = one.measured
+    return {"attack": str(one.attack), **measured_document(one.measured)}
+
+
+def measured_document(measured: Measured) -> dict[str, Any]:
+    """What was measured, without the attack it was measured under."""
     return {
-        "attack": str(one.attack),
         "task": measured.task,
         "part": measured.part,
         "metric": measured.metric,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mwtool.evaluation.measurement import Measured
 
 
 def figure(value: float) -> str:
@@ -19,3 +24,10 @@ def short(task: str) -> str:
     """The name of a task without the folders of its file."""
     kind, colon, target = task.partition(":")
     return f"{kind}{colon}{Path(target).name}" if colon else task
+
+
+def shown(one: Measured) -> str:
+    """The value of a metric in a table: a perplexity, or a mean in percent."""
+    if one.nonfinite or not math.isfinite(one.value):
+        return "not finite"
+    return figure(one.value) if one.weights is not None else f"{100 * one.value:.1f}"

@@ -56,6 +56,10 @@ class Share:
     low: float | None
     high: float | None
 
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.0%}, {self.high:.0%}]"
+        return f"{self.value:.0%}{interval}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mwtool.evaluation.document import envelope_of, result_of
-from mwtool.evaluation.evaluate import Result
-from mwtool.surgery.attack import Attack
+from mwtool.evaluation.document import envelope_of, measured_document
 
 if TYPE_CHECKING:
     from mwtool.evaluation.comparison import Ratio
-    from mwtool.evaluation.measurement import Measured
     from mwtool.models.load import Loaded
     from mwtool.quantization.check import QuantizeCheck, Share, Variant
 
@@ -26,7 +23,7 @@ def quantize_document(loaded: Loaded, found: QuantizeCheck, *, command: str | No
         "group": plan.group,
         "symmetric": plan.symmetric,
         "quantized_weights": found.weights,
-        "baseline": [_measured(one) for one in found.baseline],
+        "baseline": [measured_document(one) for one in found.baseline],
         "variants": [_variant(one) for one in found.variants],
         "verdicts": list(found.verdicts),
         "notes": list(found.notes),
@@ -43,7 +40,7 @@ def _variant(one: Variant) -> dict[str, Any]:
         "control": protection is not None and protection.control,
         "kept_weights": 0 if protection is None else protection.weights,
         "kept_bytes": one.bytes,
-        "results": [_measured(measured) for measured in one.measured],
+        "results": [measured_document(measured) for measured in one.measured],
         "ratios": [_interval(ratio) for ratio in one.ratio],
         "shares_given_back": [_interval(share) for share in one.back],
     }
@@ -51,7 +48,3 @@ def _variant(one: Variant) -> dict[str, Any]:
 
 def _interval(one: Ratio | Share | None) -> dict[str, Any] | None:
     return None if one is None else {"value": one.value, "low": one.low, "high": one.high}
-
-
-def _measured(one: Measured) -> dict[str, Any]:
-    return {key: value for key, value in result_of(Result(Attack(), one)).items() if key != "attack"}

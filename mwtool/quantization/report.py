@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mwtool.evaluation.numbers import figure, short
+from mwtool.evaluation.numbers import short, shown
 
 if TYPE_CHECKING:
     from mwtool.evaluation.measurement import Measured
-    from mwtool.quantization.check import QuantizeCheck, Share, Variant
+    from mwtool.quantization.check import QuantizeCheck, Variant
 
 
 def quantize_report(found: QuantizeCheck) -> RenderableType:
@@ -22,7 +22,7 @@ def quantize_report(found: QuantizeCheck) -> RenderableType:
 
 
 def _parts(found: QuantizeCheck) -> Iterator[RenderableType]:
-    values = ", ".join(f"{short(one.task)} {_value(one)}" for one in found.baseline)
+    values = ", ".join(f"{short(one.task)} {shown(one)}" for one in found.baseline)
     yield Text(f"{found.weights:,} weights quantized by round to nearest. In full precision: {values}\n")
     for scheme in found.plan.schemes:
         yield Text(str(scheme), "bold")
@@ -44,21 +44,7 @@ def _table(variants: Sequence[Variant], baseline: Sequence[Measured]) -> Table:
         name = "nothing" if variant.protection is None else variant.protection.name
         cells = []
         for at, one in enumerate(variant.measured):
-            cells += [_value(one), *([_share(variant.back[at])] if baseline[at].weights is not None else [])]
+            cells += [shown(one), *([str(variant.back[at] or "")] if baseline[at].weights is not None else [])]
         style = "dim" if variant.protection is not None and variant.protection.control else None
         table.add_row(name, "" if variant.protection is None else f"{variant.bytes:,}", *cells, style=style)
     return table
-
-
-def _share(share: Share | None) -> str:
-    if share is None:
-        return ""
-    if share.low is None or share.high is None:
-        return f"{share.value:.0%}"
-    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
-
-
-def _value(one: Measured) -> str:
-    if one.nonfinite:
-        return "not finite"
-    return figure(one.value) if one.weights is not None else f"{100 * one.value:.1f}"

@@ -43,7 +43,7 @@ def _of(scheme: Scheme, variants: Sequence[Variant], at: int) -> Iterator[str]:
         share, beside = best.back[at], None if control is None else control.back[at]
         assert share is not None, "looked at above"
         yield (
-            f"{scheme}: keeping {best.protection.name} ({best.bytes:,} bytes) gives back {_percent(share)} of what "
+            f"{scheme}: keeping {best.protection.name} ({best.bytes:,} bytes) gives back {share} of what "
             f"quantizing costs on {task}; {_judged(share, beside)}"
         )
 
@@ -66,9 +66,4 @@ def _judged(share: Share, control: Share | None) -> str:
     if control is None:
         return "there was no control to hold it against."
     beyond = control.high is not None and share.low > control.high
-    return f"its control {_percent(control)}, so it {'pays' if beyond else 'is not shown to pay'}."
-
-
-def _percent(share: Share) -> str:
-    interval = "" if share.low is None or share.high is None else f" [{share.low:.0%}, {share.high:.0%}]"
-    return f"{share.value:.0%}{interval}"
+    return f"its control {control}, so it {'pays' if beyond else 'is not shown to pay'}."

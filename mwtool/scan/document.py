@@ -36,12 +36,7 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
             device=scan.device,
             command=command,
         ),
-        "shape": {
-            "layers": one.layers,
-            "hidden_size": one.hidden_size,
-            "intermediate_size": one.intermediate_size,
-            "experts": one.experts,
-        },
+        "shape": one.shape,
         "parameters": scan.parameters,
         "thresholds": {
             "magnitude": limits.magnitude,

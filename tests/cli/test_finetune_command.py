@@ -8,12 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Ran, run, run_apart
+from command import run, run_apart
+from finetuning import arguments, finetune, weights
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from words import planted_folder
@@ -23,24 +23,10 @@ from mwtool.finetune.document import model_card
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
 
-QUICK = "--rank 4 --lr 1e-2 --max-length 16 --batch-size 2 --effective-batch 4 --dropout 0.1 --device cpu".split()
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted_folder(tmp_path_factory.mktemp("model"))
-
-
-def arguments(folder: Path, *more: object) -> list[object]:
-    return ["finetune", folder, "--data", folder / "text.txt", *QUICK, *more]
-
-
-def finetune(folder: Path, *more: object) -> Ran:
-    return run(*arguments(folder, *more))
-
-
-def weights(run_folder: Path) -> str:
-    return sha256((run_folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def test_a_run_leaves_adapter_record_card_and_figure(folder: Path, tmp_path: Path) -> None:

@@ -9,36 +9,22 @@ import resource
 import subprocess
 import sys
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Ran, run
+from command import run
 from filelock import FileLock
+from finetuning import arguments, finetune, weights
 from words import WORDS, planted_folder
 
 from mwtool.finetune import template
 from mwtool.finetune.checkpointing import LOCK
 
-QUICK = "--rank 4 --lr 1e-2 --max-length 16 --batch-size 2 --effective-batch 4 --dropout 0.1 --device cpu".split()
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted_folder(tmp_path_factory.mktemp("model"))
-
-
-def arguments(folder: Path, *more: object) -> list[object]:
-    return ["finetune", folder, "--data", folder / "text.txt", *QUICK, *more]
-
-
-def finetune(folder: Path, *more: object) -> Ran:
-    return run(*arguments(folder, *more))
-
-
-def weights(run_folder: Path) -> str:
-    return sha256((run_folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def record(run_folder: Path) -> dict[str, Any]:
