@@ -8,22 +8,16 @@ intermediate state, w_l what the FFN adds to the stream, all for bos at the firs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
-from mwtool.architecture.packed import packed_dtype
-from mwtool.architecture.registry import adapter_for
-from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
-from mwtool.errors import BadPlugin, BadValue, UnsupportedModel
+from mwtool.architecture.layout import Adapter
+from mwtool.errors import BadValue
 from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import Identity, MassiveWeights
-from mwtool.models.bos import Bos, find_bos
+from mwtool.models.bos import Bos
 from mwtool.models.identity import identity_of
 from mwtool.models.source import Source, locate
-from mwtool.models.streaming import Stream, open_stream
 from mwtool.scan.by_hand import ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (
@@ -40,6 +34,7 @@ from mwtool.scan.definitions import (
 from mwtool.scan.protect import Protected
 from mwtool.scan.ranking import Ranker, Router, carrier, routing
 from mwtool.scan.settings import Settings
+from mwtool.scan.subject import Subject, in_memory, kinds, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -150,31 +145,7 @@ def scan_checkpoint(
         if isinstance(model, Source)
         else locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     )
-    config = source.config()
-    adapter = adapter_for(config.model_type)
-    layers = decoder_layers(adapter, config)
-    bos = find_bos(settings.bos, source.vocabulary(), config, settings.prompt)
-    experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    paths = [layer.path for layer in layers]
-    fits = partial(check_fit, adapter, layers)
-    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
-    notes = (*source.notes, *stream.checkpoint.notes)
-    if source.adapter is not None:
-        notes = (
-            *notes,
-            f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
-        )
-    subject = _Subject(
-        model=stream.model,
-        layers=layers,
-        bos=bos,
-        name=source.name,
-        adapter=str(adapter),
-        revision=source.revision,
-        notes=notes,
-        stream=stream,
-    )
-    return _scan(subject, settings, on_layer)
+    return _scan(streamed(source, settings, dtype, device), settings, on_layer)
 
 
 def scan_model(
@@ -190,62 +161,25 @@ def scan_model(
     Raises UnsupportedModel where weights are packed or offloaded, so that rows cannot be read.
     """
     settings = settings or Settings()
-    base = unwrapped(model)
-    adapter = adapter or adapter_for(base.config.model_type)
-    layers = decoder_layers(adapter, base.config)
-    check_fit(adapter, layers, base)
-    name: str = base.config.name_or_path or type(base).__name__
-    _check_readable(name, layers, base)
-    bos = find_bos(settings.bos, tokenizer, base.config, settings.prompt)
-    training: bool = base.training
-    base.eval()
+    subject = in_memory(model, tokenizer, settings, adapter)
+    training: bool = subject.model.training
+    subject.model.eval()
     try:
-        return _scan(_Subject(model=base, layers=layers, bos=bos, name=name, adapter=str(adapter)), settings)
+        return _scan(subject, settings)
     finally:
-        base.train(training)
-
-
-def _check_readable(name: str, layers: Sequence[DecoderLayer], model: PreTrainedModel) -> None:
-    for index, layer in enumerate(layers):
-        for ffn in _kinds([layer]):
-            packed = packed_dtype(model, ffn.down)
-            how = "offloaded" if ffn.down.read(model).is_meta else packed and f"quantized (packed {packed})"
-            if how:
-                raise UnsupportedModel(
-                    f"{name} is {how} in layer {index} and cannot be scanned in memory; scan the checkpoint it was "
-                    f"made of"
-                )
+        subject.model.train(training)
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kinds(layers: Sequence[DecoderLayer]) -> list[FFN]:
-    """One FFN of each kind a layer has: a routed expert stands for all."""
-    return [ffn for layer in layers for ffn in layer.ffns if not ffn.expert]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Subject:
-    """A model ready to run; `stream` where its weights come from disk; `adapter`, to name it if it proves wrong."""
-
-    model: PreTrainedModel
-    layers: list[DecoderLayer]
-    bos: Bos
-    name: str
-    adapter: str
-    revision: str | None = None
-    notes: tuple[str, ...] = ()
-    stream: Stream | None = None
-
-
-def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
+def _scan(subject: Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
     model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
     _check(settings, subject)
     states = _walked(subject, settings, on_layer)
     ranker = Ranker(
-        model=model, layers=subject.layers, stream=subject.stream, parameters=_parameters(subject), k=settings.k
+        model=model, layers=subject.layers, stream=subject.stream, parameters=subject.parameters, k=settings.k
     )
     dimensions = massive_dimensions(states, total, thresholds)
     written = writes(states, total, dimensions, thresholds)
@@ -254,7 +188,7 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
     return Scan(
         identity=identity_of(subject.name, subject.revision, model.config, subject.layers, model),
         dtype=_short(model.dtype),
-        device=str(model.device if subject.stream is None else subject.stream.device),
+        device=str(subject.device),
         bos=subject.bos,
         settings=settings,
         states=tuple(states),
@@ -271,10 +205,10 @@ def _scan(subject: _Subject, settings: Settings, on_layer: OnLayer | None = None
     )
 
 
-def _check(settings: Settings, subject: _Subject) -> None:
+def _check(settings: Settings, subject: Subject) -> None:
     """Refuse what can be refused before the walk."""
     total, last = len(subject.layers), settings.last_layer
-    largest = max(ffn.width(subject.model) for ffn in _kinds(subject.layers))
+    largest = max(ffn.width(subject.model) for ffn in kinds(subject.layers))
     if not 1 <= settings.k <= largest:
         raise BadValue(
             f"k is {settings.k}; the intermediate state has {largest} entries: k must be from 1 to {largest}"
@@ -284,7 +218,7 @@ def _check(settings: Settings, subject: _Subject) -> None:
     settings.by_hand.check(total, total - 1 if last is None else last)
 
 
-def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
+def _walked(subject: Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
     """The states bos leaves in each layer, up to the last one asked for."""
     stream = subject.stream
     layers = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
@@ -293,14 +227,10 @@ def _walked(subject: _Subject, settings: Settings, on_layer: OnLayer | None) -> 
         if on_layer is not None:
             on_layer(state.layer + 1, len(layers), 0 if stream is None else stream.bytes_read)
 
-    place, spike = None if stream is None else stream.device, settings.thresholds.spike
-    with nullcontext(subject.model) if stream is None else stream.flowing() as running:
-        try:
-            return walk(running, layers, subject.bos.id, spike=spike, device=place, on_layer=done)
-        except BadPlugin as fault:
-            if str(fault).startswith(subject.adapter):  # already named: one of its own callables failed
-                raise
-            raise BadPlugin(f"{subject.adapter} does not describe {type(subject.model).__name__}: {fault}") from fault
+    with subject.running() as running:
+        return walk(
+            running, layers, subject.bos.id, spike=settings.thresholds.spike, device=subject.device, on_layer=done
+        )
 
 
 def _massive(
@@ -317,12 +247,3 @@ def _massive(
     if found is not None:
         ranker.check(found.rows, carrier(states[found.layer], found.dimension))
     return None if found is None else found.rows
-
-
-def _parameters(subject: _Subject) -> int:
-    """All parameters, tied ones once, without those of a PEFT adapter."""
-    if subject.stream is not None:
-        return subject.stream.parameters
-    tuners = [getattr(m, name) for m in subject.model.modules() for name in getattr(m, "adapter_layer_names", ())]
-    added: int = sum(p.numel() for tuner in tuners for p in tuner.parameters())
-    return subject.model.num_parameters() - added
