@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from mwtool.macdrop.curriculum_yaml import read_curriculum
     from mwtool.macdrop.engine import MacDrop
     from mwtool.massive import MassiveWeights
+    from mwtool.scan.comparison import Comparison, compare_scans
     from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
     from mwtool.scan.settings import Settings, Thresholds
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
+    "Comparison": "mwtool.scan.comparison",
     "Curriculum": "mwtool.macdrop.curriculum",
     "EvalConfig": "mwtool.evaluation.config",
     "MacDrop": "mwtool.macdrop.engine",
@@ -37,6 +39,7 @@ _HOMES = {
     "Settings": "mwtool.scan.settings",
     "Thresholds": "mwtool.scan.settings",
     "ablated": "mwtool.ablation.sweep",
+    "compare_scans": "mwtool.scan.comparison",
     "evaluate_models": "mwtool.evaluation.run",
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
@@ -49,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "Curriculum",
     "EvalConfig",
     "MacDrop",
@@ -61,6 +65,7 @@ __all__ = [
     "Thresholds",
     "__version__",
     "ablated",
+    "compare_scans",
     "evaluate_models",
     "guard",
     "measure_perplexity",

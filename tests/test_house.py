@@ -101,7 +101,15 @@ def test_only_the_command_line_knows_all_others() -> None:
     outside = [path for path in SOURCES if path.parent.name != "cli" and path.name != "__main__.py"]
     assert [path.name for path in outside if "cli" in ours(path)] == []
     drawing = {path.name for path in outside if libraries(path) & {"rich", "typer", "matplotlib"}}
-    assert drawing <= {"report.py", "tables.py", "plot.py", "figure.py", "svg.py", "sections.py"}
+    assert drawing <= {
+        "report.py",
+        "comparison_report.py",
+        "tables.py",
+        "plot.py",
+        "figure.py",
+        "svg.py",
+        "sections.py",
+    }
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: path.stem)

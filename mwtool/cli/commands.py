@@ -19,6 +19,7 @@ SUMMARIES = {
     "ablate": "Zero, scale or replace massive rows and measure the effect, next to control rows.",
     "eval": "Measure perplexity and zero-shot tasks of a model, attacked or not.",
     "finetune": "Train a LoRA or DoRA adapter with MacDrop.",
+    "compare": "Lay two scans side by side: which events and rows are kept, moved, lost or new.",
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
     "export": "Write the FFN matrices of a scan's events in the syntax of a quantization tool.",
     "report": "Gather scans, ablations, fine-tuning runs and evaluations of one model in one HTML page.",

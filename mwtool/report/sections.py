@@ -13,6 +13,7 @@ from mwtool.finetune.config import SCHEMA as TRAINING
 from mwtool.finetune.plot import plot_training
 from mwtool.massive import ABLATION
 from mwtool.massive import SCHEMA as SCAN
+from mwtool.scan.comparison_document import SCHEMA as COMPARISON
 from mwtool.scan.plot import plot_scan
 
 if TYPE_CHECKING:
@@ -152,8 +153,37 @@ def _evaluation(document: Document) -> Section:
     )
 
 
+def _comparison(document: Document) -> Section:
+    both = {"both": "A and B", "a": "A only", "b": "B only"}
+    events = [
+        {
+            **{name: event[name] for name in ("layer", "dimension")},
+            "event in": both[event["found_in"]],
+            **{
+                f"{said} {side.upper()}": event[f"{key}_{side}"]
+                for key, said in (("after", "h after"), ("z", "|z|"))
+                for side in "ab"
+            },
+            **{
+                fate: [row["row"] for row in event["rows"] if row["fate"] == fate]
+                for fate in ("kept", "moved", "lost", "new")
+            },
+        }
+        for event in document["events"]
+    ]
+    return Section(
+        heading=f"Comparison with {document['b']['name']}",
+        said=tuple(document["said"]),
+        figure=None,
+        described="",
+        tables=(("Events of A and B, and what became of the rows that carry them", events),) if events else (),
+        facts={"A": document["a"]["name"], "B": document["b"]["name"]},
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Document], Section]] = {
     SCAN: _scan,
+    COMPARISON: _comparison,
     ABLATION: _ablation,
     TRAINING: _training,
     EVALUATION: _evaluation,

@@ -22,7 +22,7 @@ from mwtool.models.load_options import LoadOptions
 from mwtool.scan.settings import Settings
 
 COMMANDS = [
-    [], ["scan"], ["ablate"], ["eval"], ["finetune"], ["report"], ["quantize-check"], ["export"],
+    [], ["scan"], ["ablate"], ["eval"], ["finetune"], ["report"], ["compare"], ["quantize-check"], ["export"],
     ["adapters"], ["adapters", "check"], ["adapters", "new"],
 ]  # fmt: skip
 GROUP: Any = get_command(app)

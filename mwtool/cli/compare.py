@@ -1,0 +1,104 @@
+"""`mwtool compare`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.command import Command
+from mwtool.cli.commands import single
+from mwtool.models.load_options import LoadOptions
+from mwtool.scan.settings import Settings
+
+if TYPE_CHECKING:
+    from mwtool.files.scan_schema import ScanDocument
+    from mwtool.scan.scanner import Scan
+
+DEFAULTS, LOADING = Settings(), LoadOptions()
+EXAMPLES = """\
+mwtool compare base.json tuned.json      # documents of mwtool scan -o
+mwtool compare ./model model-q4.gguf
+mwtool compare ./model ./adapter --json  # the adapter merged
+"""
+HELP = "A saved scan (mwtool scan -o FILE.json), or a model to scan: Hub id, folder, PEFT adapter folder (merged), GGUF file, or demo."  # noqa: E501 # one sentence of help
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help=HELP)],
+    b: Annotated[str, typer.Argument(metavar="B", help="What to lay beside it: likewise.")],
+    k: Annotated[
+        int, typer.Option("--k", "-k", min=1, metavar="N", help="Rows to rank in a model that is scanned.")
+    ] = DEFAULTS.k,
+    bos: options.FirstToken = DEFAULTS.bos,
+    every: Annotated[bool, typer.Option("--all", help="Name all rows of all events.")] = False,
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: options.Output = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Lay two scans side by side: which events and rows are kept, moved, lost or new."""
+    from mwtool.cli.terminal import command_line, note_all, report_console
+    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.document import text_of
+    from mwtool.scan.comparison import compare_documents
+    from mwtool.scan.comparison_document import compare_document
+
+    if output is not None:
+        check_writable(output)
+    settings = Settings(k=k, bos=bos)
+    one, other = (_opened(named, settings, dtype, device, trust_remote_code) for named in (a, b))
+    found = compare_documents(one, other, names=(a, b))
+    note_all(found.notes)
+    document = text_of(compare_document(found, command_line()))
+    if output is not None:
+        write(output, document)
+    if json:
+        sys.stdout.write(document)
+        return
+    from mwtool.scan.comparison_report import compare_report
+
+    console = report_console()
+    console.print(compare_report(found, console.width, every=every))
+
+
+def _opened(named: str, settings: Settings, dtype: str, device: str, trust: bool) -> ScanDocument:
+    """A saved scan, or a scan made now."""
+    from mwtool.cli.terminal import note_all
+    from mwtool.files.scan_schema import ScanDocument
+    from mwtool.files.schema import read_document
+    from mwtool.massive import SCHEMA
+    from mwtool.scan.document import scan_document
+
+    if named.endswith(".json"):
+        return read_document(Path(named), {SCHEMA: ScanDocument}, "mwtool scan -o")[1]
+    scan = _scan(named, settings, dtype, device, trust)
+    note_all(scan.notes)
+    return ScanDocument.model_validate(scan_document(scan))
+
+
+def _scan(named: str, settings: Settings, dtype: str, device: str, trust: bool) -> Scan:
+    """A layer at a time; a PEFT adapter is merged into its base model, which is then in memory."""
+    from mwtool.cli.terminal import layer_progress, say_once
+    from mwtool.models.load import load
+    from mwtool.models.source import locate
+    from mwtool.scan.loaded import scan_loaded
+    from mwtool.scan.scanner import scan_checkpoint
+
+    source = locate(named, trust_remote_code=trust)
+    if source.adapter is not None:
+        say_once()
+        loaded = load(named, on="merged", dtype=dtype, device=device, trust_remote_code=trust)
+        return scan_loaded(loaded, settings)
+    with layer_progress() as on_layer:
+        return scan_checkpoint(source, settings, dtype=dtype, device=device, on_layer=on_layer)
+
+
+app = single()
+app.command("compare", cls=Command, epilog=EXAMPLES)(compare)
