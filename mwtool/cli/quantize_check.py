@@ -14,7 +14,7 @@ from mwtool.cli.options import numbers
 from mwtool.evaluation.config import Options
 from mwtool.models.load_options import LoadOptions
 from mwtool.quantization.config import QuantizeConfig
-from mwtool.quantization.rounding import parse_bits, parse_group
+from mwtool.quantization.rounding import Levels, parse_bits, parse_group
 from mwtool.scan.settings import Settings
 
 DEFAULTS, LOADING = QuantizeConfig(), LoadOptions()
@@ -33,9 +33,9 @@ def quantize_check(
     group: Annotated[
         str, typer.Option(metavar="N", help="Input weights that share a scale, or row for a whole row.")
     ] = str(DEFAULTS.group),
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each group a zero point instead of symmetric levels.")
-    ] = not DEFAULTS.symmetric,
+    levels: Annotated[
+        Levels, typer.Option(help="Around zero, shifted by a zero point, or from a group's minimum up.")
+    ] = DEFAULTS.levels,
     k: Annotated[str, typer.Option("-k", "--k", metavar="N,N,...", help="Columns to keep at each event.")] = ",".join(
         map(str, DEFAULTS.ks)
     ),
@@ -80,7 +80,7 @@ def quantize_check(
     from mwtool.scan.loaded import scan_loaded
 
     say_once()
-    plan = QuantizeConfig(bits=parse_bits(bits), group=parse_group(group), symmetric=not asymmetric, ks=ks, seed=seed)
+    plan = QuantizeConfig(bits=parse_bits(bits), group=parse_group(group), levels=levels, ks=ks, seed=seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
     check(tasks)
     if output is not None:

@@ -21,7 +21,7 @@ def quantize_document(loaded: Loaded, found: QuantizeCheck, *, command: str | No
         **envelope_of(SCHEMA, loaded, seed=plan.seed, command=command),
         "method": "round to nearest",
         "group": plan.group,
-        "symmetric": plan.symmetric,
+        "levels": plan.levels,
         "quantized_weights": found.weights,
         "baseline": [measured_document(one) for one in found.baseline],
         "variants": [_variant(one) for one in found.variants],

@@ -14,6 +14,13 @@ from mwtool.evaluation.numbers import short, shown
 if TYPE_CHECKING:
     from mwtool.evaluation.measurement import Measured
     from mwtool.quantization.check import QuantizeCheck, Variant
+    from mwtool.quantization.rounding import Levels
+
+LEVELS: dict[Levels, str] = {
+    "symmetric": "symmetric levels",
+    "zero-point": "levels with a zero point",
+    "minimum": "levels from each group's minimum",
+}
 
 
 def quantize_report(found: QuantizeCheck) -> RenderableType:
@@ -23,7 +30,8 @@ def quantize_report(found: QuantizeCheck) -> RenderableType:
 
 def _parts(found: QuantizeCheck) -> Iterator[RenderableType]:
     values = ", ".join(f"{short(one.task)} {shown(one)}" for one in found.baseline)
-    yield Text(f"{found.weights:,} weights quantized by round to nearest. In full precision: {values}\n")
+    method = f"{found.weights:,} weights quantized by round to nearest, {LEVELS[found.plan.levels]}."
+    yield Text(f"{method} In full precision: {values}\n")
     for scheme in found.plan.schemes:
         yield Text(str(scheme), "bold")
         yield _table([one for one in found.variants if one.scheme == scheme], found.baseline)

@@ -7,7 +7,7 @@ scale. More elaborate methods (GPTQ, AWQ) lose less; the order of what matters i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mwtool.errors import BadValue
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_BITS, MOST_BITS = 2, 8
+Levels = Literal["symmetric", "zero-point", "minimum"]
+"""Where a group's levels lie: see `round_to_nearest`. Zero is a level of the first two and not of the third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,12 @@ class Scheme:
     """How a matrix is quantized.
 
     bits: 2 to 8 for each weight. group: input weights that share a scale; None for a whole output row.
-    symmetric: levels on both sides of zero, without a zero point; else each group has a zero point of its own.
+    levels: on both sides of zero; shifted by a whole number of steps; or from the smallest weight up.
     """
 
     bits: int
     group: int | None = 64
-    symmetric: bool = True
+    levels: Levels = "symmetric"
 
     def __str__(self) -> str:
         grouped = "per row" if self.group is None else f"in groups of {self.group}"
@@ -58,10 +60,15 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None)
     rounding, as a correction beside any quantizer's result does; they count towards the range of their group.
     A last group may be shorter than the others.
 
-    With b bits, symmetric, as compressed-tensors and GPTQ define it: s = 2 max|w| / (2^b - 1), q = round(w / s) within
+    With b bits, a scale s and a whole number q for each weight:
+
+    symmetric, as compressed-tensors and GPTQ define it: s = 2 max|w| / (2^b - 1), q = round(w / s) within
     [-2^(b-1), 2^(b-1) - 1]; there is one level more below zero than above, so the largest positive weight is clipped
-    to (2^b - 2) / (2^b - 1) of itself. With a zero point: s = (max(w, 0) - min(w, 0)) / (2^b - 1),
-    z = round(-min(w, 0) / s), q = round(w / s + z) within [0, 2^b - 1], and s (q - z) is the weight.
+    to (2^b - 2) / (2^b - 1) of itself.
+    zero-point, as AWQ and asymmetric GPTQ: s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min(w, 0) / s),
+    q = round(w / s + z) within [0, 2^b - 1], and s (q - z) is the weight.
+    minimum, as llama.cpp's Q4_1: s = (max w - min w) / (2^b - 1), q = round((w - min w) / s), and min w + s q is the
+    weight. Zero is no level, so weights near zero move too.
     """
     width = weight.shape[1]
     size = width if scheme.group is None else min(scheme.group, width)
@@ -79,10 +86,14 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None)
 def _rounded(groups: Tensor, scheme: Scheme, kept: Tensor | None) -> Tensor:
     """Each row of `groups`, (G, size), is a group."""
     values, most = groups.float(), 2**scheme.bits - 1
-    if scheme.symmetric:
+    if scheme.levels == "symmetric":
         scale = _safe(2 * values.abs().amax(1, keepdim=True) / most)
         half = 2 ** (scheme.bits - 1)
         found = (values / scale).round_().clamp_(-half, half - 1).mul_(scale)
+    elif scheme.levels == "minimum":
+        low = values.amin(1, keepdim=True)
+        scale = _safe((values.amax(1, keepdim=True) - low) / most)
+        found = ((values - low) / scale).round_().mul_(scale).add_(low)
     else:
         low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
         scale = _safe((high - low) / most)
@@ -93,5 +104,5 @@ def _rounded(groups: Tensor, scheme: Scheme, kept: Tensor | None) -> Tensor:
 
 
 def _safe(scale: Tensor) -> Tensor:
-    """A group of zeros has no range; any scale gives zeros."""
+    """A group of equal weights may have no range; any scale gives them back."""
     return scale.masked_fill(scale == 0, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mwtool.errors import BadValue
-from mwtool.quantization.rounding import Scheme, parse_bits, parse_group, round_to_nearest
+from mwtool.quantization.rounding import Levels, Scheme, parse_bits, parse_group, round_to_nearest
 
 SCHEMES = st.builds(
     Scheme,
     bits=st.integers(2, 8),
     group=st.one_of(st.none(), st.integers(1, 40)),
-    symmetric=st.booleans(),
+    levels=st.sampled_from(get_args(Levels)),
 )
 
 
@@ -40,10 +42,14 @@ def by_hand(weight: Tensor, scheme: Scheme, kept: Tensor) -> Tensor:
 def level(value: float, group: list[float], scheme: Scheme) -> float:
     as_float32 = lambda number: float(torch.tensor(number, dtype=torch.float32))  # noqa: E731
     most = 2**scheme.bits - 1
-    if scheme.symmetric:
+    if scheme.levels == "symmetric":
         scale = as_float32(as_float32(2 * max(map(abs, group))) / most) or 1.0
         steps = round(as_float32(value / scale))  # Python rounds half to even, as torch does
         return max(-(2 ** (scheme.bits - 1)), min(2 ** (scheme.bits - 1) - 1, steps)) * scale
+    if scheme.levels == "minimum":
+        low = min(group)
+        scale = as_float32(as_float32(max(group) - low) / most) or 1.0
+        return as_float32(as_float32(round(as_float32(as_float32(value - low) / scale)) * scale) + low)
     low, high = min(0.0, *group), max(0.0, *group)
     scale = as_float32(as_float32(high - low) / most) or 1.0
     zero = round(as_float32(-low / scale))
@@ -89,9 +95,16 @@ def test_the_largest_positive_weight_is_clipped_and_the_largest_negative_one_is_
     assert found.tolist() == [[14.0, 0.0], [-16.0, 0.0]]
 
 
+def test_zero_is_a_level_with_a_zero_point_and_not_with_levels_from_the_minimum() -> None:
+    weight = torch.tensor([[-1.0, 0.0, 2.2]])
+    assert round_to_nearest(weight, Scheme(4, None, "zero-point"))[0, 1] == 0
+    shifted = round_to_nearest(weight, Scheme(4, None, "minimum"))[0, 1]
+    torch.testing.assert_close(shifted, torch.tensor(-1 + 5 * 3.2 / 15))
+
+
 def test_zeros_stay_zeros_and_the_dtype_stays() -> None:
-    for symmetric in (True, False):
-        found = round_to_nearest(torch.zeros(2, 8, dtype=torch.bfloat16), Scheme(4, 4, symmetric))
+    for levels in get_args(Levels):
+        found = round_to_nearest(torch.zeros(2, 8, dtype=torch.bfloat16), Scheme(4, 4, levels))
         assert found.dtype == torch.bfloat16
         assert not found.any()
 
@@ -114,3 +127,16 @@ def test_a_group_is_a_number_or_row_or_refused(text: str) -> None:
 def test_bits_and_groups_are_read() -> None:
     assert parse_bits("8,4, 3,4") == (8, 4, 3)
     assert (parse_group("row"), parse_group("128")) == (None, 128)
+
+
+def test_levels_from_the_minimum_are_those_of_llama_cpps_q4_1() -> None:
+    gguf = pytest.importorskip("gguf")
+    weight = matrix(3, 64, 96)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    expected = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+    found = round_to_nearest(weight, Scheme(4, 32, "minimum"))
+    # Q4_1 stores scale and minimum in float16: within 2^-11 each; a weight halfway between levels may go either way
+    step = (weight.reshape(64, 3, 32).amax(2) - weight.reshape(64, 3, 32).amin(2)) / 15
+    away = (found - expected).abs().reshape(64, 3, 32)
+    assert (away > 0.01 * step[..., None]).float().mean() < 0.01
+    assert (away <= 1.01 * step[..., None]).all()
