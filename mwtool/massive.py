@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mwtool.errors import BadValue
 
@@ -91,32 +91,85 @@ class MassiveWeights:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def load_massive(path: Path, model: Identity) -> tuple[MassiveWeights | None, list[str]]:
-    """The rows of a saved scan, or of an ablation that attacked the rows of one event, for this model, and warnings.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedEvent:
+    """The ranked rows of one event of a scan, with its number there."""
+
+    event: int
+    kind: Literal["up", "down"]
+    rows: MassiveWeights
+
+    def document(self) -> dict[str, Any]:
+        """An entry of `events` in an ablation's document."""
+        return {"event": self.event, "kind": self.kind, "rows": self.rows.document()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRows:
+    """What other commands take from a document: of a scan, or of an ablation, whose events are those it attacked.
+
+    massive: None where a scan found no massive weights. notes: what the user should know about the file.
+    """
+
+    massive: MassiveWeights | None
+    events: tuple[RankedEvent, ...]
+    notes: tuple[str, ...]
+
+
+def load_massive(path: Path, model: Identity) -> SavedRows:
+    """The massive weights of a saved scan, or of an ablation that attacked the rows of one event, for this model.
 
     Raises BadValue if the file is neither, belongs to a model of another shape, or is an ablation of other rows.
     """
+    ablation, found = _read(path, model)
+    if ablation and found.massive is None:
+        several = ", ".join(str(one.event) for one in found.events)
+        raise BadValue(
+            f"{path} is an ablation of events {several} together; add --event all, or name one of them"
+            if several
+            else f"{path} is an ablation of rows named by hand, or of several layers, or of an older version; expected "
+            f"one of a scan's rows: name the rows with --layer and --indices"
+        )
+    return found
+
+
+def load_events(path: Path, model: Identity) -> SavedRows:
+    """The events of a saved scan, or those an ablation attacked, for this model.
+
+    Raises BadValue if the file is neither, belongs to a model of another shape, or has no events.
+    """
+    _, found = _read(path, model)
+    if not found.events:
+        raise BadValue(
+            f"{path} has no events; expected a scan of schema {SCHEMA} that found some: scan the model again"
+        )
+    return found
+
+
+def _read(path: Path, model: Identity) -> tuple[bool, SavedRows]:
+    """Whether the file is an ablation, and what it holds."""
     from mwtool.files.scan_schema import AblationRows, ScanDocument, ScanDocument1, Scanned
     from mwtool.files.schema import read_document
 
     models: dict[str, type[Scanned]] = {SCHEMA: ScanDocument, "mwtool.scan/1": ScanDocument1, ABLATION: AblationRows}
-    document, found = read_document(path, models, "mwtool scan -o")
-    if document["schema"] == ABLATION and found.massive is None:
-        raise BadValue(
-            f"{path} is an ablation of rows named by hand, or of several places, or of an older version; expected "
-            f"one of a scan's rows: name the rows with --layer and --indices"
-        )
+    _, found = read_document(path, models, "mwtool scan -o")
     scanned = Identity(
         model=found.model, revision=found.revision, model_type=found.model_type, **found.shape.model_dump()
     )
     _refuse_other_shape(path, scanned, model)
-    return _rows(found.massive), _differences(path, scanned, model)
+    numbered: list[tuple[int, Any]] = []
+    if isinstance(found, ScanDocument):
+        numbered = list(enumerate(found.events))
+    elif isinstance(found, AblationRows):
+        numbered = [(one.event, one) for one in found.events]
+    events = tuple(RankedEvent(event=number, kind=one.kind, rows=_weights(one.rows)) for number, one in numbered)
+    massive = None if found.massive is None else _weights(found.massive)
+    notes = tuple(_differences(path, scanned, model))
+    return isinstance(found, AblationRows), SavedRows(massive=massive, events=events, notes=notes)
 
 
-def _rows(found: Rows | None) -> MassiveWeights | None:
+def _weights(found: Rows) -> MassiveWeights:
     """Those of a valid document; rows are held against I where they are used, as it differs among layers."""
-    if found is None:
-        return None
     values: dict[str, Any] = found.model_dump()
     values |= {key: tuple(one) for key, one in values.items() if isinstance(one, list)}
     return MassiveWeights(**values)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from mwtool.ablation.config import CheckConfig
 from mwtool.ablation.controls import random_rows
 from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import LEAST, Ratio, ratio_of
@@ -32,10 +33,7 @@ from mwtool.scan.scanner import Scan
 from mwtool.scan.targets import Target
 from mwtool.surgery.attack import Attack, Edit, edited_together
 
-WINDOWS, LENGTH = 8, 512
-"""Text used by default: number of windows, and tokens in each, bos included."""
-SHORTEST = 32
-"""Fewest tokens in a window; a text too short for full windows is cut into shorter ones."""
+DEFAULTS = CheckConfig()
 PASSES = 16
 """Highest cost of a check, in evaluations of the unchanged model on the same windows."""
 BREAKS = 1.5
@@ -122,11 +120,11 @@ class Check:
 def check_scan(
     loaded: Loaded,
     scan: Scan,
-    text: str = "demo",
+    text: str = DEFAULTS.text,
     *,
-    limit: int = WINDOWS,
-    window: int = LENGTH,
-    seed: int = 0,
+    limit: int = DEFAULTS.limit,
+    window: int = DEFAULTS.window,
+    seed: int = DEFAULTS.seed,
     on_progress: OnProgress | None = None,
 ) -> Check:
     """Measure how much the model depends on the rows of each event of `scan`.
@@ -247,10 +245,10 @@ def _windows(loaded: Loaded, scan: Scan, text: str, limit: int, window: int) -> 
     if tokens >= limit * length:
         return whole
     shorter = tokens // limit
-    if shorter < SHORTEST:
+    if shorter < DEFAULTS.shortest:
         raise BadValue(
-            f"{text} has {tokens} tokens; --check needs at least {limit * SHORTEST}, {limit} windows of {SHORTEST}: "
-            f"give a longer text"
+            f"{text} has {tokens} tokens; --check needs at least {limit * DEFAULTS.shortest}, {limit} windows of "
+            f"{DEFAULTS.shortest}: give a longer text"
         )
     return windows(loaded.tokenizer, text_for(text), protocol, shorter, bos).first(limit)
 
@@ -292,9 +290,10 @@ def _conclusion(check: Check, plain: Measured) -> tuple[str, ...]:
     rows = f"its {check.k} rows" if check.k > 1 else "its row"
     said = []
     if check.leans_on is None:
+        of_one = f"the {check.k} rows" if check.k > 1 else "the row"
         said.append(
-            f"Checked: this model does not break. Zeroing {rows} costs at most x{worst.zero}, for event {worst.event} "
-            f"(layer {worst.layer})."
+            f"Checked: this model does not break. Zeroing {of_one} of one event costs at most x{worst.zero}, for event "
+            f"{worst.event} (layer {worst.layer})."
         )
     else:
         one = next(one for one in measured if one.event == check.leans_on)

@@ -1,4 +1,7 @@
-"""Every setting of an ablation, with its default. Imports no torch, so that the command line can read it."""
+"""Every setting of an ablation and of a check, with its default.
+
+Imports no torch, so that the command line can read it.
+"""
 
 from __future__ import annotations
 
@@ -19,3 +22,19 @@ class AblateConfig:
     draws: int = 3
     seed: int = 0
     bos: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckConfig:
+    """How `mwtool scan --check` measures.
+
+    text: as in `ppl:TEXT`. limit, window: how much of it is read, in windows and tokens of a window, bos included.
+    shortest: fewest tokens of a window; a text too short for full windows is cut into shorter ones. seed: of the
+    random rows.
+    """
+
+    text: str = "demo"
+    limit: int = 8
+    window: int = 512
+    shortest: int = 32
+    seed: int = 0

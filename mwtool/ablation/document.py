@@ -12,6 +12,7 @@ from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.files.document import finite
+from mwtool.massive import RankedEvent
 from mwtool.models.load import Loaded
 
 
@@ -39,6 +40,7 @@ def document_of_ablation(
     return {
         **found.head.keys,
         "massive": _massive(found),
+        "events": [one.document() for one in _events(found)],
         "tasks": [_task(name, one) for name, one in baseline.items()],
         "baseline": {name: finite(one.value) for name, one in baseline.items()},
         "nonfinite": _nonfinite(baseline),
@@ -77,6 +79,12 @@ def _massive(found: Ablation) -> dict[str, Any] | None:
     places = {run.targets for run in found.runs}
     target = next(iter(places))[0] if len(places) == 1 and len(next(iter(places))) == 1 else None
     return None if target is None or target.ranked is None else target.ranked.document()
+
+
+def _events(found: Ablation) -> list[RankedEvent]:
+    """The events whose rows were attacked, which `--massive FILE --event N` reads."""
+    events = [target.event for run in found.runs for target in run.targets if target.event is not None]
+    return list({one.event: one for one in events}.values())
 
 
 def _task(name: str, one: Measured) -> dict[str, Any]:

@@ -54,9 +54,10 @@ def judge(
     beyond = paired_ratio(attacked, drawn) if drawn else None
     said = [f"{_doing(attack)}{_where(layers)} multiplies {short(attacked.task)} by {ratio}"]
     if each:
-        said.append(f"{_rows(attack.k, 'random row')} by {figure(statistics.fmean(each))}{_spread(each)}")
+        each_layer = " in each" if len(layers) > 1 else ""
+        said.append(f"{_rows(attack.k, 'random row')}{each_layer} by {figure(statistics.fmean(each))}{_spread(each)}")
     if largest is not None:
-        said.append(f"{_largest(attack.k)}{_same(shared, attack.k * len(layers))} by {figure(largest)}")
+        said.append(f"{_largest(attack.k, shared, len(layers))} by {figure(largest)}")
     text = "; ".join(said) + (f". {_conclusion(attack, beyond)}" if beyond is not None else ".")
     return Verdict(
         attack=attack,
@@ -104,17 +105,18 @@ def _rows(k: int, name: str) -> str:
     return f"{k} {name}" if k == 1 else f"{k} {name}s"
 
 
-def _largest(k: int) -> str:
-    return "the row of largest norm" if k == 1 else f"the {k} rows of largest norm"
-
-
-def _same(shared: int, k: int) -> str:
-    """Says how many rows of largest norm are the attacked ones, for which they are not a control."""
+def _largest(k: int, shared: int, places: int) -> str:
+    """Names the rows of largest norm, and how many of them are the attacked ones, for which they are not a control."""
+    rows = "the row of largest norm" if k == 1 else f"the {k} rows of largest norm"
+    total = k * places
+    if places > 1:
+        rows += " in each"
     if not shared:
-        return ""
-    if shared == k:
-        return ", the same," if k == 1 else ", the same rows,"
-    return f", {shared} of them the same,"
+        return rows
+    if shared == total:
+        return f"{rows}, which is the attacked one," if total == 1 else f"{rows}, which are the attacked ones,"
+    of = f"these {total}" if places > 1 else "them"
+    return f"{rows}, {shared} of {of} {'an attacked one' if shared == 1 else 'attacked ones'},"
 
 
 def _spread(values: Sequence[float]) -> str:

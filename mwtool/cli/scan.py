@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mwtool.ablation.config import CheckConfig
 from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
@@ -27,7 +28,7 @@ class ScanCommand(Command):
         """Give a `--check` that ends the line, or comes before another option, its default value."""
         for at, arg in enumerate(args):
             if arg == "--check" and (at + 1 == len(args) or args[at + 1].startswith("-")):
-                args = [*args[:at], "--check=demo", *args[at + 1 :]]
+                args = [*args[:at], f"--check={CHECKING.text}", *args[at + 1 :]]
                 break
         return super().parse_args(ctx, args)
 
@@ -35,7 +36,7 @@ class ScanCommand(Command):
 BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
 """Panels of `--help`."""
 DEFAULTS = Settings()
-LIMITS, LOADING = DEFAULTS.thresholds, LoadOptions()
+LIMITS, LOADING, CHECKING = DEFAULTS.thresholds, LoadOptions(), CheckConfig()
 EXAMPLES = """\
 mwtool scan                              # the bundled model
 mwtool scan HuggingFaceTB/SmolLM2-135M -o scan.json
@@ -144,10 +145,13 @@ def scan(
     ] = None,
     limit: Annotated[
         int, typer.Option(min=1, metavar="N", help="With --check: windows of the text to use.", rich_help_panel=CHECK)
-    ] = 8,
+    ] = CHECKING.limit,
     window: Annotated[
-        int, typer.Option(min=32, metavar="N", help="With --check: tokens in a window.", rich_help_panel=CHECK)
-    ] = 512,
+        int,
+        typer.Option(
+            min=CHECKING.shortest, metavar="N", help="With --check: tokens in a window.", rich_help_panel=CHECK
+        ),
+    ] = CHECKING.window,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer (.png, .svg or .pdf).")
     ] = None,

@@ -222,11 +222,26 @@ class ScanDocument1(Scanned):
     schema_: Literal["mwtool.scan/1"] = Field(alias="schema")
 
 
+class Attacked(Strict):
+    """An event whose rows an ablation attacked."""
+
+    event: Count
+    kind: Kind
+    rows: Rows
+
+
 class AblationRows(Scanned):
-    """mwtool.ablate/1: the rows of a scan that were attacked. Older files have neither `shape` nor `massive`."""
+    """mwtool.ablate/1: the rows of a scan that were attacked. Older files have no `shape`, `massive` or `events`."""
 
     schema_: Literal["mwtool.ablate/1"] = Field(alias="schema")
     massive: Rows | None = None
+    events: list[Attacked] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _events_within_the_model(self) -> Self:
+        for one in self.events:
+            one.rows.within(self.shape)
+        return self
 
 
 class ScanDocument(Scanned):

@@ -209,10 +209,10 @@ def _rows(
         )
         return groups[0], notes
     if asked.massive is not None:
-        massive, warnings = load_massive(
+        saved = load_massive(
             asked.massive, identity_of(source.name, source.revision, skeleton.config, layers, skeleton)
         )
-        notes = tuple(warnings)
+        massive, notes = saved.massive, saved.notes
     else:
         scan = scan_checkpoint(source, Settings(k=recipe.curriculum.k), on_layer=on_layer)
         massive, notes = scan.massive, scan.notes

@@ -24,8 +24,8 @@ def massive_for(
     Under `on="base"` the pre-trained model is scanned, its adapter switched off.
     """
     if file is not None:
-        massive, notes = load_massive(file, loaded.identity)
-        return massive, tuple(notes)
+        saved = load_massive(file, loaded.identity)
+        return saved.massive, saved.notes
     scan = scan_loaded(loaded, settings)
     return scan.massive, scan.notes
 

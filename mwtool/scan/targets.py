@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from mwtool.architecture.layout import FFN
 from mwtool.architecture.validate import ffn_at
 from mwtool.errors import BadValue
-from mwtool.massive import MassiveWeights, load_massive
+from mwtool.massive import MassiveWeights, RankedEvent, load_events, load_massive
 from mwtool.models.load import Loaded
 from mwtool.scan.capture import LayerState, Part
 from mwtool.scan.loaded import scan_loaded
@@ -28,7 +28,8 @@ class Target:
         among them, as far as they were ranked.
     count: how many of them are truly massive; None where that is not known.
     avoided: rows that are no random control either: truly massive ones that are not among `indices`.
-    ranked: what the scan says of these rows; None where they are not those of an event.
+    ranked: what the scan says of these rows; None where they were named by hand or are not those of an event.
+    event: the event they are those of; None as above, or where the scan's massive rows were themselves named by hand.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class Target:
     count: int | None = None
     avoided: tuple[int, ...] = ()
     ranked: MassiveWeights | None = None
+    event: RankedEvent | None = None
 
     @property
     def module(self) -> str:
@@ -84,42 +86,60 @@ def find_targets(
     if choice.events:
         return _of_events(loaded, choice, k, scan)
     if choice.file is not None:
-        massive, warnings = load_massive(choice.file, loaded.identity)
-        notes = tuple(warnings)
+        saved = load_massive(choice.file, loaded.identity)
+        massive, events, notes = saved.massive, saved.events, saved.notes
     else:
         found = scan()
-        massive, notes = found.massive, found.notes
+        massive, events, notes = found.massive, _ranked(found), found.notes
     if massive is None:
         raise BadValue(
             f"{_subject(loaded, choice)} has no massive weights; name rows yourself with --layer N --indices I,J, or "
             f"compare all layers with mwtool ablate --each-layer"
         )
     target, more = _from_ranked(loaded, massive, choice, k)
+    if target.ranked is not None:
+        target = replace(target, event=next((one for one in events if one.rows == massive), None))
     return ((target,),), (*notes, *more)
+
+
+def _ranked(scan: Scan) -> tuple[RankedEvent, ...]:
+    """The events of a scan with their numbers."""
+    return tuple(
+        RankedEvent(event=number, kind=event.kind, rows=event.rows) for number, event in enumerate(scan.events)
+    )
 
 
 def _of_events(
     loaded: Loaded, choice: Choice, k: int, scan: Callable[[], Scan]
 ) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     if choice.file is not None:
-        raise BadValue("--event is not read from a saved scan; leave out --massive, and the model is scanned")
-    found = scan()
-    events = dict(enumerate(found.events))
+        saved = load_events(choice.file, loaded.identity)
+        source, found, notes = str(choice.file), saved.events, saved.notes
+    else:
+        now = scan()
+        source, found, notes = f"the scan of {_subject(loaded, choice)}", _ranked(now), now.notes
+    events = {one.event: one for one in found}
     if isinstance(choice.events, str):
         chosen = [event for event in events.values() if choice.events in ("all", event.kind)]
     else:
         absent = next((number for number in choice.events if number not in events), None)
         if absent is not None:
-            has = f"events 0 to {len(events) - 1}" if events else "no events"
-            raise BadValue(f"there is no event {absent}; the scan of {_subject(loaded, choice)} found {has}")
+            raise BadValue(f"there is no event {absent}; {source} has {_listed(events)}")
         chosen = [events[number] for number in choice.events]
     if not chosen:
-        raise BadValue(
-            f"--event {choice.events}: the scan of {_subject(loaded, choice)} found no such event; name a --layer"
-        )
-    made = [_from_ranked(loaded, event.rows, choice, k) for event in chosen]
-    notes = dict.fromkeys(note for _, notes in made for note in notes)
-    return (tuple(target for target, _ in made),), (*found.notes, *notes)
+        raise BadValue(f"--event {choice.events}: {source} has no such event; name a --layer")
+    made = [(event, *_from_ranked(loaded, event.rows, choice, k)) for event in chosen]
+    group = tuple(target if target.ranked is None else replace(target, event=event) for event, target, _ in made)
+    return (group,), (*notes, *dict.fromkeys(note for *_, more in made for note in more))
+
+
+def _listed(events: Collection[int]) -> str:
+    """`events 0 to 3`, `event 2`, `events 1, 3`, `no events`."""
+    numbers = sorted(events)
+    if len(numbers) > 1 and numbers == list(range(len(numbers))):
+        return f"events 0 to {numbers[-1]}"
+    several = "s" if len(numbers) > 1 else ""
+    return f"event{several} {', '.join(map(str, numbers))}" if numbers else "no events"
 
 
 def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int) -> tuple[Target, tuple[str, ...]]:
@@ -144,9 +164,10 @@ def _from_ranked(loaded: Loaded, massive: MassiveWeights, choice: Choice, k: int
 
 def _at_layer(loaded: Loaded, scan: Scan, layer: int, expert: int | None, k: int) -> Target:
     """The rows of the event in a layer, where it has one of this expert; else those of largest |z|."""
-    for event in scan.events:
-        if event.layer == layer and expert in (None, event.rows.expert) and k <= len(event.rows.indices):
-            return _from_ranked(loaded, event.rows, Choice(), k)[0]
+    for event in _ranked(scan):
+        rows = event.rows
+        if rows.layer == layer and expert in (None, rows.expert) and k <= len(rows.indices):
+            return replace(_from_ranked(loaded, rows, Choice(), k)[0], event=event)
     return _top(loaded, scan.states[layer], expert, k)
 
 

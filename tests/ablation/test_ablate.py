@@ -114,7 +114,7 @@ def test_a_planted_row_matters_more_than_its_controls_and_the_verdict_says_so(tm
     assert verdict.beyond.high is not None
     assert len(verdict.random) == 3
     assert "zeroing 1 row multiplies ppl:" in verdict.text
-    assert "the row of largest norm, the same," in verdict.text
+    assert "the row of largest norm, which is the attacked one," in verdict.text
     more = verdict.beyond.low > 1
     less = verdict.beyond.high < 1
     assert ("matter more" in verdict.text, "matter less" in verdict.text) == (more, less)

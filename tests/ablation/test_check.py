@@ -93,7 +93,7 @@ def test_prediction_and_check_are_both_said_where_they_disagree(loaded: Loaded, 
     found = check_scan(loaded, scan, text, **SMALL)
     said = " ".join(found.conclusion)
     assert (found.predicted, found.leans_on) == (0, None)
-    assert "this model does not break. Zeroing its 2 rows costs at most x" in said
+    assert "this model does not break. Zeroing the 2 rows of one event costs at most x" in said
     assert "The scan predicts event 0 (layer 1); by the check the model leans on none." in said
     assert "2 random rows of layer 1 cost x" in said
 

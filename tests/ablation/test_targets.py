@@ -172,8 +172,8 @@ def test_layers_and_events_are_attacked_together(loaded: Loaded) -> None:
 @pytest.mark.parametrize(
     ("choice", "fault"),
     [
-        ({"events": (7,)}, "there is no event 7; the scan of .* found events 0 to 0"),
-        ({"events": "down"}, "--event down: the scan of .* found no such event"),
+        ({"events": (7,)}, "there is no event 7; the scan of .* has event 0"),
+        ({"events": "down"}, "--event down: the scan of .* has no such event"),
         ({"layers": (1, 8)}, "layer 8 does not exist"),
     ],
 )

@@ -79,3 +79,29 @@ def test_the_verdict_says_what_the_figures_say(change: float, mode: Any, words: 
     assert found is not None
     assert words in found.text
     assert f"by {statistics.fmean(found.random):.2f} (3 draws" in found.text
+
+
+@pytest.mark.parametrize(
+    ("k", "shared", "layers", "words"),
+    [
+        (1, 0, (1,), "the row of largest norm by 1.00"),
+        (1, 1, (1,), "the row of largest norm, which is the attacked one, by 1.00"),
+        (3, 0, (1,), "the 3 rows of largest norm by 1.00"),
+        (3, 1, (1,), "the 3 rows of largest norm, 1 of them an attacked one, by 1.00"),
+        (3, 3, (1,), "the 3 rows of largest norm, which are the attacked ones, by 1.00"),
+        (1, 1, (2, 11), "the row of largest norm in each, 1 of these 2 an attacked one, by 1.00"),
+        (1, 2, (2, 11), "the row of largest norm in each, which are the attacked ones, by 1.00"),
+        (3, 4, (2, 11), "the 3 rows of largest norm in each, 4 of these 6 attacked ones, by 1.00"),
+    ],
+)
+def test_rows_of_largest_norm_are_told_from_those_attacked(
+    k: int, shared: int, layers: tuple[int, ...], words: str
+) -> None:
+    plain = measured([1.0, 2.0, 3.0, 4.0], [1.0] * 4)
+    experts = (None,) * len(layers)
+    attack = Attack("zero", k)
+    found = judge(attack, plain, plain, random=[plain], norm=plain, shared=shared, layers=layers, experts=experts)
+    assert found is not None
+    assert words in found.text
+    random = f"{k} random row{'s' if k > 1 else ''}"
+    assert (f"; {random} in each by 1.00;" if len(layers) > 1 else f"; {random} by 1.00;") in found.text

@@ -49,7 +49,7 @@ def identity(scan: dict[str, Any]) -> Identity:
 def used(kind: str, path: Path, originals: dict[str, dict[str, Any]]) -> None:
     """Everything a command does with such a file, and that what comes of it can be written again."""
     if kind == "scan":
-        massive, _ = load_massive(path, identity(originals["scan"]))
+        massive = load_massive(path, identity(originals["scan"])).massive
         if massive is not None:
             text_of(massive.document())
             assert all(type(index) is int and index >= 0 for index in massive.indices)

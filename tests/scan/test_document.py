@@ -17,7 +17,7 @@ import mwtool
 from mwtool import MwtoolError, Scan, Settings
 from mwtool.errors import BadValue
 from mwtool.files.document import text_of
-from mwtool.massive import Identity, MassiveWeights, load_massive
+from mwtool.massive import Identity, MassiveWeights, load_events, load_massive
 from mwtool.scan.document import scan_document
 from mwtool.scan.published import ROWS, SUPER_WEIGHTS, published
 from mwtool.scan.settings import ByHand
@@ -110,13 +110,13 @@ def saved(folder: Path, document: dict[str, Any], **changes: Any) -> Path:
 
 
 def test_massive_weights_come_back_as_they_were(scan: Scan, document: dict[str, Any], tmp_path: Path) -> None:
-    assert load_massive(saved(tmp_path, document), scan.identity) == (scan.massive, [])
-    assert load_massive(saved(tmp_path, document, massive=None), scan.identity) == (None, [])
+    assert load_massive(saved(tmp_path, document), scan.identity).massive == scan.massive
+    assert load_massive(saved(tmp_path, document, massive=None), scan.identity).massive is None
 
 
 def test_keys_that_a_newer_version_adds_are_ignored(scan: Scan, document: dict[str, Any], tmp_path: Path) -> None:
     newer = {name: {**document[name], "new": 1} for name in ("massive", "shape")}
-    assert load_massive(saved(tmp_path, document, **newer), scan.identity) == (scan.massive, [])
+    assert load_massive(saved(tmp_path, document, **newer), scan.identity).massive == scan.massive
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,9 @@ def test_another_model_of_the_same_shape_is_a_warning_naming_both(
     scan: Scan, document: dict[str, Any], tmp_path: Path
 ) -> None:
     path = saved(tmp_path, document, model="org/base", revision="abc")
-    massive, (warning,) = load_massive(path, replace(scan.identity, model="org/tuned"))
-    assert massive == scan.massive
+    found = load_massive(path, replace(scan.identity, model="org/tuned"))
+    assert found.massive == scan.massive
+    (warning,) = found.notes
     assert "org/base at abc" in warning
     assert "org/tuned" in warning
 
@@ -226,7 +227,7 @@ def load_with(scan: Scan, document: dict[str, Any], tmp_path_factory: pytest.Tem
     def load(part: str, key: str, value: Any) -> MassiveWeights | None:
         changed = json.loads(text)
         (changed[part] if part else changed)[key] = value
-        return load_massive(saved(folder, changed), scan.identity)[0]
+        return load_massive(saved(folder, changed), scan.identity).massive
 
     return load
 
@@ -284,9 +285,12 @@ def test_a_document_of_schema_1_is_still_read(tmp_path: Path) -> None:
         hidden_size=192,
         intermediate_size=512,
     )
-    found, notes = load_massive(saved(tmp_path, VERSION_1), identity)
-    assert found is not None
-    assert (found.layer, list(found.indices), notes) == (massive["layer"], massive["indices"], [])
+    found = load_massive(saved(tmp_path, VERSION_1), identity)
+    assert found.massive is not None
+    assert (found.massive.layer, list(found.massive.indices)) == (massive["layer"], massive["indices"])
+    assert (found.notes, found.events) == ((), ())
+    with pytest.raises(BadValue, match=r"scan.json has no events; expected a scan of schema mwtool.scan/2"):
+        load_events(saved(tmp_path, VERSION_1), identity)
 
 
 def test_a_choice_by_hand_is_in_the_document_and_is_what_other_commands_read(tmp_path: Path) -> None:
@@ -295,7 +299,7 @@ def test_a_choice_by_hand_is_in_the_document_and_is_what_other_commands_read(tmp
     found = mwtool.scan_model(model, settings=Settings(by_hand=ByHand(layer=1, indices=(3, 17))))
     document = json.loads(text_of(scan_document(found)))
     assert document["by_hand"] == {"event": None, "layer": 1, "expert": None, "indices": [3, 17]}
-    massive, _ = load_massive(saved(tmp_path, document), found.identity)
+    massive = load_massive(saved(tmp_path, document), found.identity).massive
     assert massive is not None
     assert massive == found.massive
     assert massive.indices == (3, 17)
