@@ -170,7 +170,6 @@ def scan(
     from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
-    from mwtool.scan.document import scan_document
 
     if prompt is not None and bos != "never":
         raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
@@ -191,6 +190,8 @@ def scan(
     by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
     found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
+    from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
+
     note_all(found.notes)
     opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
@@ -227,20 +228,23 @@ def _scan(
     trust: bool,
     gguf_file: str | None,
 ) -> Scan:
+    from mwtool.cli.startup import rarely_collecting
     from mwtool.cli.terminal import layer_progress
-    from mwtool.scan.scanner import scan_checkpoint
 
-    with layer_progress() as on_layer:
-        return scan_checkpoint(
-            model,
-            settings,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust,
-            gguf_file=gguf_file,
-            on_layer=on_layer,
-        )
+    with rarely_collecting():
+        from mwtool.scan.scanner import scan_checkpoint
+
+        with layer_progress() as on_layer:
+            return scan_checkpoint(
+                model,
+                settings,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust,
+                gguf_file=gguf_file,
+                on_layer=on_layer,
+            )
 
 
 def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, opening: dict[str, Any]) -> Check:
