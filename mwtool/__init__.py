@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mwtool.errors import MwtoolError
     from mwtool.evaluation.config import EvalConfig
     from mwtool.evaluation.perplexity import Perplexity, measure_perplexity
+    from mwtool.evaluation.plot import plot_evaluation
     from mwtool.evaluation.run import evaluate_models
     from mwtool.finetune.plot import plot_training
     from mwtool.macdrop.callback import MacDropCallback, guard
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mwtool.macdrop.curriculum_yaml import read_curriculum
     from mwtool.macdrop.engine import MacDrop
     from mwtool.massive import MassiveWeights
+    from mwtool.quantization.plot import plot_quantization
     from mwtool.scan.comparison import Comparison, compare_scans
     from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
@@ -44,6 +46,8 @@ _HOMES = {
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
     "plot_ablation": "mwtool.ablation.plot",
+    "plot_evaluation": "mwtool.evaluation.plot",
+    "plot_quantization": "mwtool.quantization.plot",
     "plot_scan": "mwtool.scan.plot",
     "plot_training": "mwtool.finetune.plot",
     "read_curriculum": "mwtool.macdrop.curriculum_yaml",
@@ -70,6 +74,8 @@ __all__ = [
     "guard",
     "measure_perplexity",
     "plot_ablation",
+    "plot_evaluation",
+    "plot_quantization",
     "plot_scan",
     "plot_training",
     "read_curriculum",

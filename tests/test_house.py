@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "ablation": {"evaluation"},
     "quantization": {"evaluation"},
     "finetune": {"macdrop", "scan"},
-    "report": {"ablation", "finetune"},
+    "report": {"ablation", "quantization", "finetune"},
     "testing": {"scan", "surgery"},
-    "cli": {"quantization", "report", "testing"},
+    "cli": {"report", "testing"},
 }
 """What a folder may import, beside what that may import: one way, no circles."""
 
@@ -108,7 +108,8 @@ def test_only_the_command_line_knows_all_others() -> None:
         "plot.py",
         "figure.py",
         "svg.py",
-        "sections.py",
+        "section.py",
+        "bars.py",
     }
 
 

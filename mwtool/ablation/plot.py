@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SPREAD = 0.36
 """Part of the distance between two values of k over which the series are set side by side."""
+DASHES = ("--", "-.")
+"""Of the random rows of one series and the next, which also differ in grey."""
 HEIGHT, LEGEND = 2.1, 0.16
 """Height in inches of a panel, and of a line of the legend."""
 
@@ -66,9 +68,9 @@ def draw_task(panel: Axes, document: Mapping[str, Any], task: str) -> None:
         shift = (at - (len(series) - 1) / 2) * step
         where = {key: place + shift for key, place in positions.items()}
         join = "" if layered else "-"
-        _random(
-            panel, _points(own, "random", task, layered=layered), where, color, name=name, layered=layered, width=step
-        )
+        random = _points(own, "random", task, layered=layered)
+        dashes = DASHES[at % len(DASHES)]
+        _random(panel, random, where, color, name=name, layered=layered, width=step, dashes=dashes)
         ranked = _ranked(own, task, layered=layered)
         places = [where[key] for key in ranked]
         values, below, above = zip(*ranked.values(), strict=True) if ranked else ((), (), ())
@@ -153,6 +155,7 @@ def _random(
     name: str,
     layered: bool,
     width: float,
+    dashes: str,
 ) -> None:
     """Mean and range of the random rows: a band over k, a box at each layer."""
     if not points:
@@ -166,7 +169,7 @@ def _random(
         panel.plot(at, mean, "_", color=color, markersize=6, label=label)
     else:
         panel.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
-        panel.plot(at, mean, "--", color=color, label=label)
+        panel.plot(at, mean, dashes, color=color, label=label)
 
 
 def _axes(panel: Axes, document: Mapping[str, Any], task: str, positions: Mapping[str, float]) -> None:

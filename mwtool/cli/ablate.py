@@ -17,6 +17,7 @@ from mwtool.models.load_options import LoadOptions, On
 
 if TYPE_CHECKING:
     from mwtool.ablation.sweep import Ablation, Sweep
+    from mwtool.cli.outputs import Outputs
     from mwtool.models.load import Loaded
     from mwtool.scan.targets import Group
 
@@ -99,6 +100,7 @@ def ablate(
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -115,6 +117,7 @@ def ablate(
         raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.sweep import Sweep
+    from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import note_all, say_once
     from mwtool.evaluation.config import Options
     from mwtool.evaluation.tasks import parse_tasks
@@ -128,7 +131,8 @@ def ablate(
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
-    _writable(output, plot, save)
+    outputs = Outputs(output, plot, report)
+    _check(outputs, save)
     opening = LoadOptions(
         on=on,
         revision=revision,
@@ -150,20 +154,12 @@ def ablate(
     note_all(found.notes)
     found = replace(found, notes=(*notes, *found.notes))
     said = _said(loaded, groups, tasks, sweep, measuring, generate)
-    _give(loaded, found, groups[0], said, seed=seed, save=save, plot=plot, output=output, json=json)
+    _give(loaded, found, groups[0], said, seed=seed, save=save, outputs=outputs, json=json)
 
 
-def _writable(output: Path | None, plot: Path | None, save: Path | None) -> None:
+def _check(outputs: Outputs, save: Path | None) -> None:
     """Raise OutputError if something that is to be written could not be, before the work begins."""
-    from mwtool.files.atomic_write import check_writable
-
-    for file in (output, plot):
-        if file is not None:
-            check_writable(file)
-    if plot is not None:
-        from mwtool.files.figure import check_plottable
-
-        check_plottable(plot)
+    outputs.check()
     if save is not None:
         from mwtool.files.atomic_write import check_free
 
@@ -197,14 +193,12 @@ def _give(
     *,
     seed: int,
     save: Path | None,
-    plot: Path | None,
-    output: Path | None,
+    outputs: Outputs,
     json: bool,
 ) -> None:
     """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablation.document import ablate_document
     from mwtool.cli.terminal import command_line, note
-    from mwtool.files.atomic_write import write
     from mwtool.files.document import text_of
     from mwtool.surgery.attack import Edit
     from mwtool.surgery.save import save_attacked
@@ -215,18 +209,13 @@ def _give(
         save_attacked(loaded, edits, attack, save)
         note(f"the attacked model is saved in {save}")
     saved = None if save is None else str(save)
-    document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
-    if output is not None:
-        write(output, text_of(document))
+    text = text_of(ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved))
+    outputs.keep(text)
     if json:
-        sys.stdout.write(text_of(document))
+        sys.stdout.write(text)
     else:
         _show(found, said)
-    if plot is not None:
-        from mwtool.ablation.plot import plot_ablation
-        from mwtool.files.figure import save_figure
-
-        save_figure(plot_ablation(document), plot)
+    outputs.draw(text)
 
 
 def _show(found: Ablation, said: list[tuple[str, str]]) -> None:

@@ -22,7 +22,7 @@ SUMMARIES = {
     "compare": "Lay two scans side by side: which events and rows are kept, moved, lost or new.",
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
     "export": "Write the FFN matrices of a scan's events in the syntax of a quantization tool.",
-    "report": "Gather scans, ablations, fine-tuning runs and evaluations of one model in one HTML page.",
+    "report": "Gather what was measured of one model in one HTML page.",
     "adapters": "List the supported model types; check an adapter, or start a new one.",
 }
 """Command -> the first line of its help, which a test compares with the command's own."""

@@ -105,6 +105,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only the first N examples of each task.")
     ] = MEASURING.limit,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the results with their intervals (.png, .svg or .pdf)."),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(min=0, metavar="N", help="Seed of few-shot examples and of sampling, where a task uses them."),
@@ -120,18 +124,22 @@ def evaluate(
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
     """Measure perplexity and zero-shot tasks of a model, attacked or not."""
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, of_one=(revision, gguf_file, massive))
+    from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note, report_console, run_progress, say_once
     from mwtool.evaluation.document import text_of_results
     from mwtool.evaluation.report import eval_report
     from mwtool.evaluation.run import evaluate_models
 
     say_once()
+    outputs = Outputs(output, plot, report)
+    outputs.check()
     wanted = EvalConfig(
         tasks=tuple(task or CONFIG.tasks),
         attacks=tuple(attack or CONFIG.attacks),
@@ -167,11 +175,12 @@ def evaluate(
             on_note=note,
             on_task=on_task,
         )
+    text = text_of_results(found.compared(command_line()) if compare else found.documents[0])
     if json:
-        document = found.compared(command_line()) if compare else found.documents[0]
-        sys.stdout.write(text_of_results(document))
+        sys.stdout.write(text)
     else:
         report_console().print(eval_report(found.entries))
+    outputs.draw(text)
 
 
 def _usage(

@@ -21,6 +21,7 @@ from mwtool.models.load_options import DType
 from mwtool.scan.settings import Choice
 
 if TYPE_CHECKING:
+    from mwtool.cli.outputs import Outputs
     from mwtool.finetune.plan import Plan
     from mwtool.models.source import Source
 
@@ -241,6 +242,12 @@ def finetune(
     show_curriculum: Annotated[
         bool, _of_run("--show-curriculum", help="Draw the dropout probability over the steps and stop.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        _of_run(
+            metavar="FILE", help="Draw loss and p over the steps, with --show-curriculum p alone (.png, .svg or .pdf)."
+        ),
+    ] = None,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: Annotated[
@@ -250,6 +257,7 @@ def finetune(
     device: Annotated[str, _of_model(metavar="DEVICE", help="Where to train: auto, cpu, cuda or mps.")] = "auto",
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -259,6 +267,7 @@ def finetune(
         _show_curriculum(curriculum, max_steps, epochs)
         return
     data = _needed(data, output, dry_run=dry_run)
+    outputs = _drawn(plot, report, dry_run=dry_run)
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.models.source import locate
 
@@ -304,10 +313,10 @@ def finetune(
     from mwtool.finetune.checkpointing import date_of, locked
 
     with locked(output) if process.first() else nullcontext():
-        if not _ended(output, resume=resume):
+        if not _ended(output, outputs, resume=resume):
             plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
             reporting = (logging_steps, save_steps, tuple(report_to or ()))
-            _run(plan, output, place, reporting, resume=resume, merge=merge, json=json)
+            _run(plan, output, place, reporting, outputs, resume=resume, merge=merge, json=json)
 
 
 def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
@@ -317,6 +326,17 @@ def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
     if output is None and not dry_run:
         raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
     return data
+
+
+def _drawn(plot: Path | None, report: Path | None, *, dry_run: bool) -> Outputs:
+    """The files to draw, which can be written. Raises WrongUsage where there will be nothing to draw."""
+    from mwtool.cli.outputs import Outputs
+
+    outputs = Outputs(plot=plot, report=report)
+    if dry_run and outputs != Outputs():
+        raise options.WrongUsage("--dry-run trains nothing that --plot or --report could show; leave them out")
+    outputs.check()
+    return outputs
 
 
 def _without_layers(choice: Choice, curriculum: Curriculum, macdrop: str) -> Choice:
@@ -350,8 +370,11 @@ def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: floa
     console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
-def _ended(folder: Path, *, resume: bool) -> bool:
-    """Whether the run in `folder` has finished. Raises OutputError where a new run needs another folder."""
+def _ended(folder: Path, outputs: Outputs, *, resume: bool) -> bool:
+    """Whether the run in `folder` has finished, which is drawn then.
+
+    Raises OutputError where a new run needs another folder.
+    """
     from mwtool.cli.terminal import note
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
@@ -360,6 +383,7 @@ def _ended(folder: Path, *, resume: bool) -> bool:
 
     if resume and (folder / RECORD).exists():
         note(f"{folder} holds a finished run; there is nothing to resume")
+        outputs.draw((folder / RECORD).read_text(encoding="utf-8"))
         return True
     if resume or not process.first():  # the first process looks, before it fills the folder
         return False
@@ -402,6 +426,7 @@ def _run(
     folder: Path,
     device: str,
     reporting: tuple[int | None, int | None, tuple[str, ...]],
+    outputs: Outputs,
     *,
     resume: bool,
     merge: bool,
@@ -409,6 +434,7 @@ def _run(
 ) -> None:
     """Train, and save the results. reporting: as in `Telling`."""
     from mwtool.cli.terminal import command_line, note, note_all, step_progress
+    from mwtool.files.document import text_of
     from mwtool.finetune.artifacts import leave
     from mwtool.finetune.checkpointing import newest
     from mwtool.finetune.document import finetune_document
@@ -439,6 +465,7 @@ def _run(
         document = finetune_document(plan, trained, device=device, command=command_line())
         leave(document, trained, folder, merge=merge)
         _show(document, folder, json=json)
+        outputs.draw(text_of(document))
 
 
 def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:

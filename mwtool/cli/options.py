@@ -221,6 +221,15 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document to FILE.", rich_help_panel=OUTPUT),
 ]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="Write an HTML page with figures, tables, verdicts and settings.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(

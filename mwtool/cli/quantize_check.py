@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +17,9 @@ from mwtool.models.load_options import LoadOptions
 from mwtool.quantization.config import QuantizeConfig
 from mwtool.quantization.rounding import Levels, parse_bits, parse_group
 from mwtool.scan.settings import Settings
+
+if TYPE_CHECKING:
+    from mwtool.quantization.check import QuantizeCheck
 
 DEFAULTS, LOADING = QuantizeConfig(), LoadOptions()
 EXAMPLES = """\
@@ -47,6 +51,9 @@ def quantize_check(
             show_default=",".join(DEFAULTS.tasks),
         ),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw what each kept part gives back (.png, .svg or .pdf).")
+    ] = None,
     bos: options.FirstToken = DEFAULTS.bos,
     batch_size: options.BatchSize = None,
     limit: options.Limit = None,
@@ -62,6 +69,7 @@ def quantize_check(
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -69,10 +77,10 @@ def quantize_check(
     ks = numbers(k, "-k")
     if 0 in ks:
         raise options.WrongUsage("-k 0 keeps no column; nothing kept is always measured")
-    from mwtool.cli.terminal import command_line, note_all, report_console, run_progress, say_once
+    from mwtool.cli.outputs import Outputs
+    from mwtool.cli.terminal import command_line, note_all, run_progress, say_once
     from mwtool.evaluation.evaluate import check
     from mwtool.evaluation.tasks import parse_tasks
-    from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.load import load
     from mwtool.quantization.check import quantize_check as check_quantized
@@ -83,8 +91,8 @@ def quantize_check(
     plan = QuantizeConfig(bits=parse_bits(bits), group=parse_group(group), levels=levels, ks=ks, seed=seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
     check(tasks)
-    if output is not None:
-        check_writable(output)
+    outputs = Outputs(output, plot, report)
+    outputs.check()
     loaded = load(
         model,
         revision=revision,
@@ -100,12 +108,17 @@ def quantize_check(
     with run_progress() as on_run:
         found = check_quantized(loaded, scan, tasks, plan, measuring, on_run=on_run)
     note_all(found.notes)
-    document = text_of(quantize_document(loaded, found, command=command_line()))
-    if output is not None:
-        write(output, document)
+    text = text_of(quantize_document(loaded, found, command=command_line()))
+    outputs.keep(text)
     if json:
-        sys.stdout.write(document)
-        return
+        sys.stdout.write(text)
+    else:
+        _show(found)
+    outputs.draw(text)
+
+
+def _show(found: QuantizeCheck) -> None:
+    from mwtool.cli.terminal import report_console
     from mwtool.quantization.report import quantize_report
 
     report_console().print(quantize_report(found))

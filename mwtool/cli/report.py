@@ -29,13 +29,14 @@ def report(
     ),
     debug: options.Debug = False,
 ) -> None:
-    """Gather scans, ablations, fine-tuning runs and evaluations of one model in one HTML page."""
+    """Gather what was measured of one model in one HTML page."""
     from mwtool.cli.terminal import note
     from mwtool.files.atomic_write import check_writable, write
     from mwtool.report.page import page_of, read_for_page
 
     check_writable(output)
-    write(output, page_of(read_for_page(documents)))
+    found = read_for_page(documents)
+    write(output, page_of(list(found.values()), list(found)))
     note(f"the report is in {output}")
 
 

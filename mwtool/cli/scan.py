@@ -162,12 +162,13 @@ def scan(
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
     """Find the massive weights of a model, one decoder layer in memory at a time."""
+    from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all
-    from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
 
@@ -179,13 +180,8 @@ def scan(
     rows = () if indices is None else numbers(indices, "--indices")
     if check is not None and Path(check).is_dir():
         raise options.WrongUsage(f"--check takes a text, and {check} is a folder; write MODEL before --check")
-    for file in (output, plot):
-        if file is not None:
-            check_writable(file)
-    if plot is not None:
-        from mwtool.files.figure import check_plottable
-
-        check_plottable(plot)
+    outputs = Outputs(output, plot, report)
+    outputs.check()
     limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
     by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
     settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
@@ -196,17 +192,12 @@ def scan(
     opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
     text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
-    if output is not None:
-        write(output, text)
-    if plot is not None:
-        from mwtool.files.figure import save_figure
-        from mwtool.scan.plot import plot_scan
-
-        save_figure(plot_scan(found), plot)
+    outputs.keep(text)
     if json:
         typer.echo(text, nl=False)
     else:
         _show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
+    outputs.draw(text)
 
 
 def _last(layers: str) -> int:

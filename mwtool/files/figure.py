@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mwtool.errors import BadValue, OutputError
 from mwtool.files.atomic_write import write
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLUMN = 3.5
 """Width of a figure in inches: one column of a two-column page (89 mm), and of a narrow screen."""
-INK, MUTED = "#24292f", "#6e7781"
+INK, MUTED, LINE, PAPER = "#24292f", "#6e7781", "#d0d7de", "#ffffff"
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072b2", "#d55e00", "#009e73", "#b35a92", "#56b4e9", "#e69f00"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 """Okabe and Ito's colours, which remain distinct under the common kinds of colour blindness; purple is darkened."""
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": "#d0d7de",
+    "grid.color": LINE,
     "grid.linewidth": 0.4,
     "text.color": INK,
     "text.parse_math": False,  # a dollar sign in a file's name begins no formula
@@ -67,8 +67,12 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mwtool",  # the same document gives the same file
     "pdf.fonttype": 42,  # text that can be searched and edited
 }
-CAPTION = 70
-"""Characters in a line of a caption, at the width of a column."""
+CAPTION, LEADING = 70, 0.13
+"""Characters in a line of a caption at the width of a column, and inches from line to line."""
+NARROW = 50
+"""A logarithmic axis from 1 to less than this has ticks at 1, 2, 5 and 10 times powers of ten."""
+CAPTIONED = "caption"
+"""Name of a caption among the texts of a figure."""
 
 
 class HasDocument(Protocol):
@@ -97,10 +101,23 @@ def panels(heights: Sequence[float], caption: str) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     lines = textwrap.wrap(caption, CAPTION, break_on_hyphens=False)
-    figure = Figure(figsize=(COLUMN, sum(heights) + 0.13 * len(lines) + 0.1), layout="constrained")
+    figure = Figure(figsize=(COLUMN, sum(heights) + LEADING * len(lines) + 0.1), layout="constrained")
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6.5, color=MUTED, linespacing=1.3)
+    text = figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6.5, color=MUTED, linespacing=1.3)
+    text.set_gid(CAPTIONED)
     return figure, [row[0] for row in axes]
+
+
+def without_caption(figure: Figure) -> str:
+    """Take the caption off a figure, for a page that shows it as text of its own, and return it."""
+    found = next((text for text in figure.texts if text.get_gid() == CAPTIONED), None)
+    if found is None:
+        return ""
+    lines = found.get_text().split("\n")
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height - LEADING * len(lines))
+    found.set_text("")
+    return " ".join(lines)
 
 
 def styled() -> Any:
@@ -112,10 +129,15 @@ def styled() -> Any:
 
 def model_name(document: Mapping[str, Any]) -> str:
     """The model as a caption names it: a Hub id whole, a folder or file by its last part."""
-    name = str(document["model"])
-    if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
-        name = re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    name = local_name(str(document["model"]))
     return name + (f" at {document['revision'][:12]}" if document.get("revision") else "")
+
+
+def local_name(name: str) -> str:
+    """A Hub id whole, the path of a folder or file by its last part."""
+    if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
+        return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
+    return name
 
 
 def count_axis(panel: Axes) -> None:
@@ -125,12 +147,16 @@ def count_axis(panel: Axes) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plain_numbers(panel: Axes) -> None:
-    """Numbers without powers of ten on the vertical axis."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def plain_numbers(panel: Axes, axis: Literal["x", "y"] = "y") -> None:
+    """Numbers without powers of ten, and on a logarithmic axis of less than two decades more than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:,.6g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    along = panel.xaxis if axis == "x" else panel.yaxis
+    low, high = panel.get_xlim() if axis == "x" else panel.get_ylim()
+    if along.get_scale() == "log" and high < NARROW * low:
+        along.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    along.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:,.6g}"))
+    along.set_minor_formatter(NullFormatter())
 
 
 def check_plottable(path: Path) -> None:

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pydantic import ValidationError
 
 from mwtool._version import __version__
-from mwtool.errors import BadCheckpoint, BadValue
-from mwtool.files.figure import model_name
+from mwtool.errors import BadValue, line_of
+from mwtool.evaluation.plot import named_models
+from mwtool.files.figure import model_name, without_caption
+from mwtool.files.schema import Envelope, complaint
 from mwtool.files.tabular import shown
-from mwtool.files.text import read_json
-from mwtool.report.sections import SECTIONS, Document, Section, section_of
+from mwtool.report.section import Document, Section, Table
+from mwtool.report.sections import SECTIONS, section_of
 from mwtool.report.svg import inline_svg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """A section as the template shows it; `anchor` is its id."""
+    """A section as the template shows it; `anchor` is its id. notes: of the document, or of all that it compares."""
 
     anchor: str
     section: Section
+    heading: str
     svg: Markup | None
+    caption: str
+    tables: tuple[Table, ...]
     document: Document
+    notes: tuple[str, ...]
 
 
-def page_of(documents: Sequence[Document]) -> str:
-    """The page of these documents, which are of one model: scans first, then ablations, fine-tuning, evaluations.
+def page_of(documents: Sequence[Document], names: Sequence[str] = ()) -> str:
+    """The page of these documents, which are of one model: scans first, comparisons last.
 
-    It loads nothing, runs no script, and escapes every text of a document. Raises BadValue where the models differ, or
-    a schema is unknown.
+    names: of the files they were read from, for messages. It loads nothing, runs no script, and escapes every text of a
+    document. Raises BadValue where no model is in all documents, a schema is unknown, or a document is not complete.
     """
     known = list(SECTIONS)
-    unknown = next((one for one in documents if one.get("schema") not in known), None)
+    named = list(zip(documents, names or [f"document {at}" for at in range(1, len(documents) + 1)], strict=True))
+    unknown = next((one for one, _ in named if one.get("schema") not in known), None)
     if unknown is not None:
         raise BadValue(f"a document has schema {unknown.get('schema')!r}; expected one of {', '.join(known)}")
-    models = list(dict.fromkeys(one["model"] for one in documents))
-    if len(models) != 1:
-        raise BadValue(f"documents of {len(models)} models were given ({', '.join(models)}); expected those of one")
-    ordered = sorted(documents, key=lambda one: known.index(one["schema"]))
+    named.sort(key=lambda one: known.index(one[0]["schema"]))
+    parts: list[_Part] = []
+    for document, name in named:
+        try:
+            Envelope.model_validate(document)
+            parts.append(_part(len(parts) + 1, document, [part.section.heading for part in parts]))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:
+            said = complaint(fault) if isinstance(fault, ValidationError) else line_of(fault)
+            raise BadValue(f"{name} is no complete {document['schema']} document ({said}); write it again") from fault
     environment = Environment(
         loader=PackageLoader("mwtool.report"),
         autoescape=True,
@@ -51,49 +66,85 @@ def page_of(documents: Sequence[Document]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["shown"] = shown
-    parts = [_part(at, one) for at, one in enumerate(ordered, 1)]
     return environment.get_template("page.html").render(
-        model=model_name(ordered[0]), first=ordered[0], parts=parts, version=__version__
+        title=_one_model([document for document, _ in named]), first=named[0][0], parts=parts, version=__version__
     )
 
 
-def _part(number: int, document: Document) -> _Part:
+def _one_model(documents: Sequence[Document]) -> str:
+    """What the page is headed: the model that all documents have, or the models of a comparison. Raises BadValue."""
+    found = [{normpath(one["model"]): one for one in document.get("models", [document])} for document in documents]
+    shared = [model for model in found[0] if all(model in models for models in found)]
+    if not shared:
+        names = list(dict.fromkeys(model for models in found for model in models))
+        raise BadValue(f"documents of {len(names)} models were given ({', '.join(names)}); expected those of one")
+    if len(documents) == 1 and len(found[0]) > 1:
+        return " and ".join(named_models(documents[0]))
+    return model_name(found[0][shared[0]])
+
+
+def _part(number: int, document: Document, before: Sequence[str]) -> _Part:
+    """The part of one document. before: the headings above it, so that two of one kind are told apart."""
     section = section_of(document)
     anchor = f"part-{number}"
+    same = before.count(section.heading)
+    caption = "" if section.figure is None else without_caption(section.figure)
     # matplotlib escapes the text in a figure
     svg = None if section.figure is None else Markup(inline_svg(section.figure, anchor))  # noqa: S704 # see above
-    return _Part(anchor=anchor, section=section, svg=svg, document=document)
+    notes = dict.fromkeys(note for one in document.get("models", [document]) for note in one["notes"])
+    return _Part(
+        anchor=anchor,
+        section=section,
+        heading=f"{section.heading} ({same + 1})" if same else section.heading,
+        svg=svg,
+        caption=caption,
+        tables=tuple((name, _filled(records)) for name, records in section.tables if records),
+        document=document,
+        notes=tuple(notes),
+    )
 
 
-def read_for_page(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The documents in these files, and in the folders among them, two levels deep.
+def _filled(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a table without the columns that are empty in all of them."""
+    names = [name for name in records[0] if any(record[name] is not None for record in records)]
+    return [{name: record[name] for name in names} for record in records]
+
+
+def read_for_page(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The documents in these files, by their names, and in the folders among them, two levels deep.
 
     Raises BadValue for a file that is not such a document, and where there is none at all.
     """
-    found: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     for path in paths:
         if path.is_dir():
-            found += _inside(path)
+            found |= _inside(path)
         else:
             document = _read(path)
-            if document.get("schema") not in SECTIONS:
-                raise BadValue(f"{path} has schema {document.get('schema')!r}; expected one of {', '.join(SECTIONS)}")
-            found.append(document)
+            if not _is_document(document):
+                found_schema = document.get("schema") if isinstance(document, dict) else None
+                raise BadValue(f"{path} has schema {found_schema!r}; expected one of {', '.join(SECTIONS)}")
+            found[str(path)] = document
     if not found:
         names = ", ".join(map(str, paths))
         raise BadValue(f"there is no document in {names}; expected files that mwtool wrote with -o")
     return found
 
 
-def _inside(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((*folder.glob("*.json"), *folder.glob("*/*.json"))):
-        document = _read(path)
-        if document.get("schema") in SECTIONS:
-            yield document
+def _inside(folder: Path) -> dict[str, dict[str, Any]]:
+    read = {str(path): _read(path) for path in sorted((*folder.glob("*.json"), *folder.glob("*/*.json")))}
+    return {name: document for name, document in read.items() if _is_document(document)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _is_document(read: Any) -> bool:
+    return isinstance(read, dict) and isinstance(read.get("schema"), str) and read["schema"] in SECTIONS
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds. Raises BadValue."""
     try:
-        return dict(read_json(path))
-    except (BadCheckpoint, OSError) as fault:
-        raise BadValue(f"{path} cannot be read as a document: {fault}") from fault
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as fault:
+        raise BadValue(f"{path} is nested too deeply; expected a document that mwtool wrote") from fault
+    except (OSError, ValueError) as fault:
+        raise BadValue(f"{path} cannot be read as a document: {line_of(fault)}") from fault

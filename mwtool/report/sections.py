@@ -1,43 +1,25 @@
-"""What the page says of one document: sentences, a figure, tables, settings."""
+"""The sections of a page by schema, and those of scans, ablations and fine-tuning runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mwtool.ablation.plot import plot_ablation
+from mwtool.evaluation.document import COMPARISON
 from mwtool.evaluation.document import SCHEMA as EVALUATION
+from mwtool.evaluation.numbers import fine, short
 from mwtool.files.tabular import shown
 from mwtool.finetune.config import SCHEMA as TRAINING
 from mwtool.finetune.plot import plot_training
 from mwtool.massive import ABLATION
 from mwtool.massive import SCHEMA as SCAN
-from mwtool.scan.comparison_document import SCHEMA as COMPARISON
+from mwtool.quantization.document import SCHEMA as QUANTIZATION
+from mwtool.report.measured import evaluation_section, quantization_section
+from mwtool.report.section import Document, Section, Table
+from mwtool.scan.comparison_document import SCHEMA as SCANS
 from mwtool.scan.plot import plot_scan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Document = Mapping[str, Any]
-Table = tuple[str, list[dict[str, Any]]]
-"""A caption and the lines of a table, which have the same keys."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """What is shown of one document.
-
-    said: sentences, the result first. figure: None where the document has none; described: what it shows, in words.
-    facts: settings, by name.
-    """
-
-    heading: str
-    said: tuple[str, ...]
-    figure: Figure | None
-    described: str
-    tables: tuple[Table, ...]
-    facts: Mapping[str, Any]
 
 
 def section_of(document: Document) -> Section:
@@ -52,6 +34,10 @@ def _scan(document: Document) -> Section:
         tables.append((f"Rows of {document['massive']['module']}, ranked by |z|", list(_rows(document["massive"]))))
     if document["events"]:
         tables.append(("Events: layers that write a massive dimension", list(map(_event, document["events"]))))
+    if document["check"] is not None:
+        tables.append(
+            ("Check: perplexity ratio without and with only the rows of each event", list(_checked(document["check"])))
+        )
     return Section(
         heading="Scan",
         said=tuple(_found(document)),
@@ -93,28 +79,75 @@ def _event(event: Document) -> dict[str, Any]:
     }
 
 
+def _checked(check: Document) -> Iterator[dict[str, Any]]:
+    """What is lost without the rows of each event, of all that write together, and of random rows."""
+    for one in check["events"]:
+        where = f"event {one['event']}, layer {one['layer']}"
+        yield _attacked(where, one["indices"], one["zero"], one["retain"])
+    if check["zero_all_up"] is not None:
+        yield _attacked("all writes together", (), check["zero_all_up"], None)
+    if check["random"] is not None:
+        one = check["random"]
+        yield _attacked(f"random, layer {one['layer']}", one["indices"], one["zero"], None)
+
+
+def _attacked(where: str, rows: Sequence[int], zero: Document | None, retain: Document | None) -> dict[str, Any]:
+    return {"rows of": where, "rows": rows, "zeroed": _ratio(zero), "only these kept": _ratio(retain)}
+
+
+def _ratio(one: Document | None) -> str | None:
+    if one is None:
+        return None
+    interval = "" if one["low"] is None else f" [{fine(one['low'])}, {fine(one['high'])}]"
+    return f"x{fine(one['ratio'])}{interval}"
+
+
 def _ablation(document: Document) -> Section:
     return Section(
         heading="Ablation",
         said=tuple(one["text"][:1].upper() + one["text"][1:] for one in document["verdicts"])
         or ("No attack has a verdict.",),
         figure=plot_ablation(document),
-        described="The effect of each attack and of its controls on each task; the table has the numbers.",
-        tables=(("Runs", [_run(run, name) for name in document["baseline"] for run in document["runs"]]),),
-        facts={f"{name}, unchanged model": value for name, value in document["baseline"].items()},
+        described="The effect of each attack and of its controls on each task; the tables have the numbers.",
+        tables=tuple(
+            (
+                f"{short(one['name'])}: each attack, beside random rows and the rows of largest norm",
+                _runs(document, one),
+            )
+            for one in document["tasks"]
+        ),
+        facts={f"{short(name)}, unchanged model": value for name, value in document["baseline"].items()},
     )
 
 
-def _run(run: Document, task: str) -> dict[str, Any]:
+def _runs(document: Document, task: Document) -> list[dict[str, Any]]:
+    """A line for each attack, and one for all random draws beside it."""
+    attacks: dict[tuple[str, str, str], list[Document]] = {}
+    for run in document["runs"]:
+        layers = "+".join(str(place["layer"]) for place in run["places"])
+        rows = "random" if (run["control"] or "").startswith("random") else run["control"] or "ranked"
+        attacks.setdefault((f"{run['mode']} {run['k']}", layers, rows), []).append(run)
+    order = ("ranked", "norm", "random")
+    chosen = sorted(attacks, key=lambda key: (list(attacks).index((*key[:2], "ranked")), order.index(key[2])))
+    return [_run(key, attacks[key], task) for key in chosen]
+
+
+def _run(key: tuple[str, str, str], runs: Sequence[Document], task: Document) -> dict[str, Any]:
+    """The runs of one attack on rows of one kind: a measurement with its interval, or draws with their range."""
+    attack, layers, rows = key
+    name, accuracy = task["name"], task["metric"] != "perplexity"
+    values = [run["delta" if accuracy else "ratio"][name] for run in runs]
+    known = [value for value in values if value is not None]
+    spread = runs[0]["interval"][name] if rows != "random" else [min(known), max(known)] if known else None
+    kinds = {"ranked": "ranked", "norm": "largest norm", "random": f"random, {len(runs)} draw{'s' * (len(runs) > 1)}"}
+    found = [run["results"][name] for run in runs if run["results"][name] is not None]
     return {
-        "task": task,
-        "attack": f"{run['mode']} {run['k']}",
-        "rows": {None: "ranked", "norm": "largest norm"}.get(run["control"], run["control"]),
-        "layers": "+".join(str(place["layer"]) for place in run["places"]),
-        "value": run["results"][task],
-        "ratio": run["ratio"][task],
-        "95 % interval": run["interval"][task],
-        "points": run["delta"][task],
+        "attack": attack,
+        "layers": layers,
+        "rows": kinds[rows],
+        "value": statistics.fmean(found) if found else "not finite",
+        "points" if accuracy else "ratio": statistics.fmean(known) if known else None,
+        "95 % interval, or range of draws": None if spread is None else f"{shown(spread[0])} to {shown(spread[1])}",
     }
 
 
@@ -124,7 +157,8 @@ def _training(document: Document) -> Section:
     if measured["last_eval_loss"] is not None:
         said += f" The held-out loss went from {measured['first_eval_loss']:.4f} to {measured['last_eval_loss']:.4f}."
     curriculum = document["settings"]["curriculum"]
-    facts = {name: value for name, value in document["settings"].items() if name != "curriculum"}
+    told = ("curriculum", "seed", "dtype")  # here, or at the head of the settings
+    facts = {name: value for name, value in document["settings"].items() if name not in told}
     return Section(
         heading="Fine-tuning",
         said=(said,),
@@ -140,20 +174,7 @@ def _training(document: Document) -> Section:
     )
 
 
-def _evaluation(document: Document) -> Section:
-    keys = ("attack", "task", "part", "metric", "value", "stderr", "n")
-    lines = [{name: result[name] for name in keys} for result in document["results"]]
-    return Section(
-        heading="Evaluation",
-        said=() if document["complete"] else ("This evaluation is not complete.",),
-        figure=None,
-        described="",
-        tables=(("Results", lines),),
-        facts=document["options"],
-    )
-
-
-def _comparison(document: Document) -> Section:
+def _scans(document: Document) -> Section:
     both = {"both": "A and B", "a": "A only", "b": "B only"}
     events = [
         {
@@ -183,9 +204,11 @@ def _comparison(document: Document) -> Section:
 
 SECTIONS: Mapping[str, Callable[[Document], Section]] = {
     SCAN: _scan,
-    COMPARISON: _comparison,
+    SCANS: _scans,
     ABLATION: _ablation,
+    QUANTIZATION: quantization_section,
     TRAINING: _training,
-    EVALUATION: _evaluation,
+    EVALUATION: evaluation_section,
+    COMPARISON: evaluation_section,
 }
 """By schema, in the order of the page."""

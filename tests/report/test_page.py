@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import tiny
 from command import run
+from evaluations import compared, evaluated
 from sweeps import swept
 from words import planted
 
 import mwtool
 from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue
+from mwtool.files.tabular import shown
 from mwtool.report.page import page_of, read_for_page
 
 EVIL = "owner/<script>alert(1)</script></svg>$x_{2$"
@@ -63,6 +65,7 @@ def test_the_page_is_nested_and_has_each_figure_and_table_with_its_name(document
     assert len(figures) == len(structure.all("svg")) == 2
     assert all(attrs["aria-label"] for attrs in figures)
     assert len(structure.all("caption")) == len(structure.all("table")) == 3
+    assert all(len(text) > 20 for text in re.findall(r"<figcaption>(.*?)</figcaption>", page_of(documents)))
     assert {attrs["scope"] for attrs in structure.all("th")} == {"col"}
     assert structure.all("html") == [{"lang": "en"}]
     assert [len(structure.all(name)) for name in ("h1", "main", "nav")] == [1, 1, 1]
@@ -111,10 +114,62 @@ def test_the_command_reads_folders_and_leaves_other_json_alone(documents: list[d
 
 
 def test_documents_of_two_models_and_other_files_are_refused(documents: list[dict[str, Any]], tmp_path: Path) -> None:
-    with pytest.raises(BadValue, match=r"documents of 2 models were given \(owner/name, other\)"):
+    with pytest.raises(BadValue, match=r"documents of 2 models were given \((owner/name, other|other, owner/name)\)"):
         page_of([documents[0], {**documents[1], "model": "other"}])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadValue, match="has schema None; expected one of"):
         read_for_page([tmp_path / "config.json"])
     with pytest.raises(BadValue, match="there is no document in"):
         read_for_page([tmp_path])
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> dict[str, Any]:
+    bits = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    return evaluated("owner/name", none=bits, zero=[0.0] * 6)
+
+
+def test_a_comparison_is_on_the_page_of_each_of_its_models(
+    documents: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> None:
+    both = compared(evaluated("other", none=[1.0] * 6), evaluation)
+    page = page_of([*documents, evaluation, both])
+    assert re.findall(r"<h2[^>]*>([^<]+)", page) == ["Scan", "Ablation", "Evaluation", "Comparison"]
+    assert "<h1>owner/name: massive weights</h1>" in page
+    assert "<h1>other and owner/name: massive weights</h1>" in page_of([both])
+    with pytest.raises(BadValue, match="documents of 3 models"):
+        page_of([{**documents[0], "model": "third"}, both])
+
+
+def test_spellings_of_one_folder_are_one_model_and_two_sections_of_a_kind_are_told_apart(
+    documents: list[dict[str, Any]], evaluation: dict[str, Any]
+) -> None:
+    page = page_of([{**evaluation, "model": name} for name in ("./model", "model/")])
+    assert re.findall(r"<h2[^>]*>([^<]+)", page) == ["Evaluation", "Evaluation (2)"]
+
+
+def test_what_changes_is_said_with_its_interval(evaluation: dict[str, Any]) -> None:
+    page = page_of([evaluation])
+    assert "mc:x acc under zero:1, beside no attack: -66.7 points [-120.9 to -12.5]." in page
+    same = page_of([evaluated("owner/name", none=[1.0, 0.0, 1.0, 0.0], zero=[1.0, 0.0, 1.0, 0.0])])
+    assert "0.0 points [0.0 to 0.0], which cannot be told from no change." in same
+
+
+def test_random_draws_are_one_line_of_the_table(documents: list[dict[str, Any]]) -> None:
+    ablation = next(one for one in documents if one["schema"] == "mwtool.ablate/1")
+    page = page_of([ablation])
+    draws = [run["ratio"] for run in ablation["runs"] if (run["control"] or "").startswith("random") and run["k"] == 1]
+    values = [value for run in draws for value in run.values()]
+    assert len(values) == 4
+    assert page.count("random, 2 draws") == 4  # zero and retain, 1 and 2 rows
+    assert f"<td>{shown(min(values[:2]))} to {shown(max(values[:2]))}</td>" in page
+
+
+def test_the_answers_of_each_variant_are_on_the_page() -> None:
+    document = evaluated("owner/name", none=[0.0], zero=[0.0])
+    for result, answer in zip(document["results"], ("Paris", "<b>"), strict=True):
+        result |= {"task": "generate:x", "answers": [answer], "setting": {"prompts": ["The capital is"]}}
+    page = page_of([document])
+    assert "<td>Paris</td>" in page
+    assert "<td>&lt;b&gt;</td>" in page
+    assert "<svg" not in page
