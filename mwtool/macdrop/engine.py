@@ -15,9 +15,9 @@ in any other training loop:
             model(**batch).loss.backward()
         optimizer.step()
 
-Inside a step, everything that reads the weights sees the dropped rows, in training and in
-evaluation mode: an evaluation, and also the reference model of preference training, which is
-the same model with the PEFT adapter disabled. Only a state dict holds the pre-trained rows.
+Inside a step, the trained model sees the dropped rows, in training and in evaluation mode. A
+state dict holds the pre-trained rows, and so does a forward pass with the PEFT adapter switched
+off, or with another one active: the reference policy of preference training.
 DoRA divides each row by its norm, which is that of the remaining entries: the row is scaled
 up by about 1/sqrt(1-p).
 """
@@ -42,6 +42,7 @@ from mwtool.interrupts import uninterrupted
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.macdrop.curriculum_yaml import read_curriculum
 from mwtool.macdrop.masked_rows import MatrixRows, RecomputedRows, WrittenRows, masked_rows
+from mwtool.macdrop.policy import Policy
 
 if TYPE_CHECKING:
     from mwtool.massive import RankedRows
@@ -90,6 +91,9 @@ class MacDrop:
         ]
         self.rows = [row for place in self.places for row in place.rows]
         self.matrices = [matrix for place in self.places for matrix in place.matrices]
+        self.policy = Policy(base)
+        for matrix in self.matrices:
+            matrix.policy = self.policy
         if any(_compiled(module) for module in model.modules()):
             self.refuse_compiled()
         self.p, self.history = 0.0, dict[int, float]()
@@ -112,7 +116,12 @@ class MacDrop:
         return sum(matrix.kept_bytes for matrix in self.matrices)
 
     def refuse_compiled(self) -> None:
-        """Raises UnsupportedModel if the dropped entries would have no effect on a compiled model."""
+        """Raises UnsupportedModel if the dropped entries would have no effect on a compiled model.
+
+        A compiled model is not told apart from its reference: hooks would break its graph.
+        """
+        for matrix in self.matrices:
+            matrix.policy = None
         packed = next((place.ffn for place in self.places if place.how == "outputs"), None)
         if packed is not None:
             raise UnsupportedModel(
@@ -143,6 +152,7 @@ class MacDrop:
         """
         self.p = self.curriculum.p(t, self.steps, self.per_epoch)
         self._t, self._microbatch = t, 0
+        self.policy.begin()
         self.history[t] = self.p
         self._drop()
 

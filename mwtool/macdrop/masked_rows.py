@@ -21,6 +21,7 @@ from mwtool.architecture.layout import WeightSlice
 from mwtool.architecture.packed import is_packed
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.macdrop.fsdp import local_index, local_tensor, matrix_shape
+from mwtool.macdrop.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class _Rows:
 
     def __init__(self, place: MatrixRows) -> None:
         self.place, self.layer = place, place.layer
+        self.policy: Policy | None = None  # set where forward passes of a reference are to see the pre-trained rows
         self.undo: list[Callable[[], None]] = []
         for other in self._others():
             log.warning("restored entries of %s that a failed step had left dropped", place.matrix.param)
@@ -138,6 +140,7 @@ class WrittenRows(_Rows):
     def __init__(self, place: MatrixRows) -> None:
         super().__init__(place)
         self.sharded: DTensor | None = None
+        self.hidden: Tensor | None = None  # the masked rows during a reference's forward pass, (R, H)
         self.width = matrix_shape(place.matrix, place.weight)[1]
         self._take(self._weight())
 
@@ -162,6 +165,9 @@ class WrittenRows(_Rows):
             self.undo.append(register(partial(self._into_state_dict)).remove)  # torch marks the hook, not a method
             for magnitude in self.place.magnitudes():
                 self._guard_norm(magnitude)
+            if self.policy is not None and self.policy.layer is not None:
+                self.undo.append(self.layer.register_forward_pre_hook(self._show_kept).remove)
+                self.undo.append(self.layer.register_forward_hook(self._show_masked, always_call=True).remove)
         self._write(self._masked(keep if self.part is None else keep[self.part]))
 
     def _weight(self) -> Tensor:
@@ -179,6 +185,36 @@ class WrittenRows(_Rows):
     def _write(self, values: Tensor) -> None:
         memory = local_tensor(self._weight())  # detached: Ctrl-C could leave `torch.no_grad` switched on
         memory[self.index] = values.to(memory)  # no copy unless the model was moved or cast during the step
+
+    def _show_kept(self, _layer: nn.Module, _args: Any) -> None:
+        """Before a reference's forward pass: give it the pre-trained rows.
+
+        Through `data`, which autograd does not see: the policy's backward pass may be yet to come, and will find the
+        rows as its forward pass did.
+        """
+        assert self.policy is not None, "without a policy there are no hooks"
+        if not self.policy.absent:
+            return
+        if self.sharded is not None:
+            raise UnsupportedModel(
+                "the reference policy would see dropped rows under FSDP2; compute its log probabilities beforehand "
+                "(precompute_ref_log_probs), or train with DDP"
+            )
+        memory = self._weight().data
+        self.hidden = memory[self.index].clone()
+        memory[self.index] = self.kept.to(memory)
+
+    def _show_masked(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        """After it: drop the same entries again. Raises BadValue if a gradient was to flow through the reference."""
+        if self.hidden is None:
+            return
+        self._weight().data[self.index] = self.hidden
+        self.hidden = None
+        if isinstance(output, Tensor) and output.requires_grad:
+            raise BadValue(
+                "a forward pass with the PEFT adapter off, inside a training step, keeps a graph; run the reference "
+                "under torch.no_grad()"
+            )
 
     def _into_state_dict(self, _layer: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Put the pre-trained rows into a state dict taken while entries are dropped."""
@@ -249,6 +285,8 @@ class RecomputedRows(_Rows):
     def _replace(self, _layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert self.masked is not None, "the hook is there only while entries are dropped"
         self.bypassed = False
+        if self.policy is not None and self.policy.absent:
+            return output
         x, bias = args[0], self.layer.bias
         precision = getattr(self.layer, "compute_dtype", None) or x.dtype
         bias = None if bias is None else bias[self.entries].to(precision)
