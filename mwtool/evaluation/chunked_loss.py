@@ -8,10 +8,10 @@ logits is tested on a few tokens; if not, the whole model is run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ MULTIPLE, LEAST, TILE = 8, 2**22, 128
 products on a GPU work on tiles of 128 positions, and a partial tile costs as much as a full one."""
 TESTED = 16
 """Number of tokens on which chunked and whole logits are compared."""
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,22 @@ class Head:
         column 0. Both are on the CPU, so that finding the scored positions does not wait for the device.
         most: positions of the model; if T is larger by one, the last token is only scored and not an input.
         """
+        return torch.cat(list(self._each(ids, scored, most, device, _loss)))
+
+    def answers(self, ids: Tensor, scored: Tensor, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As `losses`, and of each scored token whether it is the likeliest one, (N,) of bool."""
+        each = list(self._each(ids, scored, most, device, _loss_and_greedy))
+        return torch.cat([loss for loss, _ in each]), torch.cat([greedy for _, greedy in each])
+
+    def _each(
+        self,
+        ids: Tensor,
+        scored: Tensor,
+        most: int,
+        device: torch.device,
+        of: Callable[[Tensor, Tensor], Result],
+    ) -> Iterator[Result]:
+        """`of` the logits of some scored tokens, (n, V), and these tokens, (n,), one chunk after the other."""
         targets = to_device(ids[scored], device)  # (N,)
         before = functional.pad(scored[:, 1:], (0, 1))  # position t has the logits of token t + 1
         if ids.shape[1] > most:  # the last token is not an input
@@ -53,14 +72,15 @@ class Head:
         places, read = before.flatten().nonzero()[:, 0], to_device(ids, device)  # (N,), (B, T)
         if self.body is None:
             logits = self.model(input_ids=read, use_cache=False).logits.flatten(0, 1)  # (B * T, V)
-            return _loss(logits[to_device(places, logits.device)], targets)
+            yield of(logits[to_device(places, logits.device)], targets)
+            return
         with _captured(self.body, 1) as outputs:
             self.model(input_ids=read, use_cache=False)
         output = outputs[0]
         hidden = output[0].flatten(0, 1)[to_device(places, output[0].device)]  # (N, H)
         size = positions_per_chunk(output[0], self.vocabulary)
-        chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-        return torch.cat([_loss(self._logits(output, chunk, read), aims) for chunk, aims in chunks])
+        for chunk, aims in zip(torch.split(hidden, size), torch.split(targets, size), strict=True):
+            yield of(self._logits(output, chunk, read), aims)
 
     @property
     def vocabulary(self) -> int:
@@ -113,6 +133,10 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     likely = functional.log_softmax(logits, dim=-1, dtype=exact)  # (N, V)
     return -likely.gather(1, targets.to(likely.device)[:, None])[:, 0]
+
+
+def _loss_and_greedy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return _loss(logits, targets), logits.argmax(-1) == targets.to(logits.device)
 
 
 def _same(ours: Tensor, whole: Tensor) -> bool:

@@ -9,27 +9,6 @@ from typing import Any
 from mwtool.evaluation.measurement import Measured, digest_of, mean_of, perplexity_of
 from mwtool.evaluation.perplexity import nonfinite, summarize
 
-Answer = tuple[float, bool]
-"""ln p of a continuation, and whether greedy decoding generates it."""
-
-
-def choice_metrics(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
-    """acc: whether the likeliest choice is right. acc_norm: the same with ln p divided by the number of characters."""
-    for metric in ("acc", "acc_norm"):
-        values = []
-        for row, answers in scored:
-            scale = [len(ending) if metric == "acc_norm" else 1 for ending in row.endings]
-            each = [answer[0] / length for answer, length in zip(answers, scale, strict=True)]
-            values.append(float(each.index(max(each)) == row.gold) if all(map(math.isfinite, each)) else math.nan)
-        yield mean_of(metric, values)
-
-
-def cloze_metrics(scored: Sequence[tuple[Any, list[Answer]]]) -> Iterator[dict[str, Any]]:
-    """acc: whether greedy decoding generates the true continuation. perplexity: of all true continuations together."""
-    yield mean_of("acc", [float(answers[0][1]) if math.isfinite(answers[0][0]) else math.nan for _, answers in scored])
-    found = summarize([-answers[0][0] for _, answers in scored], [1] * len(scored), 0.0)
-    yield perplexity_of("perplexity", found)
-
 
 def harness_metrics(found: Any, task: str, seconds: float, setting: dict[str, Any]) -> Iterator[Measured]:
     """The metrics of each task and group, with standard errors from the harness's log of samples."""

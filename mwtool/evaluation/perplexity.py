@@ -166,7 +166,7 @@ def batches(windows: Windows, size: int) -> Iterator[Batch]:
     order = sorted(range(len(windows.ids)), key=lambda index: -len(windows.ids[index]))
     for start in range(0, len(order), size):
         some = order[start : start + size]
-        yield Batch(tuple(some), *_padded([windows.ids[i] for i in some], [windows.scored[i] for i in some]))
+        yield Batch(tuple(some), *padded([windows.ids[i] for i in some], [windows.scored[i] for i in some]))
 
 
 def windows_at_once(model: Any, windows: Windows) -> int:
@@ -190,7 +190,7 @@ def per_sample(windows: Windows, parts: Sequence[Batch], sums: Sequence[float]) 
     return nll
 
 
-def _padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
+def padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
     """Token ids padded on the right, and which of them are scored, both (B, T)."""
     longest = max(map(len, ids))
     whole = torch.zeros(len(ids), longest, dtype=torch.long)

@@ -175,13 +175,13 @@ def _prepare_text(loaded: Loaded, task: Task, options: Options) -> Prepared:
 
 
 def _check_questions(task: Task) -> None:
-    from mwtool.evaluation.harness import read_questions
+    from mwtool.evaluation.questions import read_questions
 
     read_questions(task)
 
 
 def _prepare_questions(loaded: Loaded, task: Task, options: Options) -> Prepared:
-    from mwtool.evaluation.harness import prepare_questions
+    from mwtool.evaluation.questions import prepare_questions
 
     return prepare_questions(loaded, task, options)
 

@@ -22,6 +22,7 @@ from mwtool.ablation.sweep import Sweep, ablate
 from mwtool.demo import questions
 from mwtool.errors import BadValue, ModelNotFound
 from mwtool.evaluation import harness
+from mwtool.evaluation import questions as local
 from mwtool.evaluation.comparison import Entry, compare_with_first, paired, student_t
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import check, evaluate, measure
@@ -79,9 +80,9 @@ def test_a_cloze_is_its_greedy_accuracy_and_the_perplexity_of_what_is_true(loade
 
 
 def test_a_delimiter_stands_between_and_only_its_last_whitespace_is_scored() -> None:
-    row = harness.Cloze("one", "two")
-    assert harness._pairs(row, "\nAnswer: ") == [("one\nAnswer:", " two")]
-    assert harness._pairs(row, " ") == [("one", " two")]
+    row = local.Cloze("one", "two")
+    assert local._pairs(row, "\nAnswer: ") == [("one\nAnswer:", " two")]
+    assert local._pairs(row, " ") == [("one", " two")]
 
 
 def seen_by(loaded: Loaded) -> tuple[list[torch.Tensor], Any]:
@@ -293,14 +294,20 @@ def test_a_harness_that_gives_up_is_one_line(loaded: Loaded, own_tasks: Path) ->
         ready.run(loaded, Options(window=3))
 
 
-def test_without_lm_eval_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_lm_eval_local_files_are_measured_and_the_message_says_what_to_install(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for task in (Task("harness", "arc_easy"), Task("mc", "demo"), rows(tmp_path, "cloze", CLOZE)):
-        with pytest.raises(
-            BadValue, match=r"needs lm-evaluation-harness; install it with pip install 'mwtool\[eval\]'"
-        ):
-            check([task])
-    check([Task("ppl", "demo"), prompts(tmp_path)])
+    with pytest.raises(BadValue, match=r"needs lm-evaluation-harness; install it with pip install 'mwtool\[eval\]'"):
+        check([Task("harness", "arc_easy")])
+    files = [
+        Task("ppl", "demo"),
+        prompts(tmp_path),
+        rows(tmp_path, "mc", CHOICES),
+        rows(tmp_path, "cloze", CLOZE),
+    ]
+    check(files)
+    assert len(measure(loaded, files[2:], Options(limit=2))) == 4
 
 
 def test_a_continuation_without_tokens_or_with_too_many_is_refused(loaded: Loaded, tmp_path: Path) -> None:
