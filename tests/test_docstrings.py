@@ -14,7 +14,7 @@ UNDOCUMENTED = {"cli", "demo"}
 """A command's docstring is its help; the modules of demo are scripts."""
 FOLDERS = (
     "files", "architecture", "models", "scan", "surgery", "macdrop", "evaluation", "ablation", "quantization", "report",
-    "finetune", "testing",
+    "finetune", "reproduction", "testing",
     "demo", "cli",
 )  # fmt: skip
 """Every folder of the package; what lies beside them is held to the same."""

@@ -23,6 +23,7 @@ SUMMARIES = {
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
     "export": "Write the FFN matrices of a scan's events in the syntax of a quantization tool.",
     "report": "Gather what was measured of one model in one HTML page.",
+    "reproduce": "Run the paper's study of one model and write it on one page.",
     "adapters": "List the supported model types; check an adapter, or start a new one.",
 }
 """Command -> the first line of its help, which a test compares with the command's own."""

@@ -22,6 +22,7 @@ SAME = {
     "--per-device-eval-batch-size": "--batch-size",
     "--per-device-train-batch-size": "--batch-size",
     "--tasks": "--task",
+    "--text": "--texts",
     "--top-k": "--k",
     "--torch-dtype": "--dtype",
 }
