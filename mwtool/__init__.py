@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mwtool.scan.comparison import Comparison, compare_scans
     from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
-    from mwtool.scan.settings import Settings, Thresholds
+    from mwtool.scan.settings import Settings, Texts, Thresholds
+    from mwtool.scan.states_plot import plot_attention, plot_positions, plot_router, plot_sinks
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "Perplexity": "mwtool.evaluation.perplexity",
     "Scan": "mwtool.scan.scanner",
     "Settings": "mwtool.scan.settings",
+    "Texts": "mwtool.scan.settings",
     "Thresholds": "mwtool.scan.settings",
     "ablated": "mwtool.ablation.sweep",
     "compare_scans": "mwtool.scan.comparison",
@@ -48,7 +50,11 @@ _HOMES = {
     "plot_ablation": "mwtool.ablation.plot",
     "plot_evaluation": "mwtool.evaluation.plot",
     "plot_quantization": "mwtool.quantization.plot",
+    "plot_attention": "mwtool.scan.states_plot",
+    "plot_positions": "mwtool.scan.states_plot",
+    "plot_router": "mwtool.scan.states_plot",
     "plot_scan": "mwtool.scan.plot",
+    "plot_sinks": "mwtool.scan.states_plot",
     "plot_training": "mwtool.finetune.plot",
     "read_curriculum": "mwtool.macdrop.curriculum_yaml",
     "scan_checkpoint": "mwtool.scan.scanner",
@@ -66,6 +72,7 @@ __all__ = [
     "Perplexity",
     "Scan",
     "Settings",
+    "Texts",
     "Thresholds",
     "__version__",
     "ablated",
@@ -74,9 +81,13 @@ __all__ = [
     "guard",
     "measure_perplexity",
     "plot_ablation",
+    "plot_attention",
     "plot_evaluation",
+    "plot_positions",
     "plot_quantization",
+    "plot_router",
     "plot_scan",
+    "plot_sinks",
     "plot_training",
     "read_curriculum",
     "scan_checkpoint",

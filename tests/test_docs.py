@@ -100,7 +100,7 @@ def test_python_in_the_documentation_runs_as_it_stands(
         exec(compile(code.replace("path/to/model", str(DEMO)), page.name, "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["quickstart.md", "scan.md", "compare.md", "adapters-command.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "scan.md", "states.md", "compare.md", "adapters-command.md"])
 def test_commands_in_the_documentation_run_and_print_what_is_shown(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

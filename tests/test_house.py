@@ -111,6 +111,9 @@ def test_only_the_command_line_knows_all_others() -> None:
         "svg.py",
         "section.py",
         "bars.py",
+        "sections.py",
+        "states_plot.py",
+        "states_tables.py",
     }
 
 

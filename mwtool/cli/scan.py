@@ -14,7 +14,7 @@ from mwtool.cli.command import Command
 from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.models.load_options import DType, LoadOptions
-from mwtool.scan.settings import ByHand, Settings, Thresholds
+from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
 
 if TYPE_CHECKING:
     from mwtool.ablation.check import Check
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 
 
 class ScanCommand(Command):
-    """`--check` may stand alone: the bundled text is then meant."""
+    """`--check` and `--sinks` may stand alone: the bundled text is then meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a `--check` that ends the line, or comes before another option, its default value."""
-        for at, arg in enumerate(args):
-            if arg == "--check" and (at + 1 == len(args) or args[at + 1].startswith("-")):
-                args = [*args[:at], f"--check={CHECKING.text}", *args[at + 1 :]]
-                break
+        """Give one that ends the line, or comes before another option, its default value."""
+        alone = {"--check", "--sinks"}
+        args = [
+            f"{arg}={CHECKING.text}" if arg in alone and (at + 1 == len(args) or args[at + 1].startswith("-")) else arg
+            for at, arg in enumerate(args)
+        ]
         return super().parse_args(ctx, args)
 
 
 BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
+WHOLE = "Whole texts"
 """Panels of `--help`."""
 DEFAULTS = Settings()
 LIMITS, LOADING, CHECKING = DEFAULTS.thresholds, LoadOptions(), CheckConfig()
@@ -143,17 +145,68 @@ def scan(
             show_default=False,
         ),
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help="Show both states of the massive layer, and the attention received, at each position of a text, with "
+            "bos at its start, in its middle, at its end and without.",
+            rich_help_panel=WHOLE,
+        ),
+    ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention",
+            help="With --positions: keep the attention maps of the massive layer and its neighbours.",
+            rich_help_panel=WHOLE,
+        ),
+    ] = False,
+    sinks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[FILE]",
+            help="Measure how many heads are attention sinks, by layer, on the bundled text or FILE.",
+            rich_help_panel=WHOLE,
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Find the tokens and positions of a text whose state is massive (demo: the bundled text).",
+            rich_help_panel=WHOLE,
+        ),
+    ] = None,
+    triggers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --text: write massive dimensions and tokens to FILE.", rich_help_panel=WHOLE
+        ),
+    ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, metavar="N", help="With --check: windows of the text to use.", rich_help_panel=CHECK)
+        int,
+        typer.Option(
+            min=1, metavar="N", help="With --check or --text: windows of the text to use.", rich_help_panel=WHOLE
+        ),
     ] = CHECKING.limit,
     window: Annotated[
         int,
         typer.Option(
-            min=CHECKING.shortest, metavar="N", help="With --check: tokens in a window.", rich_help_panel=CHECK
+            min=CHECKING.shortest,
+            metavar="N",
+            help="With --check or --text: tokens in a window.",
+            rich_help_panel=WHOLE,
         ),
     ] = CHECKING.window,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw states and events by layer (.png, .svg or .pdf).")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw states and events by layer (.png, .svg or .pdf); what was found in whole texts, and the router "
+            "of a mixture of experts, goes to files beside it: FILE-positions, FILE-sinks ...",
+        ),
     ] = None,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
@@ -169,35 +222,87 @@ def scan(
     """Find the massive weights of a model, one decoder layer in memory at a time."""
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all
+    from mwtool.files.atomic_write import check_writable, write
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
 
-    if prompt is not None and bos != "never":
-        raise options.WrongUsage("--prompt is used with --bos never only; add that, or leave out --prompt")
-    if event is not None and layer is not None:
-        raise options.WrongUsage("--event and --layer name a place each; give one of them")
+    _refuse(
+        prompt is not None and bos != "never", "--prompt is used with --bos never only; add that, or leave out --prompt"
+    )
+    _refuse(event is not None and layer is not None, "--event and --layer name a place each; give one of them")
+    _refuse(triggers is not None and text is None, "--triggers writes what --text finds; add --text FILE")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
-    if check is not None and Path(check).is_dir():
-        raise options.WrongUsage(f"--check takes a text, and {check} is a folder; write MODEL before --check")
+    if check is not None:
+        _refuse(Path(check).is_dir(), f"--check takes a text, and {check} is a folder; write MODEL before --check")
     outputs = Outputs(output, plot, report)
     outputs.check()
-    limits = Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike)
-    by_hand = ByHand(event=event, layer=layer, expert=expert, indices=rows)
-    settings = Settings(k=k, bos=bos, prompt=prompt or PROMPT, thresholds=limits, last_layer=last, by_hand=by_hand)
+    if triggers is not None:
+        check_writable(triggers)
+    settings = Settings(
+        k=k,
+        bos=bos,
+        prompt=prompt or PROMPT,
+        thresholds=Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike),
+        last_layer=last,
+        by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
+        texts=_texts(positions, attention, sinks, text, limit, window),
+    )
     found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
     from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
 
     note_all(found.notes)
     opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
-    text = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
-    outputs.keep(text)
+    document = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
+    outputs.keep(document)
+    if triggers is not None:
+        from mwtool.scan.states_document import trigger_document
+
+        write(triggers, text_of(trigger_document(found, command_line())))
     if json:
-        typer.echo(text, nl=False)
+        typer.echo(document, nl=False)
     else:
         _show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
-    outputs.draw(text)
+    outputs.draw(document)
+    if plot is not None:
+        _draw_beside(document, plot)
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    """Raise WrongUsage where options contradict each other."""
+    if wrong:
+        raise options.WrongUsage(message)
+
+
+def _texts(
+    positions: str | None, attention: bool, sinks: str | None, text: str | None, limit: int, window: int
+) -> Texts:
+    """What to run besides bos; files are opened now, so that a wrong name costs no scan. Raises WrongUsage."""
+    from mwtool.scan.given import bundled_or_file, text_or_file
+
+    if attention and positions is None:
+        raise options.WrongUsage("--attention keeps the attention maps of a text; give one with --positions")
+    if positions is not None:
+        text_or_file(positions)
+    for file in (sinks, text):
+        if file is not None:
+            bundled_or_file(file)
+    return Texts(positions=positions, attention=attention, sinks=sinks, triggers=text, windows=limit, length=window)
+
+
+def _draw_beside(document: str, plot: Path) -> None:
+    """Figures of whole texts and of a router, beside that over the layers."""
+    from json import loads
+
+    from mwtool.cli.terminal import note
+    from mwtool.files.figure import save_figure
+    from mwtool.scan.states_plot import figures_of
+
+    for name, figure in figures_of(loads(document)):
+        beside = plot.with_stem(f"{plot.stem}-{name}")
+        save_figure(figure, beside)
+        note(f"the figure of {name} is in {beside}")
 
 
 def _last(layers: str) -> int:
@@ -261,10 +366,12 @@ def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bo
     """The report, or in its place the tables asked for."""
     from mwtool.cli.terminal import report_console
     from mwtool.scan.report import Checked, scan_report
+    from mwtool.scan.states_tables import positions_table, sinks_table, triggers_table
     from mwtool.scan.tables import protect_table, states_table, super_weights_table
 
     console = report_console()
-    if not (states or super_weights or protect):
+    texts = (found.positions, found.sinks, found.triggers)
+    if not (states or super_weights or protect) and (checked is not None or texts == (None, None, None)):
         made = None
         if checked is not None:
             from mwtool.ablation.check import cells_of, lines_of
@@ -277,6 +384,12 @@ def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bo
         console.print(super_weights_table(found))
     if protect:
         console.print(protect_table(found))
+    if found.positions is not None:
+        console.print(positions_table(found.positions))
+    if found.sinks is not None:
+        console.print(sinks_table(found.sinks, None if found.massive is None else found.massive.layer))
+    if found.triggers is not None:
+        console.print(triggers_table(found.triggers))
 
 
 app = single()

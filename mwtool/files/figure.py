@@ -98,14 +98,23 @@ def panels(heights: Sequence[float], caption: str) -> tuple[Figure, list[Axes]]:
 
     heights: of each panel, in inches. Use it inside `styled`, which all that is drawn needs as well.
     """
+    figure = sheet(sum(heights), caption)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))
+    return figure, [row[0] for row in axes]
+
+
+def sheet(height: float, caption: str) -> Figure:
+    """An empty figure one column wide with a caption at its foot, for other arrangements than `panels`.
+
+    height: of what is drawn above the caption, in inches. Use it inside `styled`.
+    """
     from matplotlib.figure import Figure
 
     lines = textwrap.wrap(caption, CAPTION, break_on_hyphens=False)
-    figure = Figure(figsize=(COLUMN, sum(heights) + LEADING * len(lines) + 0.1), layout="constrained")
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))
+    figure = Figure(figsize=(COLUMN, height + LEADING * len(lines) + 0.1), layout="constrained")
     text = figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=6.5, color=MUTED, linespacing=1.3)
     text.set_gid(CAPTIONED)
-    return figure, [row[0] for row in axes]
+    return figure
 
 
 def without_caption(figure: Figure) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mwtool.files.schema import LARGEST, Count, Envelope, Magnitude, Positive, Share, Strict
+from mwtool.files.states_schema import Positions, Routing, Sinks, Triggers
 
 Kind = Literal["up", "down"]
 
@@ -265,6 +266,10 @@ class ScanDocument(Scanned):
     weights: list[Places]
     sun: Sun
     published: Published | None
+    positions: Positions | None = None  # from here to notes: absent in older files
+    sinks: Sinks | None = None
+    triggers: Triggers | None = None
+    routing: list[Routing] | None = None
     notes: list[str]
 
     @model_validator(mode="after")

@@ -64,6 +64,7 @@ class LayerState:
     intermediate: the input of ``W_down``, (I,); in an MoE layer, of the network with the largest output entry.
     added: what the FFN adds to the residual stream, (H,): after a norm behind the FFN, router weights and scaling.
     parts: its networks: the only one if dense, else the experts that bos is routed to and the shared one.
+    probabilities: the router's probabilities of all experts, (E,); None in a dense layer.
     """
 
     layer: int
@@ -72,6 +73,7 @@ class LayerState:
     added: Tensor
     super_weights: tuple[SuperWeight, ...] = ()
     parts: tuple[Part, ...] = ()
+    probabilities: Tensor | None = None
 
 
 class _Stop(Exception):
@@ -247,6 +249,7 @@ class _Watch:
         parts = tuple(
             part if part.weight is not None else replace(part, down_rows=self._kept(part, added)) for part in parts
         )
+        probabilities = None if self.layer.experts is None else self._probabilities()
         self.parts, self.supers, self.caught = [], [], {}
         main = max(parts, key=lambda part: float(part.output.abs().max()))
         self.captured(
@@ -257,6 +260,7 @@ class _Watch:
                 added=added,
                 super_weights=supers,
                 parts=parts,
+                probabilities=probabilities,
             )
         )
 

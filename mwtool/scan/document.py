@@ -12,6 +12,7 @@ from mwtool.scan.protect import Protected
 from mwtool.scan.published import published
 from mwtool.scan.ranking import Router
 from mwtool.scan.scanner import Scan
+from mwtool.scan.states_document import states_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,7 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
             "entries": [{"layer": layer, "index": index, "value": value} for layer, index, value in scan.sun],
         },
         "published": _published(scan),
+        **states_of(scan),
         "notes": list(scan.notes),
     }
     return checked(ScanDocument, document)

@@ -31,10 +31,13 @@ from mwtool.scan.definitions import (
     traces,
     writes,
 )
+from mwtool.scan.positions import Positions, states_by_position
 from mwtool.scan.protect import Protected
 from mwtool.scan.ranking import Ranker, Router, carrier, routing
 from mwtool.scan.settings import Settings
+from mwtool.scan.sinks import Sinks, sink_rates
 from mwtool.scan.subject import Subject, in_memory, kinds, streamed
+from mwtool.scan.triggers import Triggers, find_triggers
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +57,7 @@ class Scan:
     sun: (layer, dimension, value) of each entry that passes the stricter published test.
     protect: where the rows in `massive` are stored. event_protect: the same for the rows of each event.
     router: how bos is routed at the massive layer; None where that layer is dense.
+    positions, sinks, triggers: what was found on the texts of the settings; None where none was given.
     """
 
     identity: Identity
@@ -72,6 +76,9 @@ class Scan:
     parameters: int
     notes: tuple[str, ...]
     router: Router | None = None
+    positions: Positions | None = None
+    sinks: Sinks | None = None
+    triggers: Triggers | None = None
 
     @property
     def partial(self) -> bool:
@@ -185,6 +192,12 @@ def _scan(subject: Subject, settings: Settings, on_layer: OnLayer | None = None)
     written = writes(states, total, dimensions, thresholds)
     events = tuple(ranker.event(states[layer], large) for layer, large in written.items())
     massive = _massive(settings, ranker, states, events, dimensions)
+    texts = settings.texts
+    positions = (
+        None if texts.positions is None else states_by_position(subject, settings, _shown_layer(massive, states))
+    )
+    sinks = None if texts.sinks is None else sink_rates(subject, settings)
+    triggers = None if texts.triggers is None else find_triggers(subject, settings)
     return Scan(
         identity=identity_of(subject.name, subject.revision, model.config, subject.layers, model),
         dtype=_short(model.dtype),
@@ -200,9 +213,24 @@ def _scan(subject: Subject, settings: Settings, on_layer: OnLayer | None = None)
         protect=() if massive is None else ranker.protect(massive),
         event_protect=tuple(ranker.protect(event.rows) for event in events),
         router=None if massive is None else routing(states[massive.layer], massive.dimension),
+        positions=positions,
+        sinks=sinks,
+        triggers=triggers,
         parameters=ranker.parameters,
-        notes=(*subject.notes, *([subject.bos.note] if subject.bos.note else [])),
+        notes=(
+            *subject.notes,
+            *([subject.bos.note] if subject.bos.note else []),
+            *(note for one in (positions, sinks, triggers) if one is not None for note in one.notes),
+        ),
     )
+
+
+def _shown_layer(massive: MassiveWeights | None, states: Sequence[LayerState]) -> int:
+    """The layer whose states are shown by position: the massive one, else where bos has the largest entry of h."""
+    if massive is not None:
+        return massive.layer
+    before_last = states[:-1] or states
+    return max(before_last, key=lambda state: float(state.hidden.abs().max())).layer
 
 
 def _check(settings: Settings, subject: Subject) -> None:

@@ -62,12 +62,45 @@ NOTHING = ByHand()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """What to run besides bos alone, each None for nothing.
+
+    positions: a text, or a file with one, whose states are shown position by position; of its tokens the first `most`.
+    attention: whether attention maps around the massive layer are kept for it.
+    sinks: a file, or `demo` for the bundled text, on which the sink rate of every head is measured: at most
+        `sink_windows` windows of `sink_length` tokens, with the threshold `eps` (Gu et al. 2024).
+    triggers: a file, or `demo`, to search for tokens with a massive state: `windows` windows of `length` tokens.
+    """
+
+    positions: str | None = None
+    most: int = 32
+    attention: bool = False
+    sinks: str | None = None
+    sink_windows: int = 100
+    sink_length: int = 64
+    eps: float = 0.3
+    triggers: str | None = None
+    windows: int = 8
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        """Raises BadValue for attention maps without a text."""
+        if self.attention and self.positions is None:
+            raise BadValue("--attention keeps the attention maps of a text; give that with --positions")
+
+
+NO_TEXTS = Texts()
+"""bos alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to scan.
 
     k: rows to rank, 1 to I. bos: as `--bos`; prompt: whose first token takes the place of bos under `never`.
     last_layer: where the walk ends; None for the model's last layer.
     by_hand: the event, layer, expert or rows to report as massive in place of those the definitions choose.
+    texts: what to run after bos, for states by position, attention sinks and triggers.
     """
 
     k: int = 5
@@ -76,6 +109,7 @@ class Settings:
     thresholds: Thresholds = Thresholds()
     last_layer: int | None = None
     by_hand: ByHand = NOTHING
+    texts: Texts = NO_TEXTS
 
 
 Events = tuple[int, ...] | Literal["all", "up", "down"]
