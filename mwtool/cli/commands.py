@@ -21,7 +21,7 @@ SUMMARIES = {
     "finetune": "Train a LoRA or DoRA adapter with MacDrop.",
     "compare": "Lay two scans side by side: which events and rows are kept, moved, lost or new.",
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
-    "export": "Write the FFN matrices of a scan's events in the syntax of a quantization tool.",
+    "export": "Write a scan's events for a quantization tool: whole FFN matrices, or columns as a PEFT adapter.",
     "report": "Gather what was measured of one model in one HTML page.",
     "reproduce": "Run the paper's study of one model and write it on one page.",
     "adapters": "List the supported model types; check an adapter, or start a new one.",

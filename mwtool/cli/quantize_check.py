@@ -38,7 +38,7 @@ def quantize_check(
         str, typer.Option(metavar="N", help="Input weights that share a scale, or row for a whole row.")
     ] = str(DEFAULTS.group),
     levels: Annotated[
-        Levels, typer.Option(help="Around zero, shifted by a zero point, or from a group's minimum up.")
+        Levels, typer.Option(help="Around zero, shifted by a zero point, from a group's minimum up, or NF4.")
     ] = DEFAULTS.levels,
     k: Annotated[str, typer.Option("-k", "--k", metavar="N,N,...", help="Columns to keep at each event.")] = ",".join(
         map(str, DEFAULTS.ks)

@@ -20,6 +20,7 @@ LEVELS: dict[Levels, str] = {
     "symmetric": "symmetric levels",
     "zero-point": "levels with a zero point",
     "minimum": "levels from each group's minimum",
+    "nf4": "NF4 levels",
 }
 
 

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_BITS, MOST_BITS = 2, 8
-Levels = Literal["symmetric", "zero-point", "minimum"]
-"""Where a group's levels lie: see `round_to_nearest`. Zero is a level of the first two and not of the third."""
+Levels = Literal["symmetric", "zero-point", "minimum", "nf4"]
+"""Where a group's levels lie: see `round_to_nearest`. Zero is a level of all of them but `minimum`."""
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The levels of 4-bit NormalFloat over the largest magnitude of a group (Dettmers et al. 2023, QLoRA, appendix E)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +30,18 @@ class Scheme:
     """How a matrix is quantized.
 
     bits: 2 to 8 for each weight. group: input weights that share a scale; None for a whole output row.
-    levels: on both sides of zero; shifted by a whole number of steps; or from the smallest weight up.
+    levels: on both sides of zero; shifted by a whole number of steps; from the smallest weight up; or those of NF4.
+    Raises BadValue for NF4 of another number of bits than 4.
     """
 
     bits: int
     group: int | None = 64
     levels: Levels = "symmetric"
+
+    def __post_init__(self) -> None:
+        """See `Scheme`."""
+        if self.levels == "nf4" and self.bits != 4:  # noqa: PLR2004 - its name says it
+            raise BadValue(f"NF4 has 4 bits; {self.bits} were asked for: add --bits 4")
 
     def __str__(self) -> str:
         grouped = "per row" if self.group is None else f"in groups of {self.group}"
@@ -69,6 +81,7 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None)
     q = round(w / s + z) within [0, 2^b - 1], and s (q - z) is the weight.
     minimum, as llama.cpp's Q4_1: s = (max w - min w) / (2^b - 1), q = round((w - min w) / s), and min w + s q is the
     weight. Zero is no level, so weights near zero move too.
+    nf4, as bitsandbytes stores QLoRA's base weights: the nearest of `NF4` to w / max|w|, times max|w|.
     """
     width = weight.shape[1]
     size = width if scheme.group is None else min(scheme.group, width)
@@ -85,6 +98,8 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, kept: Tensor | None = None)
 
 def _rounded(groups: Tensor, scheme: Scheme, kept: Tensor | None) -> Tensor:
     """Each row of `groups`, (G, size), is a group."""
+    from torch import bucketize
+
     values, most = groups.float(), 2**scheme.bits - 1
     if scheme.levels == "symmetric":
         scale = _safe(2 * values.abs().amax(1, keepdim=True) / most)
@@ -94,6 +109,9 @@ def _rounded(groups: Tensor, scheme: Scheme, kept: Tensor | None) -> Tensor:
         low = values.amin(1, keepdim=True)
         scale = _safe((values.amax(1, keepdim=True) - low) / most)
         found = ((values - low) / scale).round_().mul_(scale).add_(low)
+    elif scheme.levels == "nf4":
+        levels, scale = values.new_tensor(NF4), _safe(values.abs().amax(1, keepdim=True))
+        found = levels[bucketize(values / scale, (levels[1:] + levels[:-1]) / 2)].mul_(scale)
     else:
         low, high = values.amin(1, keepdim=True).clamp(max=0), values.amax(1, keepdim=True).clamp(min=0)
         scale = _safe((high - low) / most)

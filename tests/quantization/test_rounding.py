@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mwtool.errors import BadValue
-from mwtool.quantization.rounding import Levels, Scheme, parse_bits, parse_group, round_to_nearest
+from mwtool.quantization.rounding import NF4, Levels, Scheme, parse_bits, parse_group, round_to_nearest
 
+GROUPS = st.one_of(st.none(), st.integers(1, 40))
 SCHEMES = st.builds(
     Scheme,
     bits=st.integers(2, 8),
-    group=st.one_of(st.none(), st.integers(1, 40)),
-    levels=st.sampled_from(get_args(Levels)),
-)
+    group=GROUPS,
+    levels=st.sampled_from([one for one in get_args(Levels) if one != "nf4"]),
+) | st.builds(Scheme, bits=st.just(4), group=GROUPS, levels=st.just("nf4"))
 
 
 def matrix(seed: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,6 +47,9 @@ def level(value: float, group: list[float], scheme: Scheme) -> float:
         scale = as_float32(as_float32(2 * max(map(abs, group))) / most) or 1.0
         steps = round(as_float32(value / scale))  # Python rounds half to even, as torch does
         return max(-(2 ** (scheme.bits - 1)), min(2 ** (scheme.bits - 1) - 1, steps)) * scale
+    if scheme.levels == "nf4":
+        scale = max(map(abs, group)) or 1.0
+        return min(NF4, key=lambda one: abs(one - as_float32(value / scale))) * scale
     if scheme.levels == "minimum":
         low = min(group)
         scale = as_float32(as_float32(max(group) - low) / most) or 1.0
@@ -93,6 +97,19 @@ def test_kept_weights_are_given_back_and_the_others_are_rounded_as_without_them(
 def test_the_largest_positive_weight_is_clipped_and_the_largest_negative_one_is_not() -> None:
     found = round_to_nearest(torch.tensor([[15.0, 0.0], [-15.0, 0.0]]), Scheme(4, None))
     assert found.tolist() == [[14.0, 0.0], [-16.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_is_bitsandbytes_to_the_bit(dtype: torch.dtype) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="an optional library")
+    weight = matrix(5, 96, 128, dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(round_to_nearest(weight, Scheme(4, 64, "nf4")), functional.dequantize_4bit(packed, state))
+
+
+def test_nf4_of_other_bits_is_refused() -> None:
+    with pytest.raises(BadValue, match="NF4 has 4 bits; 3 were asked for"):
+        Scheme(3, 64, "nf4")
 
 
 def test_zero_is_a_level_with_a_zero_point_and_not_with_levels_from_the_minimum() -> None:
