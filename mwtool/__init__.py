@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mwtool.macdrop.curriculum import Curriculum
     from mwtool.macdrop.curriculum_yaml import read_curriculum
     from mwtool.macdrop.engine import MacDrop
+    from mwtool.macdrop.plot import plot_curriculum
     from mwtool.massive import MassiveWeights
     from mwtool.quantization.plot import plot_quantization
     from mwtool.scan.comparison import Comparison, compare_scans
@@ -48,6 +49,7 @@ _HOMES = {
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
     "plot_ablation": "mwtool.ablation.plot",
+    "plot_curriculum": "mwtool.macdrop.plot",
     "plot_evaluation": "mwtool.evaluation.plot",
     "plot_quantization": "mwtool.quantization.plot",
     "plot_attention": "mwtool.scan.states_plot",
@@ -82,6 +84,7 @@ __all__ = [
     "measure_perplexity",
     "plot_ablation",
     "plot_attention",
+    "plot_curriculum",
     "plot_evaluation",
     "plot_positions",
     "plot_quantization",

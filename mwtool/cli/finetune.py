@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +14,8 @@ import typer
 from mwtool.cli import options, process
 from mwtool.cli.command import MODEL, REQUIRED, Command
 from mwtool.cli.commands import single
-from mwtool.finetune.config import LENGTH, PAPER_STEPS, Asked, Peft, Quantize, Recipe
+from mwtool.cli.curricula import curricula_of, only, show_curricula
+from mwtool.finetune.config import LENGTH, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
 from mwtool.models.load_options import DType
 from mwtool.scan.settings import Choice
@@ -98,12 +98,14 @@ def finetune(
         float, _of_data(min=0, max=0.5, metavar="X", help="Share of the sequences held out for evaluation.")
     ] = DEFAULTS.eval_share,
     macdrop: Annotated[
-        str,
+        list[str] | None,
         _of_macdrop(
             metavar="SCHEDULE",
-            help="Dropout schedule, such as step:0.8, a curriculum FILE.yaml, or none to train without MacDrop.",
+            help="Dropout schedule, such as step:0.8, a curriculum FILE.yaml, or none to train without MacDrop; "
+            "repeatable with --show-curriculum.",
+            show_default=str(CURRICULUM),
         ),
-    ] = str(DEFAULTS.curriculum),
+    ] = None,
     k: Annotated[
         int | None,
         _of_macdrop(
@@ -262,12 +264,12 @@ def finetune(
     debug: options.Debug = False,
 ) -> None:
     """Train a LoRA or DoRA adapter with MacDrop."""
-    curriculum = _curriculum(macdrop, k=k, scope=scope, resample=resample, seed=seed)
+    curricula = curricula_of(macdrop or [str(CURRICULUM)], k=k, scope=scope, resample=resample, seed=seed)
+    outputs = _drawn(plot, report, dry_run=dry_run, show_curriculum=show_curriculum)
     if show_curriculum:
-        _show_curriculum(curriculum, max_steps, epochs)
+        show_curricula(curricula, max_steps, epochs, plot)
         return
-    data = _needed(data, output, dry_run=dry_run)
-    outputs = _drawn(plot, report, dry_run=dry_run)
+    curriculum, data = only(curricula), _needed(data, output, dry_run=dry_run)
     from mwtool.cli.terminal import quiet_libraries
     from mwtool.models.source import locate
 
@@ -304,7 +306,7 @@ def finetune(
         chat_template=chat_template,
         massive=massive,
         allow_none=allow_none,
-        choice=_without_layers(choice, curriculum, macdrop),
+        choice=_without_layers(choice, curriculum, "".join(macdrop or ())),
     )
     locating = partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     if dry_run or output is None:
@@ -328,13 +330,15 @@ def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
     return data
 
 
-def _drawn(plot: Path | None, report: Path | None, *, dry_run: bool) -> Outputs:
+def _drawn(plot: Path | None, report: Path | None, *, dry_run: bool, show_curriculum: bool) -> Outputs:
     """The files to draw, which can be written. Raises WrongUsage where there will be nothing to draw."""
     from mwtool.cli.outputs import Outputs
 
-    outputs = Outputs(plot=plot, report=report)
-    if dry_run and outputs != Outputs():
+    if dry_run and (plot is not None or report is not None):
         raise options.WrongUsage("--dry-run trains nothing that --plot or --report could show; leave them out")
+    if show_curriculum and report is not None:
+        raise options.WrongUsage("--report shows a run, and --show-curriculum makes none; leave out one of them")
+    outputs = Outputs(plot=plot, report=report)
     outputs.check()
     return outputs
 
@@ -345,29 +349,6 @@ def _without_layers(choice: Choice, curriculum: Curriculum, macdrop: str) -> Cho
     if curriculum.layers and own != Choice():
         raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
     return own
-
-
-def _curriculum(text: str, *, k: int | None, scope: Scope | None, resample: Resample | None, seed: int) -> Curriculum:
-    """The curriculum of `--macdrop`, with what other flags say about it."""
-    from mwtool.macdrop.curriculum_yaml import read_curriculum
-
-    read = read_curriculum(text)
-    changes: dict[str, Any] = {"k": k, "scope": scope, "resample": resample}
-    if not text.endswith((".yaml", ".yml")):
-        changes["seed"] = seed
-    return replace(read, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _show_curriculum(curriculum: Curriculum, max_steps: int | None, epochs: float) -> None:
-    """Without a model and without data: over --max-steps, else as many as the paper's runs had."""
-    from mwtool.cli.terminal import note, report_console
-    from mwtool.finetune.report import curriculum_chart
-
-    steps = max_steps or PAPER_STEPS
-    if max_steps is None:
-        note(f"drawn over {PAPER_STEPS} steps, as in the paper; --max-steps N draws another number")
-    console = report_console()
-    console.print(curriculum_chart(curriculum, steps, math.ceil(steps / max(epochs, 1)), console.width))
 
 
 def _ended(folder: Path, outputs: Outputs, *, resume: bool) -> bool:

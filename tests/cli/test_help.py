@@ -134,7 +134,8 @@ def test_the_defaults_of_the_command_line_are_those_of_the_library() -> None:
         "gradient_checkpointing quantize eval_share seed"
     ).split():
         assert default("finetune", name) == getattr(recipe, name), name
-    assert default("finetune", "macdrop") == str(recipe.curriculum)
+    (macdrop,) = (one for one in params("finetune") if one.name == "macdrop")
+    assert (macdrop.default, macdrop.show_default) == (None, str(recipe.curriculum))
     assert (default("finetune", "split"), default("finetune", "allow_none")) == (asked.split, asked.allow_none)
     measuring = EvalConfig().measuring
     for name in ("batch_size", "limit", "seed", "protocol", "window", "bos", "delimiter", "new_tokens"):
