@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mwtool.ablation.sweep import Sweep, edits_of, means_for
+from mwtool.ablation.means import edits_of, means_for
+from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import Prepared
 from mwtool.evaluation.perplexity import check_vocabulary

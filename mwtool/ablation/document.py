@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from mwtool.ablation.head import head_of
+from mwtool.ablation.measuring import Measurements
+from mwtool.ablation.resume import measurements_document
 from mwtool.ablation.sweep import Ablation, Run
 from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
@@ -26,7 +28,8 @@ def ablate_document(
     saved: str | None = None,
 ) -> dict[str, Any]:
     """The document. Numbers that are not finite are null, and `nonfinite` gives the reason."""
-    head = head_of(loaded, seed=seed, command=command)
+    head = found.head or head_of(loaded)
+    head = replace(head, keys={**head.keys, "seed": seed, "command": command})
     return document_of_ablation(replace(found, head=head), generated=generated, saved=saved)
 
 
@@ -48,6 +51,8 @@ def document_of_ablation(
         "verdicts": [_verdict(one) for one in found.verdicts],
         "generated": [{"attack": attack, "text": text} for attack, text in generated],
         "saved": saved,
+        "complete": found.complete,
+        **measurements_document(found.measurements or Measurements()),
         "notes": list(dict.fromkeys((*found.head.notes, *found.notes))),
     }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mwtool.evaluation.document import envelope_of
+from mwtool.evaluation.config import Options
+from mwtool.evaluation.document import conditions_of, envelope_of
 from mwtool.massive import ABLATION
 from mwtool.models.load import Loaded
 
@@ -18,7 +19,8 @@ class Head:
     notes: tuple[str, ...] = ()
 
 
-def head_of(loaded: Loaded, *, seed: int = 0, command: str | None = None) -> Head:
-    """The head of an ablation of this model."""
+def head_of(loaded: Loaded, *, seed: int = 0, options: Options | None = None, command: str | None = None) -> Head:
+    """The head of an ablation of this model. options: how it is measured."""
     keys = envelope_of(ABLATION, loaded, seed=seed, command=command)
-    return Head({**keys, "shape": loaded.identity.shape}, loaded.notes)
+    how = conditions_of(loaded, options or Options())
+    return Head({**keys, "shape": loaded.identity.shape, **how}, loaded.notes)

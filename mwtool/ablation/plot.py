@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mwtool.errors import BadValue
 from mwtool.evaluation.numbers import short
 from mwtool.files.figure import (
     MARKERS,
@@ -45,6 +46,8 @@ def plot_ablation(ablation: Ablation | Mapping[str, Any]) -> Figure:
     """
     document = document_of(ablation, ABLATION)
     tasks = [task["name"] for task in document["tasks"]]
+    if not tasks:
+        raise BadValue("no task of this ablation has been measured under all attacks; resume it first")
     with styled():
         height = HEIGHT + _legend_height(document) / len(tasks)
         figure, axes = panels([height] * len(tasks), _caption(document))

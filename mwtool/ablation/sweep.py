@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mwtool.ablation.config import AblateConfig
-from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.head import Head, head_of
+from mwtool.ablation.means import mean_state, means_for
+from mwtool.ablation.measuring import Measurements, Measuring, OnRun
+from mwtool.ablation.plans import Key, Plan, notes_of, plans_of
 from mwtool.ablation.verdict import Verdict, judge
-from mwtool.architecture.layout import FFN
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import Options
-from mwtool.evaluation.evaluate import PerplexityTask, Prepared, prepare
-from mwtool.evaluation.measurement import Measured, OnProgress
-from mwtool.evaluation.perplexity import check_vocabulary
-from mwtool.evaluation.prefix_reuse import Variant
+from mwtool.evaluation.evaluate import Prepared, prepare
+from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.tasks import Task
 from mwtool.files.tabular import frame_of, html_of
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited_together, parse_mode, rows_of
-from mwtool.surgery.hooks import averaging
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from mwtool.massive import MassiveWeights
@@ -84,7 +79,9 @@ class Run:
 class Ablation:
     """The results of a sweep: the baseline, every run, the verdicts, and notes for the user.
 
-    head: what its document says of the model; None where it is unknown.
+    head: what its document says of the model; None where it is unknown. measurements: every metric with its samples, by
+    attack; None where they were not kept. complete: whether every task has been measured under every attack; of an
+    incomplete sweep, the fields above are about the tasks that have.
     """
 
     baseline: tuple[Measured, ...]
@@ -92,6 +89,8 @@ class Ablation:
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
     head: Head | None = None
+    measurements: Measurements | None = None
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The document of schema mwtool.ablate/1, as `mwtool ablate --json` prints it."""
@@ -116,10 +115,6 @@ class Ablation:
         return html_of(repr(self), run_records(self))
 
 
-OnRun = Callable[[int, int, str], OnProgress | None]
-"""Called before each run with the runs done, their total, and its name; may return a progress callback."""
-
-
 def ablate(
     loaded: Loaded,
     groups: Sequence[Group],
@@ -128,51 +123,82 @@ def ablate(
     options: Options | None = None,
     *,
     on_run: OnRun | None = None,
+    resumed: Callable[[Sequence[Plan], Sequence[Prepared]], Measurements] | None = None,
+    on_saved: Callable[[Ablation], None] | None = None,
 ) -> Ablation:
     """Measure every task on the unchanged model, under every attack, and under its controls.
 
     groups: rows to attack, those of one group together, one group after the other.
     The model is attacked in place and put back after each run. A perplexity is measured under all attacks batch by
-    batch, running only the layers an attack can change. Raises BadValue before anything runs where rows or tasks do
+    batch, running only the layers an attack can change.
+
+    on_run: see `OnRun`. resumed: gives what was measured before, once it is known what is to be measured; see
+    `resume.earlier_measurements`. on_saved: called with the results so far, after each task under each attack and in
+    the course of a perplexity. Raises BadValue before anything runs where rows or tasks do
     not fit; what is not finite is reported as such in `Measured`.
     """
     options = options or Options()
     ready = prepare(loaded, tasks, options)
-    plans = [plan for group in groups for plan in _plans(loaded, group, sweep)]
+    plans = [plan for group in groups for plan in plans_of(loaded, group, sweep)]
+    measurements = Measurements() if resumed is None else resumed(plans, ready)
     means = means_for(loaded, groups, sweep, ready)
-    _try(loaded, plans, means)
-    distinct: dict[Any, _Plan] = {}
+    distinct: dict[Key, Plan] = {}
     for plan in plans:
         if not plan.attack.idle:
             distinct.setdefault(plan.same, plan)
-    measuring = _Measuring(
+    measuring = Measuring(
         loaded=loaded,
         plans=list(distinct.values()),
         means=means,
         tasks=ready,
         options=options,
+        measurements=measurements,
         on_run=on_run,
     )
-    baseline, *under = measuring.all()
-    found = dict(zip(distinct, under, strict=True))
+    _try(measuring, plans)
+    head = head_of(loaded, seed=sweep.seed, options=options)
+    notes = [note for one in ready for note in one.notes] + notes_of(groups, sweep, plans)
+    if on_saved is not None:
+        measuring.on_saved = lambda: on_saved(_ablation(measuring, plans, notes, head))
+    measuring.run()
+    return _ablation(measuring, plans, notes, head)
+
+
+def _ablation(measuring: Measuring, plans: Sequence[Plan], notes: Sequence[str], head: Head) -> Ablation:
+    """What is known so far: of the tasks that have been measured under all attacks."""
+    complete = measuring.complete()
+    found = measuring.measurements
+
+    def measured(key: Key | None) -> tuple[Measured, ...]:
+        return tuple(one for task in complete for one in found.of(key)[str(task.task)])
+
+    baseline = measured(None)
     runs = [
         Run(
             attack=plan.attack,
             control=plan.control,
             targets=plan.targets,
             rows=plan.rows,
-            measured=found.get(plan.same, baseline),
+            measured=measured(plan.same),
         )
         for plan in plans
     ]
-    notes = [note for one in ready for note in one.notes] + _notes(groups, sweep, plans)
     return Ablation(
         baseline=baseline,
         runs=tuple(runs),
         verdicts=tuple(verdicts(baseline, runs)),
         notes=tuple(notes),
-        head=head_of(loaded, seed=sweep.seed),
+        head=head,
+        measurements=found,
+        complete=len(complete) == len(measuring.tasks),
     )
+
+
+def _try(measuring: Measuring, plans: Sequence[Plan]) -> None:
+    """Enter every mode in every place once, so that what is unsupported raises now and not after hours."""
+    for plan in {(plan.targets, plan.attack.name): plan for plan in plans}.values():
+        with measuring.applied(plan):
+            pass
 
 
 @contextmanager
@@ -205,33 +231,6 @@ def ablated(
         yield
 
 
-def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Tensor]) -> Tensor:
-    """The mean intermediate state over all tokens of the windows, (I,), float64; each forward ends at the layer.
-
-    A routed expert's is over the tokens it receives. Raises BadValue where it receives none.
-    """
-
-    def stop(_module: Any, _args: Any, _output: Any) -> None:
-        raise _Stop
-
-    windows = list(windows)
-    check_vocabulary(model, windows)
-    device = model.get_input_embeddings().weight.device
-    handle = base.get_submodule(layer).register_forward_hook(stop)
-    try:
-        with averaging(base, ffn) as average, torch.inference_mode():
-            for ids in windows:
-                with suppress(_Stop):
-                    model(input_ids=ids[None].to(device), use_cache=False)
-    finally:
-        handle.remove()
-    if average.values is None and ffn.expert is None:
-        raise BadValue("mean needs windows=, token ids over which to take the rows' mean values; none were given")
-    if average.values is None:
-        raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
-    return average.values.clone()
-
-
 def controls_of(run: Run, runs: Sequence[Run]) -> list[Run]:
     """The controls of a run: the same attack on as many other rows."""
     return [one for one in runs if one.control and (one.attack, one.targets) == (run.attack, run.targets)]
@@ -262,158 +261,3 @@ def verdicts(baseline: Sequence[Measured], runs: Sequence[Run]) -> Iterator[Verd
 def _shared(run: Run, other: Run) -> int:
     """How many rows both attack."""
     return sum(len({*ours} & {*theirs}) for ours, theirs in zip(run.rows, other.rows, strict=True))
-
-
-class _Stop(Exception):
-    """Ends a forward after the requested layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    attack: Attack
-    control: str | None
-    targets: Group
-    rows: tuple[tuple[int, ...], ...]
-
-    @property
-    def same(self) -> tuple[Attack, frozenset[tuple[int, int | None, frozenset[int]]]]:
-        """Equal for the same attack on the same rows: rows of largest norm may be the massive ones."""
-        places = zip(self.targets, self.rows, strict=True)
-        return self.attack, frozenset((one.layer, one.ffn.expert, frozenset(rows)) for one, rows in places)
-
-    @property
-    def name(self) -> str:
-        beside = "" if self.control is None else f" ({self.control})"
-        several = "layers" if len(self.targets) > 1 else "layer"
-        return f"{several} {'+'.join(str(one.layer) for one in self.targets)}, {self.attack}{beside}"
-
-
-def _plans(loaded: Loaded, group: Group, sweep: Sweep) -> Iterator[_Plan]:
-    wanted = sweep.draws > 0 and max(sweep.ks) > 0
-    # reads all rows: once
-    largest = [norm_rows(loaded, target, max(sweep.ks)) if wanted else None for target in group]
-    for mode in sweep.modes:
-        for k in sweep.ks:
-            attack = mode.at(k)
-            yield _Plan(attack, None, group, tuple(target.indices[:k] for target in group))
-            if k > 0 and sweep.draws > 0:
-                yield from _controls(loaded, group, attack, sweep, largest)
-
-
-def _controls(
-    loaded: Loaded, group: Group, attack: Attack, sweep: Sweep, largest: Sequence[tuple[int, ...] | None]
-) -> Iterator[_Plan]:
-    """As many rows of each place; the draws of several places are apart, with seeds of their own."""
-    for seed in range(sweep.seed, sweep.seed + sweep.draws):
-        drawn = [
-            random_rows(target, target.ffn.width(loaded.base), attack.k, seed + at * sweep.draws)
-            for at, target in enumerate(group)
-        ]
-        if (rows := _complete(drawn)) is not None:
-            yield _Plan(attack, f"random:{seed}", group, rows)
-    if (rows := _complete(largest)) is not None:
-        yield _Plan(attack, "norm", group, tuple(one[: attack.k] for one in rows))
-
-
-def _complete(rows: Sequence[tuple[int, ...] | None]) -> tuple[tuple[int, ...], ...] | None:
-    """The rows of every place, or None where one has none."""
-    found = tuple(one for one in rows if one is not None)
-    return found if len(found) == len(rows) else None
-
-
-Means = dict[tuple[int, int | None], Tensor]
-"""The mean intermediate state, (I,), of the network of a layer and expert; empty where no mode needs it."""
-
-
-def edits_of(targets: Group, rows: Sequence[tuple[int, ...]], means: Means) -> list[Edit]:
-    """These rows of each place, with their means where there are any."""
-    return [
-        Edit(target.ffn, some, means.get((target.layer, target.ffn.expert)))
-        for target, some in zip(targets, rows, strict=True)
-    ]
-
-
-def _try(loaded: Loaded, plans: Sequence[_Plan], means: Means) -> None:
-    """Enter every mode in every place once, so that what is unsupported raises now and not after hours."""
-    for plan in {(plan.targets, plan.attack.name): plan for plan in plans}.values():
-        with edited_together(loaded.base, edits_of(plan.targets, plan.rows, means), plan.attack):
-            pass
-
-
-def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequence[Prepared]) -> Means:
-    """Mean intermediate states, (I,), over the windows of all perplexity tasks; none unless a mode needs them.
-
-    Raises BadValue if there is no perplexity task.
-    """
-    if all(mode.mode != "mean" for mode in sweep.modes):
-        return {}
-    windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]
-    if not windows:
-        raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
-    return {
-        (target.layer, target.ffn.expert): mean_state(
-            loaded.model, loaded.base, target.ffn, loaded.layers[target.layer].path, windows
-        )
-        for target in dict.fromkeys(target for group in groups for target in group)
-    }
-
-
-@dataclass(slots=True, kw_only=True)
-class _Measuring:
-    """All tasks on the unchanged model and under every plan: perplexities batch by batch, other tasks plan by plan."""
-
-    loaded: Loaded
-    plans: Sequence[_Plan]
-    means: Means
-    tasks: Sequence[Prepared]
-    options: Options
-    on_run: OnRun | None
-    done: int = 0
-    measured: list[list[Measured]] = field(default_factory=list)
-
-    def all(self) -> list[tuple[Measured, ...]]:
-        """The metrics of all tasks in order, for the baseline and then for each plan."""
-        others = [one for one in self.tasks if not isinstance(one, PerplexityTask)]
-        found: dict[int, list[list[Measured]]] = {}
-        for one in self.tasks:
-            if isinstance(one, PerplexityTask):
-                found[id(one)] = [[measured] for measured in self._batchwise(one)]
-        for plan in (None, *self.plans) if others else ():
-            with self.applied(plan):
-                for one in others:
-                    name = f"{'baseline' if plan is None else plan.name}, {one.task}"
-                    found.setdefault(id(one), []).append(one.run(self.loaded, self.options, self._next(name)))
-        runs = range(1 + len(self.plans))
-        return [tuple(measured for one in self.tasks for measured in found[id(one)][at]) for at in runs]
-
-    def applied(self, plan: _Plan | None) -> AbstractContextManager[None]:
-        """The model under this plan."""
-        if plan is None:
-            return edited_together(self.loaded.base, (), Attack())
-        return edited_together(self.loaded.base, edits_of(plan.targets, plan.rows, self.means), plan.attack)
-
-    def _batchwise(self, task: PerplexityTask) -> list[Measured]:
-        variants = [Variant(min(one.layer for one in plan.targets), partial(self.applied, plan)) for plan in self.plans]
-        return task.under(self.loaded, variants, self.options, self._next(f"{task.task} under all attacks"))
-
-    def _next(self, name: str) -> OnProgress | None:
-        """Called before each part of the work: a perplexity under all attacks, or another task under one."""
-        apart = sum(isinstance(one, PerplexityTask) for one in self.tasks)
-        total = apart + (len(self.tasks) - apart) * (1 + len(self.plans))
-        self.done += 1
-        return None if self.on_run is None else self.on_run(self.done - 1, total, name)
-
-
-def _notes(groups: Sequence[Group], sweep: Sweep, plans: Sequence[_Plan]) -> list[str]:
-    notes = []
-    biased = next((one.ffn for group in groups for one in group if one.ffn.up_bias or one.ffn.gate_bias), None)
-    if biased is not None:
-        notes.append(f"the rows of {biased.module} have biases, which are attacked with them")
-    wanted = sweep.draws > 0 and max(sweep.ks) > 0
-    if wanted and not any(plan.control == "norm" for plan in plans):
-        notes.append("the weights are quantized or offloaded: rows of largest norm are left out of the controls")
-    if wanted and len([p for p in plans if p.control and p.control != "norm"]) < sum(
-        sweep.draws for mode in sweep.modes for k in sweep.ks if k > 0 for _ in groups
-    ):
-        notes.append("an FFN has too few rows beside the ranked ones to draw as many at random for every k")
-    return notes

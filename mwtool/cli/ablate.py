@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +79,9 @@ def ablate(
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the attacked model (one mode, one k) as a checkpoint.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue: measure only what the file given with -o does not hold yet.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the ratio over k (.png, .svg or .pdf).")
     ] = None,
@@ -115,7 +118,10 @@ def ablate(
     modes = list(dict.fromkeys(mode or DEFAULTS.modes))
     if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
         raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
+    if resume and output is None:
+        raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")
     from mwtool.ablation.continuation import prompt_ids
+    from mwtool.ablation.resume import read_earlier
     from mwtool.ablation.sweep import Sweep
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import note_all, say_once
@@ -133,6 +139,7 @@ def ablate(
     tasks = parse_tasks(task or DEFAULTS.tasks)
     outputs = Outputs(output, plot, report)
     _check(outputs, save)
+    earlier = read_earlier(output) if resume and output is not None and output.exists() else None
     opening = LoadOptions(
         on=on,
         revision=revision,
@@ -150,9 +157,10 @@ def ablate(
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     groups, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
     note_all((*loaded.notes, *notes))
-    found = _measured(loaded, groups, tasks, sweep, measuring)
+    keeping = _Keeping(loaded, notes, output, earlier)
+    found = _measured(groups, tasks, sweep, measuring, keeping)
     note_all(found.notes)
-    found = replace(found, notes=(*notes, *found.notes))
+    found = keeping.noted(found)
     said = _said(loaded, groups, tasks, sweep, measuring, generate)
     _give(loaded, found, groups[0], said, seed=seed, save=save, outputs=outputs, json=json)
 
@@ -166,12 +174,55 @@ def _check(outputs: Outputs, save: Path | None) -> None:
         check_free(save)
 
 
-def _measured(loaded: Loaded, groups: Any, tasks: Any, sweep: Sweep, measuring: Any) -> Ablation:
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    """Where a sweep is kept while it runs. notes: on the rows. earlier: the document it resumes from."""
+
+    loaded: Loaded
+    notes: tuple[str, ...]
+    output: Path | None
+    earlier: dict[str, Any] | None
+
+    def noted(self, found: Ablation) -> Ablation:
+        """The sweep with all notes but those on the model."""
+        return replace(found, notes=(*self.notes, *found.notes))
+
+    def save(self, found: Ablation) -> None:
+        """Bring the file given with -o up to date."""
+        from mwtool.ablation.document import ablate_document
+        from mwtool.cli.terminal import command_line
+        from mwtool.evaluation.document import text_of_results
+        from mwtool.files.atomic_write import write
+
+        assert self.output is not None
+        seed = 0 if found.head is None else found.head.keys["seed"]
+        document = ablate_document(self.loaded, self.noted(found), seed=seed, command=command_line())
+        write(self.output, text_of_results({**document, "complete": False}))
+
+
+def _measured(groups: Any, tasks: Any, sweep: Sweep, measuring: Any, keeping: _Keeping) -> Ablation:
+    from mwtool.ablation.head import head_of
+    from mwtool.ablation.resume import earlier_measurements
     from mwtool.ablation.sweep import ablate
     from mwtool.cli.terminal import run_progress
 
+    def resumed(plans: Any, ready: Any) -> Any:
+        assert keeping.output is not None
+        assert keeping.earlier is not None
+        now = head_of(keeping.loaded, seed=sweep.seed, options=measuring).keys
+        return earlier_measurements(keeping.output, keeping.earlier, now, plans, ready)
+
     with run_progress() as on_run:
-        return ablate(loaded, groups, tasks, sweep, measuring, on_run=on_run)
+        return ablate(
+            keeping.loaded,
+            groups,
+            tasks,
+            sweep,
+            measuring,
+            on_run=on_run,
+            resumed=None if keeping.earlier is None else resumed,
+            on_saved=None if keeping.output is None else keeping.save,
+        )
 
 
 def _said(
@@ -199,7 +250,7 @@ def _give(
     """The results before the figure: what was measured is not lost where that cannot be written."""
     from mwtool.ablation.document import ablate_document
     from mwtool.cli.terminal import command_line, note
-    from mwtool.files.document import text_of
+    from mwtool.evaluation.document import text_of_results
     from mwtool.surgery.attack import Edit
     from mwtool.surgery.save import save_attacked
 
@@ -209,7 +260,8 @@ def _give(
         save_attacked(loaded, edits, attack, save)
         note(f"the attacked model is saved in {save}")
     saved = None if save is None else str(save)
-    text = text_of(ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved))
+    document = ablate_document(loaded, found, seed=seed, command=command_line(), generated=said, saved=saved)
+    text = text_of_results(document)
     outputs.keep(text)
     if json:
         sys.stdout.write(text)

@@ -46,20 +46,10 @@ def eval_document(
     from mwtool.files.schema import checked
 
     head = envelope_of(SCHEMA, loaded, seed=options.seed, command=command)
-    bos = bos_for(loaded, options)
     document = {
         **head,
         "versions": {**head["versions"], **_versions()},
-        "attention": getattr(loaded.base.config, "_attn_implementation", None),
-        "bos": None if bos is None else {"id": bos.id, "token": bos.token, "how": bos.how},
-        "options": {
-            "limit": options.limit,
-            "protocol": options.protocol,
-            "window": options.window,
-            "delimiter": options.delimiter,
-            "new_tokens": options.new_tokens,
-        },
-        "batch_size": options.batch_size,
+        **conditions_of(loaded, options),
         "massive": None
         if massive is None
         else {"layer": massive.layer, "expert": massive.expert, "indices": list(massive.indices)},
@@ -76,6 +66,23 @@ def eval_document(
         "notes": list(dict.fromkeys((*loaded.notes, *notes))),
     }
     return checked(EvalDocument, document)
+
+
+def conditions_of(loaded: Loaded, options: Options) -> dict[str, Any]:
+    """Under what all results of a document are measured: results of equal conditions can be put together."""
+    bos = bos_for(loaded, options)
+    return {
+        "attention": getattr(loaded.base.config, "_attn_implementation", None),
+        "bos": None if bos is None else {"id": bos.id, "token": bos.token, "how": bos.how},
+        "options": {
+            "limit": options.limit,
+            "protocol": options.protocol,
+            "window": options.window,
+            "delimiter": options.delimiter,
+            "new_tokens": options.new_tokens,
+        },
+        "batch_size": options.batch_size,
+    }
 
 
 def result_of(one: Result) -> dict[str, Any]:
@@ -183,12 +190,17 @@ def earlier_results(path: Path, now: dict[str, Any], documents: Sequence[dict[st
         if other is None and _conflicting(one.get("places", {}), now["places"]):
             other = "places"
         if other is not None:
-            was, new = _differing(one[other], now[other])
-            raise BadValue(
-                f"{path} was made with {other} {was}, now it is {new}; use the same to resume, or write elsewhere"
-            )
+            raise made_otherwise(path, other, one[other], now[other])
         return [Result(parse_attack(entry["attack"]), measured_of(entry)) for entry in one["results"]]
     return []
+
+
+def made_otherwise(path: Path, key: str, was: Any, now: Any) -> BadValue:
+    """What is said where a run is to resume from a file that was made under another condition."""
+    before, after = _differing(was, now)
+    return BadValue(
+        f"{path} was made with {key} {before}, now it is {after}; use the same to resume, or write elsewhere"
+    )
 
 
 def _conflicting(one: dict[str, Any], other: dict[str, Any]) -> bool:

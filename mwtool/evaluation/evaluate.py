@@ -128,12 +128,29 @@ class PerplexityTask:
         ]
 
     def under(
-        self, loaded: Loaded, variants: Sequence[Variant], options: Options, on_progress: OnProgress | None = None
+        self,
+        loaded: Loaded,
+        variants: Sequence[Variant],
+        options: Options,
+        on_progress: OnProgress | None = None,
+        *,
+        earlier: Sequence[Sequence[float]] = (),
+        on_part: Callable[[Sequence[Sequence[float]]], None] | None = None,
     ) -> list[Measured]:
-        """The perplexity in the current state, then under each variant, running only the layers it can change."""
+        """The perplexity in the current state, then under each variant, running only the layers it can change.
+
+        earlier, on_part: as `perplexities` takes them.
+        """
         layers = [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
         found = perplexities(
-            loaded.model, layers, self.windows, variants, batch_size=options.batch_size, on_batch=on_progress
+            loaded.model,
+            layers,
+            self.windows,
+            variants,
+            batch_size=options.batch_size,
+            on_batch=on_progress,
+            earlier=earlier,
+            on_part=on_part,
         )
         return [self._measured(one) for one in found]
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from mwtool.evaluation.chunked_loss import TESTED, head_of
 from mwtool.evaluation.perplexity import (
+    Batch,
     Perplexity,
     batch_sums,
     batches,
@@ -54,13 +56,17 @@ def perplexities(
     *,
     batch_size: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    earlier: Sequence[Sequence[float]] = (),
+    on_part: Callable[[Sequence[Sequence[float]]], None] | None = None,
 ) -> list[Perplexity]:
     """Perplexity in the current state, then under each variant, bit for bit that of `perplexity` for each.
 
     model: what to call. layers: its decoder layers, in order.
     batch_size: windows at once; None for the same as `perplexity` takes. The layers' outputs for one batch are kept.
-    on_batch: called with what is done and how much there is, in forwards. Raises BadValue for tokens the model does
-    not have, and whatever a variant raises.
+    on_batch: called with what is done and how much there is, in forwards. on_part: called after each batch with the
+    summed -ln p of each window so far, of the current state and under each variant. earlier: such sums, to continue
+    from; they are left out where they do not end with a batch. Raises BadValue for tokens the model does not have, and
+    whatever a variant raises.
     """
     check_vocabulary(model, windows.ids)
     device = model.get_input_embeddings().weight.device
@@ -71,7 +77,10 @@ def perplexities(
         few = windows.ids[0][None, :TESTED].to(device)
         head, reusable = head_of(model, few), not wanted or is_reusable(model, layers, few, wanted)
         parts = list(batches(windows, size))
-        for index, batch in enumerate(parts):
+        done = batches_done(parts, earlier, 1 + len(variants))
+        if done:
+            sums = [list(one) for one in earlier]
+        for index, batch in list(enumerate(parts))[done:]:
             recording = Recording(layers, wanted if reusable else set())
             for at in range(1 + len(variants)):
                 start = time.perf_counter()
@@ -81,6 +90,8 @@ def perplexities(
                 seconds[at] += time.perf_counter() - start
                 if on_batch is not None:
                     on_batch(index * (1 + len(variants)) + at + 1, len(parts) * (1 + len(variants)))
+            if on_part is not None:
+                on_part(sums)
     notes: tuple[str, ...] = (
         () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
     )
@@ -90,6 +101,13 @@ def perplexities(
         summarize(per_sample(windows, parts, found), windows.units, spent, notes)
         for found, spent in zip(sums, seconds, strict=True)
     ]
+
+
+def batches_done(parts: Sequence[Batch], sums: Sequence[Sequence[float]], states: int) -> int:
+    """How many batches these sums of each window are of; 0 where they are not of whole batches in all states."""
+    ends = list(accumulate((len(batch.windows) for batch in parts), initial=0))
+    counts = {len(one) for one in sums}
+    return ends.index(counts.pop()) if len(sums) == states and len(counts) == 1 and counts <= {*ends} else 0
 
 
 class Recording:

@@ -49,17 +49,15 @@ class Place(Strict):
     indices: list[Count]
 
 
-class Figure(Strict):
-    """One figure under one attack: an entry of `results`."""
+class Measure(Strict):
+    """One metric of one task with its samples."""
 
-    attack: str
     task: str
     part: str | None
     metric: str
     value: float | None
     stderr: Magnitude | None
     n: Count
-    seconds: Magnitude
     nonfinite: str | None
     higher_is_better: bool
     digest: str | None
@@ -67,11 +65,6 @@ class Figure(Strict):
     samples: list[Sample | None]
     weights: list[Annotated[float, Field(ge=0, le=1e15)]] | None
     answers: list[str]
-
-    @field_validator("attack")
-    @classmethod
-    def _an_attack(cls, value: str) -> str:
-        return _attack(value)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -87,6 +80,18 @@ class Figure(Strict):
                 f"expected one a sample and a sum above 0"
             )
         return self
+
+
+class Figure(Measure):
+    """One figure under one attack: an entry of `results`."""
+
+    attack: str
+    seconds: Magnitude
+
+    @field_validator("attack")
+    @classmethod
+    def _an_attack(cls, value: str) -> str:
+        return _attack(value)
 
 
 class EvalDocument(Envelope):

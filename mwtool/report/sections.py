@@ -103,11 +103,13 @@ def _ratio(one: Document | None) -> str | None:
 
 
 def _ablation(document: Document) -> Section:
+    said = [one["text"][:1].upper() + one["text"][1:] for one in document["verdicts"]] or ["No attack has a verdict."]
+    if not document.get("complete", True):
+        said.insert(0, "This ablation is not complete.")
     return Section(
         heading="Ablation",
-        said=tuple(one["text"][:1].upper() + one["text"][1:] for one in document["verdicts"])
-        or ("No attack has a verdict.",),
-        figure=plot_ablation(document),
+        said=tuple(said),
+        figure=plot_ablation(document) if document["tasks"] else None,
         described="The effect of each attack and of its controls on each task; the tables have the numbers.",
         tables=tuple(
             (
