@@ -13,6 +13,7 @@ from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
+from mwtool.cli.startup import rarely_collecting, without_scipy
 from mwtool.models.load_options import DType, LoadOptions
 from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
 
@@ -32,6 +33,11 @@ class ScanCommand(Command):
             for at, arg in enumerate(args)
         ]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, with as few imports and searches for garbage as it can do with."""
+        with rarely_collecting(), without_scipy():
+            return super().invoke(ctx)
 
 
 BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", "Checking the prediction"
@@ -324,23 +330,20 @@ def _scan(
     trust: bool,
     gguf_file: str | None,
 ) -> Scan:
-    from mwtool.cli.startup import rarely_collecting
     from mwtool.cli.terminal import layer_progress
+    from mwtool.scan.scanner import scan_checkpoint
 
-    with rarely_collecting():
-        from mwtool.scan.scanner import scan_checkpoint
-
-        with layer_progress() as on_layer:
-            return scan_checkpoint(
-                model,
-                settings,
-                revision=revision,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=trust,
-                gguf_file=gguf_file,
-                on_layer=on_layer,
-            )
+    with layer_progress() as on_layer:
+        return scan_checkpoint(
+            model,
+            settings,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust,
+            gguf_file=gguf_file,
+            on_layer=on_layer,
+        )
 
 
 def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, opening: dict[str, Any]) -> Check:
