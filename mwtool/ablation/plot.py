@@ -19,6 +19,7 @@ from mwtool.files.figure import (
     panels,
     plain_numbers,
     styled,
+    title_of,
 )
 from mwtool.massive import ABLATION
 
@@ -181,7 +182,7 @@ def _axes(panel: Axes, document: Mapping[str, Any], task: str, positions: Mappin
     ratio = metric == "perplexity"
     panel.axhline(1 if ratio else 0, color=MUTED, linewidth=0.8, zorder=0)
     layered = len(places_of(document)) > 1
-    panel.set_title(short(task))
+    panel.set_title(title_of(short(task)))
     panel.set(
         xlabel="decoder layers attacked (from 0)" if layered else "rows attacked, k",
         ylabel="perplexity ratio" if ratio else f"change of {metric}, points",

@@ -11,8 +11,8 @@ from mwtool.evaluation.comparison import LEAST, Entry, paired, student_t
 from mwtool.evaluation.document import COMPARISON, SCHEMA, entries_of
 from mwtool.evaluation.numbers import figure as number
 from mwtool.evaluation.numbers import fine, short
-from mwtool.files.bars import Bar, draw_bars, height_of, spread, title_of
-from mwtool.files.figure import document_of, local_name, model_name, panels, styled
+from mwtool.files.bars import Bar, draw_bars, height_of, spread
+from mwtool.files.figure import document_of, fitting, local_name, model_name, panels, styled, title_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,8 @@ MOST = 24
 """Metrics that a figure shows; of groups with many subtasks, the whole comes first."""
 LEGEND = 0.16
 """Height in inches of a line of the legend."""
+LONGEST = 22
+"""Characters of a model's name in the legend; the caption has all of them."""
 UNATTACKED = "none"
 
 
@@ -44,7 +46,7 @@ def plot_evaluation(found: Evaluations | Mapping[str, Any]) -> Figure:
 
     found: `Evaluations`, or the document of one evaluation or of a comparison, whose models stand on the same axes.
     Lines are 95 % confidence intervals. A change is paired: the same examples, attacked and not, or of two models.
-    Raises BadValue for another document, and where there is no number to draw.
+    Raises BadValue for another document.
     """
     document = document_of(found, SCHEMA, COMPARISON)
     entries, left_out = _drawn(document)
@@ -52,7 +54,8 @@ def plot_evaluation(found: Evaluations | Mapping[str, Any]) -> Figure:
     names = list(dict.fromkeys(name for one in drawn for name in one.series))
     with styled():
         heights = [height_of(one.rows, len(one.series)) for one in drawn] or [0.5]
-        heights[0] += LEGEND * math.ceil(len(names) / 2)
+        columns = 2 if max(map(len, names), default=0) <= LONGEST else 1
+        heights[0] += LEGEND * math.ceil(len(names) / columns)
         figure, axes = panels(heights, _caption(document, entries, left_out))
         for panel, one in zip(axes, drawn, strict=False):
             draw_bars(
@@ -72,7 +75,7 @@ def plot_evaluation(found: Evaluations | Mapping[str, Any]) -> Figure:
             found_handles = {
                 name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
             }
-            figure.legend([found_handles[name] for name in names], names, loc="outside upper center", ncols=2)
+            figure.legend([found_handles[name] for name in names], names, loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -111,10 +114,11 @@ def _values(entries: Sequence[Entry]) -> list[_Panel]:
     kinds: dict[str, list[Entry]] = {}
     for entry in entries:
         kinds.setdefault(_unit(entry.measured), []).append(entry)
-    return [_of_values(unit, same) for unit, same in kinds.items()]
+    return [_of_values(unit, same, entries) for unit, same in kinds.items()]
 
 
-def _of_values(unit: str, entries: Sequence[Entry]) -> _Panel:
+def _of_values(unit: str, entries: Sequence[Entry], beside: Sequence[Entry]) -> _Panel:
+    """The metrics of one unit; `beside`: those of all units, from which series have their names."""
     percent = unit == "accuracy"
     scale = 100 if percent else 1
     finite = [one.measured.value for one in entries if math.isfinite(one.measured.value)]
@@ -131,7 +135,7 @@ def _of_values(unit: str, entries: Sequence[Entry]) -> _Panel:
         value = scale * one.value
         label = "not finite" if not known else f"{value:.1f}" if percent else number(value)
         bar = Bar(value if known else None, low, high, label)
-        series.setdefault(_series(entry, entries), {})[_row(entry)] = bar
+        series.setdefault(_series(entry, beside), {})[_row(entry)] = bar
     return _Panel(
         title=unit[:1].upper() + unit[1:],
         axis="accuracy, %" if percent else f"{unit}, log scale" if logarithmic else unit,
@@ -152,9 +156,17 @@ def _changes(entries: Sequence[Entry]) -> list[_Panel]:
             shape = {"ratio": f"x{fine(change.value)}", "points": f"{change.value:+.1f}"}
             bar = Bar(change.value, change.low, change.high, shape.get(change.kind, f"{change.value:+.3g}"))
             found.setdefault(change.kind, {}).setdefault(_series(entry, entries), {})[_row(entry)] = bar
-    attacked = any(entry.attack != UNATTACKED for entry in entries)
-    title = "under attack" if attacked else f"beside {entries[0].model}" if entries else ""
-    return [_of_changes(kind, title, series) for kind, series in found.items()]
+    return [_of_changes(kind, _beside(entries), series) for kind, series in found.items()]
+
+
+def _beside(entries: Sequence[Entry]) -> str:
+    """What changes are measured from, as far as it is the same for all of them."""
+    compared = [(entry, reference) for entry in entries if (reference := reference_of(entry, entries)) is not None]
+    others = {reference.model for entry, reference in compared if reference.model != entry.model}
+    if not others:
+        return "{} under attack"
+    attacked = any(entry.attack != UNATTACKED for entry, _ in compared)
+    return "{}, change" if attacked or len(others) > 1 else f"{{}} beside {fitting(others.pop(), LONGEST)}"
 
 
 def _of_changes(kind: str, title: str, series: Mapping[str, Mapping[str, Bar]]) -> _Panel:
@@ -166,7 +178,7 @@ def _of_changes(kind: str, title: str, series: Mapping[str, Mapping[str, Bar]]) 
         "points": ("Accuracy", "accuracy, points gained or lost"),
     }.get(kind, ("Other metrics", "difference"))
     return _Panel(
-        title=f"{what} {title}",
+        title=title.format(what),
         axis=axis + (", log scale" if logarithmic else ""),
         rows=tuple(dict.fromkeys(row for bars in series.values() for row in bars)),
         series=series,
@@ -194,7 +206,8 @@ def _series(entry: Entry, entries: Sequence[Entry]) -> str:
     attack = "no attack" if entry.attack == UNATTACKED else entry.attack
     if len(models) == 1:
         return attack
-    return entry.model if len(attacks) == 1 else f"{entry.model}, {attack}"
+    model = fitting(entry.model, LONGEST)
+    return model if len(attacks) == 1 else f"{model}, {attack}"
 
 
 def _caption(document: Mapping[str, Any], entries: Sequence[Entry], left_out: int) -> str:
@@ -205,6 +218,8 @@ def _caption(document: Mapping[str, Any], entries: Sequence[Entry], left_out: in
     said += "; ".join(sizes) + "."
     if any(entry.measured.stderr is not None for entry in entries):
         said += " Lines: 95\N{NO-BREAK SPACE}% confidence intervals; of a change, paired."
+    if _beside(entries) == "{}, change":
+        said += f" Changes: under attack beside the same model without, else beside {entries[0].model}."
     for one in evaluations_of(document)[:1]:
         if one["massive"] is not None:
             said += f" Rows of layer {one['massive']['layer']}."

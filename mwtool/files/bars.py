@@ -17,8 +17,8 @@ HATCHES = ("", "//////", "......", "\\\\\\\\\\\\", "xxxxxx", "------")
 """One for each colour, so that series also differ in grey."""
 THICK, LINE, GAP = 0.16, 0.11, 0.11
 """Inches that a bar takes, a line of a row's name, and the space between two rows."""
-NAME, TITLE = 25, 32
-"""Characters in a line of a row's name, and of the title above the bars."""
+NAME = 25
+"""Characters in a line of a row's name."""
 DECADE = 10
 """Largest value over smallest from which an axis is logarithmic."""
 
@@ -92,11 +92,6 @@ def draw_bars(
     if not logarithmic:
         panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     plain_numbers(panel, "x")
-
-
-def title_of(words: str) -> str:
-    """A title in lines that end before the figure does."""
-    return "\n".join(textwrap.wrap(words, TITLE, break_on_hyphens=False))
 
 
 def spread(values: Sequence[float]) -> bool:

@@ -69,6 +69,8 @@ STYLE: dict[Any, Any] = {
 }
 CAPTION, LEADING = 70, 0.13
 """Characters in a line of a caption at the width of a column, and inches from line to line."""
+TITLE = 32
+"""Characters in a line of a title above bars, whose names are to the left of it."""
 NARROW = 50
 """A logarithmic axis from 1 to less than this has ticks at 1, 2, 5 and 10 times powers of ten."""
 CAPTIONED = "caption"
@@ -147,6 +149,17 @@ def local_name(name: str) -> str:
     if name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1:
         return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
     return name
+
+
+def title_of(words: str) -> str:
+    """A title in lines that end before the figure does."""
+    return "\n".join(textwrap.wrap(words, TITLE, break_on_hyphens=False))
+
+
+def fitting(name: str, most: int) -> str:
+    """A name of at most so many characters: of a longer one, its beginning and its end."""
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - half]}\N{HORIZONTAL ELLIPSIS}{name[-half:]}"
 
 
 def count_axis(panel: Axes) -> None:

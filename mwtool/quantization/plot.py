@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mwtool.evaluation.comparison import LEAST, student_t
 from mwtool.evaluation.numbers import figure as number
 from mwtool.evaluation.numbers import fine, short
-from mwtool.files.bars import Bar, draw_bars, height_of, spread, title_of
-from mwtool.files.figure import document_of, model_name, panels, styled
+from mwtool.files.bars import Bar, draw_bars, height_of, spread
+from mwtool.files.figure import document_of, model_name, panels, styled, title_of
 from mwtool.quantization.document import SCHEMA
 
 if TYPE_CHECKING:

@@ -74,6 +74,8 @@ def test_each_model_under_attack_is_compared_with_itself() -> None:
     assert change["a, zero:1"] == [(0, pytest.approx(-100 / 3))]
     assert change["b, zero:1"] == [(0, -100)]
     assert change["b, no attack"] == [(0, pytest.approx(100 / 3))]  # beside a
+    assert titles(figure) == ["Accuracy", "Accuracy, change"]
+    assert "else beside a." in caption(figure)
 
 
 def test_models_that_share_no_examples_are_not_compared() -> None:
