@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,16 +12,10 @@ from mwtool.cli import options, process
 from mwtool.cli.command import MODEL, REQUIRED, Command
 from mwtool.cli.commands import single
 from mwtool.cli.curricula import curricula_of, only, show_curricula
+from mwtool.cli.finetune_run import Run, batch_of, drawn, needed, without_layers
 from mwtool.finetune.config import LENGTH, Asked, Peft, Quantize, Recipe
-from mwtool.macdrop.curriculum import Curriculum, Resample, Scope
+from mwtool.macdrop.curriculum import Resample, Scope
 from mwtool.models.load_options import DType
-from mwtool.scan.settings import Choice
-
-if TYPE_CHECKING:
-    from mwtool.cli.outputs import Outputs
-    from mwtool.finetune.plan import Plan
-    from mwtool.models.source import Source
-
 
 Format = Literal["auto", "alpaca", "messages", "text"]
 """`auto` and the forms of `mwtool.finetune.data`."""
@@ -204,8 +195,12 @@ def finetune(
         int | None, _of_training(min=1, max=10_000_000, metavar="N", help="Optimizer steps; overrides epochs.")
     ] = DEFAULTS.max_steps,
     batch_size: Annotated[
-        int, _of_training(min=1, metavar="N", help="Sequences per device in one forward pass.")
-    ] = DEFAULTS.batch_size,
+        str,
+        _of_training(
+            metavar="N|auto",
+            help="Sequences per device in one forward pass; auto: the largest number that fits, found by trial steps.",
+        ),
+    ] = str(DEFAULTS.batch_size),
     effective_batch: Annotated[
         int,
         _of_training(
@@ -215,9 +210,21 @@ def finetune(
         ),
     ] = DEFAULTS.effective_batch,
     gradient_checkpointing: Annotated[
-        bool,
-        _of_training("--gradient-checkpointing", help="Recompute activations: less memory, more time."),
+        bool | None,
+        _of_training(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Recompute activations: less memory, more time.",
+            show_default="only if nothing fits without",
+        ),
     ] = DEFAULTS.gradient_checkpointing,
+    padding_free: Annotated[
+        bool | None,
+        _of_training(
+            "--padding-free/--no-padding-free",
+            help="Put the sequences of a forward pass behind each other without padding; they do not see each other.",
+            show_default="on a GPU, if a trial shows that they do not",
+        ),
+    ] = DEFAULTS.padding_free,
     seed: Annotated[
         int,
         _of_training(
@@ -265,15 +272,13 @@ def finetune(
 ) -> None:
     """Train a LoRA or DoRA adapter with MacDrop."""
     curricula = curricula_of(macdrop or [str(CURRICULUM)], k=k, scope=scope, resample=resample, seed=seed)
-    outputs = _drawn(plot, report, dry_run=dry_run, show_curriculum=show_curriculum)
+    outputs = drawn(plot, report, dry_run=dry_run, show_curriculum=show_curriculum)
     if show_curriculum:
         show_curricula(curricula, max_steps, epochs, plot)
         return
-    curriculum, data = only(curricula), _needed(data, output, dry_run=dry_run)
-    from mwtool.cli.terminal import quiet_libraries
+    curriculum, data = only(curricula), needed(data, output, dry_run=dry_run)
     from mwtool.models.source import locate
 
-    quiet_libraries()
     place = process.training_device(device)
     recipe = Recipe(
         curriculum=curriculum,
@@ -286,12 +291,13 @@ def finetune(
         warmup=warmup,
         epochs=epochs,
         max_steps=max_steps,
-        batch_size=batch_size,
+        batch_size=batch_of(batch_size),
         effective_batch=effective_batch,
         max_length=max_length,
         packing=packing,
         on_prompt=train_on_prompt,
         gradient_checkpointing=gradient_checkpointing,
+        padding_free=padding_free,
         quantize=quantize,
         eval_share=eval_share,
         seed=seed,
@@ -306,158 +312,20 @@ def finetune(
         chat_template=chat_template,
         massive=massive,
         allow_none=allow_none,
-        choice=_without_layers(choice, curriculum, "".join(macdrop or ())),
+        choice=without_layers(choice, curriculum, "".join(macdrop or ())),
     )
-    locating = partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
-    if dry_run or output is None:
-        _show_plan(_planned(locating(), recipe, asked), json=json)
-        return
-    from mwtool.finetune.checkpointing import date_of, locked
-
-    with locked(output) if process.first() else nullcontext():
-        if not _ended(output, outputs, resume=resume):
-            plan = _planned(locating(), recipe, replace(asked, date=date_of(output) if resume else None))
-            reporting = (logging_steps, save_steps, tuple(report_to or ()))
-            _run(plan, output, place, reporting, outputs, resume=resume, merge=merge, json=json)
-
-
-def _needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
-    """The data, which is required, as is an output folder to train. Raises WrongUsage."""
-    if data is None:
-        raise options.WrongUsage("--data DATA is required: the records to train on")
-    if output is None and not dry_run:
-        raise options.WrongUsage("--output-dir DIR (or -o) is required: where to save the adapter; or add --dry-run")
-    return data
-
-
-def _drawn(plot: Path | None, report: Path | None, *, dry_run: bool, show_curriculum: bool) -> Outputs:
-    """The files to draw, which can be written. Raises WrongUsage where there will be nothing to draw."""
-    from mwtool.cli.outputs import Outputs
-
-    if dry_run and (plot is not None or report is not None):
-        raise options.WrongUsage("--dry-run trains nothing that --plot or --report could show; leave them out")
-    if show_curriculum and report is not None:
-        raise options.WrongUsage("--report shows a run, and --show-curriculum makes none; leave out one of them")
-    outputs = Outputs(plot=plot, report=report)
-    outputs.check()
-    return outputs
-
-
-def _without_layers(choice: Choice, curriculum: Curriculum, macdrop: str) -> Choice:
-    """The rows chosen by options other than --massive, if the curriculum names no layers. Raises WrongUsage."""
-    own = replace(choice, file=None)
-    if curriculum.layers and own != Choice():
-        raise options.WrongUsage(f"{macdrop} names layers; leave out --layer, --event, --expert and --indices")
-    return own
-
-
-def _ended(folder: Path, outputs: Outputs, *, resume: bool) -> bool:
-    """Whether the run in `folder` has finished, which is drawn then.
-
-    Raises OutputError where a new run needs another folder.
-    """
-    from mwtool.cli.terminal import note
-    from mwtool.errors import OutputError
-    from mwtool.files.atomic_write import check_free
-    from mwtool.finetune.checkpointing import LOCK
-    from mwtool.finetune.document import RECORD
-
-    if resume and (folder / RECORD).exists():
-        note(f"{folder} holds a finished run; there is nothing to resume")
-        outputs.draw((folder / RECORD).read_text(encoding="utf-8"))
-        return True
-    if resume or not process.first():  # the first process looks, before it fills the folder
-        return False
-    try:
-        check_free(folder, besides=[LOCK])
-    except OutputError as fault:
-        advice = ", or continue the run in it with --resume" if folder.is_dir() else ""
-        raise OutputError(f"{fault}{advice}") from fault
-    return False
-
-
-def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
-    from mwtool.cli.terminal import layer_progress, note_all
-    from mwtool.finetune.plan import make_plan
-
-    note_all(source.notes)
-    with layer_progress() as on_layer:
-        plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
-    note_all(plan.notes)
-    return plan
-
-
-def _show_plan(plan: Plan, *, json: bool) -> None:
-    from mwtool.cli.terminal import report_console
-    from mwtool.files.document import text_of
-    from mwtool.finetune.document import plan_document
-    from mwtool.finetune.memory import footprint
-    from mwtool.finetune.report import plan_report
-
-    needed = footprint(plan)
-    if json:
-        sys.stdout.write(text_of(plan_document(plan, needed)))
-        return
-    console = report_console()
-    console.print(plan_report(plan, needed, console.width))
-
-
-def _run(
-    plan: Plan,
-    folder: Path,
-    device: str,
-    reporting: tuple[int | None, int | None, tuple[str, ...]],
-    outputs: Outputs,
-    *,
-    resume: bool,
-    merge: bool,
-    json: bool,
-) -> None:
-    """Train, and save the results. reporting: as in `Telling`."""
-    from mwtool.cli.terminal import command_line, note, note_all, step_progress
-    from mwtool.files.document import text_of
-    from mwtool.finetune.artifacts import leave
-    from mwtool.finetune.checkpointing import newest
-    from mwtool.finetune.document import finetune_document
-    from mwtool.finetune.trainer import Telling, train, with_adapter
-
-    settings = plan.settings()
-    found, notes = newest(folder, settings) if resume else (None, ())
-    note_all(notes)
-    if resume:
-        note(f"resuming from {found.folder}" if found else f"{folder} has no complete checkpoint; starting at step 1")
-    model = with_adapter(plan.source, plan.recipe, device)
-    with step_progress() as on_step:
-        trained = train(
-            model,
-            (plan.train, plan.held),
-            plan.places,
-            plan.recipe,
-            folder,
-            settings=settings,
-            resume=found,
-            telling=Telling(*reporting, on_step=on_step),
-            processes=plan.processes,
-        )
-    if trained.stopped_by is not None:
-        note(f"stopped after step {trained.step} of {trained.steps}; a checkpoint is saved, add --resume to continue")
-        raise typer.Exit(128 + trained.stopped_by)
-    if process.first():
-        document = finetune_document(plan, trained, device=device, command=command_line())
-        leave(document, trained, folder, merge=merge)
-        _show(document, folder, json=json)
-        outputs.draw(text_of(document))
-
-
-def _show(document: dict[str, Any], folder: Path, *, json: bool) -> None:
-    from mwtool.cli.terminal import report_console
-    from mwtool.files.document import text_of
-    from mwtool.finetune.report import outcome_report
-
-    if json:
-        sys.stdout.write(text_of(document))
-    else:
-        report_console().print(outcome_report(document, str(folder)))
+    Run(
+        locating=partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
+        recipe=recipe,
+        asked=asked,
+        output=None if dry_run else output,
+        device=place,
+        reporting=(logging_steps, save_steps, tuple(report_to or ())),
+        outputs=outputs,
+        resume=resume,
+        merge=merge,
+        json=json,
+    ).start()
 
 
 app = single()

@@ -18,6 +18,8 @@ from rich.text import Text
 from mwtool.cli import process, waiting
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from mwtool.finetune.monitor import Step
 
 _stderr = Console(stderr=True, soft_wrap=True, quiet=not process.first())
@@ -46,6 +48,12 @@ def note_all(lines: Iterable[str]) -> None:
     """Each once, in their order."""
     for line in dict.fromkeys(lines):
         note(line)
+
+
+def tell(shown: RenderableType) -> None:
+    """Something that is not the result, such as a plan before it runs."""
+    waiting.clear()
+    _stderr.print(shown)
 
 
 def fail(line: str) -> None:

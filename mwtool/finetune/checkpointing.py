@@ -99,16 +99,21 @@ def newest(run: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint | None, t
     return None, tuple(notes)
 
 
-def date_of(run: Path) -> datetime | None:
-    """The day that the chat template wrote into the data of a run, if one did, as its newest checkpoint has it."""
+def settings_of(run: Path) -> dict[str, Any]:
+    """The settings of the newest complete checkpoint of a run; empty if there is none."""
     for folder in _folders(run):
         found = _read(folder)
         if found is not None:
-            try:
-                return datetime.fromisoformat(found.settings["date"])
-            except (KeyError, TypeError, ValueError):
-                return None
-    return None
+            return found.settings
+    return {}
+
+
+def date_of(run: Path) -> datetime | None:
+    """The day that the chat template wrote into the data of a run, if one did, as its newest checkpoint has it."""
+    try:
+        return datetime.fromisoformat(settings_of(run)["date"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def clear(run: Path, after: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,14 @@ SCHEMA = "mwtool.finetune/1"
 """Of the document that a run leaves beside its adapter."""
 Peft = Literal["lora", "dora"]
 Quantize = Literal["4bit"]
+AUTO: Literal["auto"] = "auto"
+"""A batch size that is still to be found: the largest that fits into memory."""
+FOUND = ("batch_size", "gradient_checkpointing", "padding_free")
+"""Settings that a run finds by trials where they are not given."""
 PAPER_STEPS = 579
 """Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
+FEW = 20
+"""Optimizer steps below which a run is warned of: warm-up and decay then leave hardly any to learn in."""
 LENGTH = 1024
 """Tokens of a sequence where neither the user nor the model says less."""
 
@@ -49,8 +56,11 @@ class Asked:
 class Recipe:
     """What decides the trained adapter, besides the model, the data and the massive rows.
 
-    batch_size: sequences a device takes at once; effective_batch: those of one optimizer step over all devices, reached
-    by accumulation. max_length: tokens of a sequence; None: 1024, or what the model has. max_steps: instead of epochs.
+    batch_size: sequences a device takes at once, `auto`: the largest number that fits; effective_batch: those of one
+    optimizer step over all devices, reached by accumulation. gradient_checkpointing: recompute activations; None: only
+    if nothing fits without. padding_free: put the sequences of a micro-batch behind each other in one row, without
+    padding; None: on a GPU, if a trial shows that they do not see each other. max_length: tokens of a sequence; None:
+    1024, or what the model has. max_steps: instead of epochs.
     warmup: share of the steps. target_modules: names of layers; empty: all linear layers but embeddings and head.
     eval_share: part of the sequences that is held out. dtype: what is computed in, a torch dtype's name.
     """
@@ -65,34 +75,48 @@ class Recipe:
     warmup: float = 0.05
     epochs: float = 3.0
     max_steps: int | None = None
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = AUTO
     effective_batch: int = 256
     max_length: int | None = None
     packing: bool = False
     on_prompt: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
+    padding_free: bool | None = None
     quantize: Quantize | None = None
     eval_share: float = 0.05
     seed: int = 0
     dtype: str = "float32"
+
+    def with_found(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with what is still to be found by trials as an earlier run found it. settings: of that run."""
+        found = {name: settings[name] for name in FOUND if getattr(self, name) in (AUTO, None) and name in settings}
+        return replace(self, **found)
 
     def document(self) -> dict[str, Any]:
         """All settings as JSON; the curriculum as its keys in a YAML file."""
         return {**asdict(self), "curriculum": curriculum_document(self.curriculum)}
 
     def accumulation(self, processes: int = 1) -> int:
-        """Micro-batches of one optimizer step on each device. Raises BadValue where they do not come out even."""
-        at_once = self.batch_size * processes
+        """Micro-batches of one optimizer step on each device. Raises BadValue where they do not come out even.
+
+        Of a batch size that is still to be found: those of one sequence.
+        """
+        at_once = self.at_once * processes
         if self.effective_batch % at_once:
             raise BadValue(
-                f"an effective batch of {self.effective_batch} is no multiple of {self.batch_size} sequences on "
+                f"an effective batch of {self.effective_batch} is no multiple of {self.at_once} sequences on "
                 f"{processes} device{'s' if processes > 1 else ''}: change --effective-batch or --batch-size"
             )
         return self.effective_batch // at_once
 
+    @property
+    def at_once(self) -> int:
+        """Sequences a device takes at once; 1 while that is still to be found."""
+        return 1 if self.batch_size == AUTO else int(self.batch_size)
+
     def steps(self, sequences: int, processes: int = 1) -> tuple[int, int]:
-        """Optimizer steps of the run and of one epoch, as Trainer counts them."""
-        batches = math.ceil(sequences / (self.batch_size * processes))
+        """Optimizer steps of the run and of one epoch, as Trainer counts them; the same for every batch size."""
+        batches = math.ceil(sequences / (self.at_once * processes))
         per_epoch = math.ceil(batches / self.accumulation(processes))
         return self.max_steps or math.ceil(self.epochs * per_epoch), per_epoch
 

@@ -9,7 +9,7 @@ from typing import Any
 from mwtool.files.document import envelope, finite
 from mwtool.finetune.config import SCHEMA
 from mwtool.finetune.memory import Footprint
-from mwtool.finetune.plan import Plan
+from mwtool.finetune.plan import Plan, few_steps
 from mwtool.finetune.trainer import Trained
 from mwtool.massive import MassiveWeights, RankedRows
 
@@ -37,7 +37,7 @@ def finetune_document(
         "p": [trained.history[t] for t in sorted(trained.history)],
         "log": log,
         "measured": measured(log, trained),
-        "notes": [*plan.notes, *notes],
+        "notes": [*plan.notes, *few_steps(plan), *notes],
     }
 
 
@@ -59,7 +59,7 @@ def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
             "rows": needed.kept,
             "total": needed.total,
         },
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *few_steps(plan)],
     }
 
 

@@ -81,7 +81,7 @@ def _activations(plan: Plan, size: int) -> float:
     """
     config = plan.skeleton.config.get_text_config()
     longest = max(len(ids) for ids in plan.train.ids)
-    tokens, hidden, layers = plan.recipe.batch_size * longest, config.hidden_size, config.num_hidden_layers
+    tokens, hidden, layers = plan.recipe.at_once * longest, config.hidden_size, config.num_hidden_layers
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = tokens * (16 * hidden + 4 * wide) * size
     kept = layer + layers * tokens * hidden * size if plan.recipe.gradient_checkpointing else layers * layer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.finetune.config import LENGTH, Asked, Recipe
+from mwtool.finetune.config import FEW, LENGTH, Asked, Recipe
 from mwtool.finetune.data import Data, read_data
 from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
 from mwtool.finetune.tokenize import encode, named
@@ -152,6 +152,20 @@ def make_plan(
     )
     recipe.curriculum.values(plan.steps, plan.per_epoch)  # phases that do not fit are found now
     return plan
+
+
+def few_steps(plan: Plan) -> tuple[str, ...]:
+    """What to say where data and effective batch give so few steps that hardly anything is learned."""
+    recipe, steps = plan.recipe, plan.steps
+    if recipe.max_steps is not None or steps >= FEW:
+        return ()
+    epochs = f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
+    follow = f"only {steps} steps follow" if steps > 1 else "only 1 step follows"
+    said = (
+        f"{follow} from {len(plan.train):,} sequences, an effective batch of {recipe.effective_batch} and {epochs}: "
+        f"lower --effective-batch, or raise --epochs"
+    )
+    return (said,)
 
 
 def _records(data: Data, encoded: Encoded) -> Records:

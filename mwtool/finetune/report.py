@@ -9,9 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mwtool.finetune.config import AUTO
 from mwtool.macdrop.curriculum import Curriculum
 
 if TYPE_CHECKING:
+    from mwtool.finetune.config import Recipe
     from mwtool.finetune.memory import Footprint
     from mwtool.finetune.plan import Plan
 
@@ -38,15 +40,20 @@ def curriculum_chart(curriculum: Curriculum, steps: int, per_epoch: int, width: 
 
 def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> RenderableType:
     """What `--dry-run` shows."""
+    parts: list[RenderableType] = [plan_table(plan, footprint)]
+    if plan.places:
+        parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
+    return Group(*parts)
+
+
+def plan_table(plan: Plan, footprint: Footprint) -> RenderableType:
+    """What is trained, on what, in how many steps."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, value in _plan_rows(plan, footprint):
-        table.add_row(name, value)
-    parts: list[RenderableType] = [table]
-    if plan.places:
-        parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
-    return Group(*parts)
+        table.add_row(name, Text(value))
+    return table
 
 
 def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
@@ -68,6 +75,8 @@ def outcome_report(document: dict[str, Any], folder: str) -> RenderableType:
 def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     recipe, held = plan.recipe, 0 if plan.held is None else len(plan.held)
     lengths = [len(ids) for ids in plan.train.ids]
+    tokens, learned = sum(lengths), plan.train.trained_tokens
+    about = "about" if recipe.batch_size != AUTO else "with one sequence at once about"
     examples = "one text" if plan.data.stream else f"{records_line(plan.records.counts())} ({plan.data.form})"
     rows = "none: trained without MacDrop"
     if plan.places:
@@ -79,11 +88,12 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     return [
         ("model", f"{plan.source.name}, {footprint.parameters:,} parameters"),
         ("data", f"{plan.data.name}: {examples}"),
-        ("sequences", f"{len(lengths):,} of {sum(lengths) / len(lengths):,.0f} tokens on average, {held:,} held out"),
+        ("sequences", f"{len(lengths):,} of {tokens / len(lengths):,.0f} tokens on average, {held:,} held out"),
+        ("tokens", f"{tokens:,} an epoch, of which {learned:,} are trained on"),
         ("steps", f"{plan.steps:,}, {plan.per_epoch:,} an epoch; a batch is {_batch(plan)}"),
         ("adapter", f"{recipe.peft}, rank {recipe.rank}: {footprint.trainable:,} parameters, {footprint.share:.3%}"),
         ("rows", rows),
-        ("memory", f"about {_bytes(footprint.total)} a device: {footprint.parts}"),
+        ("memory", f"{about} {_bytes(footprint.total)} a device: {footprint.parts}"),
     ]
 
 
@@ -107,7 +117,16 @@ def records_line(counts: Mapping[str, int]) -> str:
 def _batch(plan: Plan) -> str:
     recipe, accumulated = plan.recipe, plan.recipe.accumulation(plan.processes)
     processes = f" x {plan.processes} processes" if plan.processes > 1 else ""
+    if recipe.batch_size == AUTO:
+        return f"{recipe.effective_batch} (at once: as many as fit, found by trial steps{processes})"
     return f"{recipe.effective_batch} ({recipe.batch_size} at once x {accumulated} accumulated{processes})"
+
+
+def at_once_line(recipe: Recipe) -> str:
+    """What trial steps found."""
+    sequences = f"{recipe.at_once} sequence{'s' if recipe.at_once > 1 else ''} at once"
+    activations = "recomputed" if recipe.gradient_checkpointing else "kept"
+    return f"{sequences}, activations {activations}, {'without' if recipe.padding_free else 'with'} padding"
 
 
 def _points(values: Sequence[float]) -> Text:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def explained(recipe: Recipe, folder: Path, watch: Watch) -> Iterator[None]:
+def explained(recipe: Recipe, folder: Path, watch: Watch | None) -> Iterator[None]:
     """Raises MwtoolError where memory ends, OutputError where `folder` cannot be written; all else as it comes."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise _out_of_memory(recipe, watch.step) from fault
+        raise _out_of_memory(recipe, 0 if watch is None else watch.step) from fault
     except (OSError, RuntimeError, SafetensorError) as fault:
         if _says(fault, "can't allocate memory", "out of memory"):
-            raise _out_of_memory(recipe, watch.step) from fault
+            raise _out_of_memory(recipe, 0 if watch is None else watch.step) from fault
         if (reason := _disk(fault)) is not None:
             raise OutputError(
                 f"{folder} cannot be written: {reason}; make room, then continue with --resume"
@@ -55,9 +55,9 @@ def _disk(fault: BaseException) -> str | None:
 
 
 def _out_of_memory(recipe: Recipe, step: int) -> MwtoolError:
-    lower = [f"--batch-size (now {recipe.batch_size}; the effective batch stays {recipe.effective_batch})"]
+    lower = [f"--batch-size (now {recipe.at_once}; the effective batch stays {recipe.effective_batch})"]
     lower.append("--max-length")
     more = [] if recipe.gradient_checkpointing else ["--gradient-checkpointing"]
     more += [] if recipe.quantize else ["--quantize 4bit"]
     advice = f", or add {' or '.join(more)}" if more else ""
-    return MwtoolError(f"out of memory in step {step}: lower {' or '.join(lower)}{advice}")
+    return MwtoolError(f"out of memory in step {max(step, 1)}: lower {' or '.join(lower)}{advice}")

@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from mwtool.errors import BadValue, UnsupportedModel, line_of
 from mwtool.files.atomic_write import permissions
+from mwtool.finetune.batch_size import fitted
 from mwtool.finetune.checkpointing import Checkpoint, clear
 from mwtool.finetune.config import Recipe
+from mwtool.finetune.loss import trained_head
 from mwtool.finetune.monitor import NothingLeft, Step, Watch
+from mwtool.finetune.padding_free import flattened, rows
 from mwtool.finetune.resource_errors import explained
-from mwtool.finetune.sequences import IGNORED, Encoded, collate
+from mwtool.finetune.sequences import Encoded, collate
 from mwtool.finetune.signals import StopAtStepEnd
+from mwtool.finetune.token_trainer import TokenTrainer
 from mwtool.macdrop.callback import MacDropCallback, guard
 from mwtool.massive import RankedRows
 from mwtool.models.load import load
@@ -30,7 +33,6 @@ from mwtool.models.source import Source
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers.trainer_utils import EvalLoopOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,8 @@ def train(
     Raises OutputError if they cannot be written, MwtoolError if memory runs out or the loss is not finite.
     """
     telling = telling or Telling()
+    with explained(recipe, folder, None):
+        recipe = fitted(model, data[0], recipe, processes=processes)
     macdrop = None if not massive or recipe.curriculum.idle else MacDropCallback(massive, recipe.curriculum)
     before = {} if resume is None else resume.history
     watch, stop = Watch(macdrop, settings or {}, before, telling.on_step), StopAtStepEnd()
@@ -90,11 +94,14 @@ def train(
     device = next(model.parameters()).device.type
     arguments = _arguments(recipe, folder, telling, counts=counts, processes=processes, device=device)
     arguments.eval_on_start = resume is None and bool(recipe.eval_share)
-    trainer = _trainer(model, arguments, data, [*([macdrop] if macdrop else []), stop, watch])
+    callbacks = [*([macdrop] if macdrop else []), stop, watch]
+    trainer = _trainer(model, arguments, data, callbacks, padding_free=bool(recipe.padding_free))
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
     with guard(trainer), stop.listening(), explained(recipe, folder, watch):
-        with suppress(NothingLeft):
+        if trainer.trained_head is not None:
+            trainer.trained_head.narrow_if_same()
+        with suppress(NothingLeft), rows(model, recipe.dtype) if recipe.padding_free else nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         done = trainer.state.global_step
         if done >= counts[0]:
@@ -113,54 +120,31 @@ def train(
     )
 
 
-class _Trainer(Trainer):
-    """Trainer with a held-out loss that is the mean over tokens.
-
-    Trainer's own is the mean over examples of the mean over the tokens of their batch, which depends on the batch size.
-    """
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        found = super().evaluation_loop(*args, **options)
-        metrics = found.metrics or {}
-        if "eval_token_loss" in metrics:
-            metrics["eval_loss"] = metrics.pop("eval_token_loss")
-        return found
-
-
-def _sum_and_count(outputs: Any, labels: Tensor) -> Tensor:
-    """The summed loss of each example and how many tokens it is of, (B, 2) float64, from logits (B, T, V)."""
-    logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
-    shifted = labels[:, 1:]
-    rows = zip(logits[:, :-1], shifted, strict=True)
-    # one example after the other: float32 copies of the logits of a batch would not fit beside them
-    sums = [
-        torch.nn.functional.cross_entropy(one.float(), label.long(), ignore_index=IGNORED, reduction="none")
-        .double()
-        .sum()
-        for one, label in rows
-    ]
-    return torch.stack([torch.stack(sums), (shifted != IGNORED).sum(1).double()], dim=1)
-
-
-def _token_mean(found: EvalPrediction) -> dict[str, float]:
-    """The loss over all tokens that are held out; NaN if there is none."""
-    total, count = np.asarray(found.predictions, dtype=np.float64).sum(0)
-    return {"token_loss": float(total / count) if count else math.nan}
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise BadValue if one of `--report-to` is unknown, before anything is loaded."""
+    try:
+        get_reporting_integration_callbacks([name for name in names if name not in {"all", "none"}])
+    except ValueError as fault:
+        raise BadValue(f"--report-to {', '.join(names)}: {line_of(fault, whole=True)}") from fault
 
 
 def _trainer(
-    model: PeftModel, arguments: TrainingArguments, data: tuple[Any, Any], callbacks: list[TrainerCallback]
-) -> Trainer:
+    model: PeftModel,
+    arguments: TrainingArguments,
+    data: tuple[Any, Any],
+    callbacks: list[TrainerCallback],
+    *,
+    padding_free: bool,
+) -> TokenTrainer:
     try:
-        trainer = _Trainer(
+        trainer = TokenTrainer(
             model=model,
             args=arguments,
             train_dataset=data[0],
             eval_dataset=data[1],
-            data_collator=collate,
             callbacks=callbacks,
-            compute_metrics=_token_mean,
-            preprocess_logits_for_metrics=_sum_and_count,
+            head=trained_head(model),
+            collator=flattened if padding_free else collate,
         )
     except (ValueError, RuntimeError, ImportError) as fault:  # a logger that is unknown, or not installed
         if not arguments.report_to:
@@ -271,8 +255,8 @@ def _arguments(
     steps, per_epoch = counts
     made = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.at_once,
+        per_device_eval_batch_size=recipe.at_once,
         gradient_accumulation_steps=recipe.accumulation(processes),
         learning_rate=recipe.lr,
         warmup_steps=recipe.warmup if recipe.warmup < 1 else steps,

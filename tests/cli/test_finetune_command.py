@@ -74,6 +74,23 @@ def test_progress_has_loss_p_step_time_and_time_left_and_stdout_the_outcome(fold
     assert "2 steps; the adapter is in" in ran.out
 
 
+def test_the_plan_is_shown_before_training_and_the_command_that_measures_the_result_at_the_end(
+    folder: Path, tmp_path: Path
+) -> None:
+    ran = finetune(folder, "-o", tmp_path / "out", "--epochs", 1, "--batch-size", "auto")
+    said = ran.err.splitlines()
+    begins = next(at for at, line in enumerate(said) if line.startswith("step "))
+    plan = " ".join(" ".join(said[:begins]).split())
+    assert "steps 2, 2 an epoch; a batch is 4 (4 at once x 1 accumulated)" in plan
+    assert re.search(r"tokens [\d,]+ an epoch, of which [\d,]+ are trained on", plan)
+    assert "only 2 steps follow from 6 sequences, an effective batch of 4 and 1 epoch: lower --effective-batch" in plan
+    last = said[-1].removeprefix("note: measure it with: ").split()
+    assert last == f"mwtool eval {tmp_path / 'out'} --attack none --attack zero:3 --on base".split()
+    assert run(*last[1:3], "--limit", 1, *last[3:]).code == 0
+    settings = json.loads((tmp_path / "out" / "macdrop.json").read_text())["settings"]
+    assert (settings["batch_size"], settings["gradient_checkpointing"], settings["padding_free"]) == (4, False, False)
+
+
 def test_the_dry_run_shows_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
     ran = finetune(folder, "--dry-run", "-o", tmp_path / "out", "--epochs", 2)
     said = " ".join(ran.out.split())
@@ -244,7 +261,7 @@ def test_two_processes_show_one_progress_and_leave_one_set_of_files(folder: Path
     command += map(str, arguments(folder, "-o", tmp_path / "out", "--max-steps", 3, "--batch-size", 1, "--dropout", 0))
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("step")] == [
+    assert [line.split(",")[0] for line in done.stderr.splitlines() if line.startswith("step ")] == [
         "step 1 of 3", "step 2 of 3", "step 3 of 3"
     ]  # fmt: skip
     assert done.stdout.count("the adapter is in") == 1

@@ -83,7 +83,7 @@ def test_the_examples_of_the_help_use_options_that_exist(command: list[str]) -> 
         ("finetune", "--load_in_4bit True", "--quantize=4bit"),
         ("finetune", "--load_in_4bit=false", ""),
         ("finetune", "--bf16 --use_dora", "--dtype=bfloat16 --peft=dora"),
-        ("finetune", "--packing True --gradient_checkpointing False", "--packing"),
+        ("finetune", "--packing True --gradient_checkpointing False", "--packing --no-gradient-checkpointing"),
         ("finetune", "--output_dir out --model_name_or_path m", "--output-dir=out m"),
         ("finetune", "--data --packing -o d", "--data=--packing -o d"),
         ("finetune", "-- --learning_rate", "-- --learning_rate"),

@@ -1,0 +1,84 @@
+"""transformers' Trainer with losses that are means over tokens, and with micro-batches without padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction, Trainer
+
+from mwtool.finetune.loss import TrainedHead
+from mwtool.finetune.padding_free import padded
+from mwtool.finetune.sequences import collate
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import EvalLoopOutput
+
+Collate = Callable[[Sequence[dict[str, Tensor]]], dict[str, Any]]
+
+
+class TokenTrainer(Trainer):
+    """Trainer whose losses, of a step and held out, are means over trained tokens, however they are put into batches.
+
+    Trainer's own held-out loss is the mean over examples of the mean over the tokens of their batch, and its training
+    loss is a mean over the tokens of the step only for models that take the number of them.
+
+    head: computes the losses; None: the model computes the loss of training itself, as kernels that are part of the
+    model do. collator: puts sequences into a micro-batch. Held-out sequences are always padded: the order in which
+    processes gather them is that of the rows of a batch.
+    """
+
+    def __init__(self, *, head: TrainedHead | None, collator: Collate = collate, **options: Any) -> None:
+        self.trained_head = head
+        super().__init__(
+            data_collator=collator,
+            compute_loss_func=None if head is None else head.token_mean,
+            compute_metrics=_token_mean,
+            **options,
+        )
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """As Trainer's, with the head at the trained positions alone."""
+        if self.trained_head is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, *args, **options)
+        with self.trained_head.at(inputs["labels"]):
+            return super().compute_loss(model, inputs, *args, **options)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *_args: Any, **_options: Any
+    ) -> tuple[None, Tensor, Tensor]:
+        """The summed loss of each held-out sequence and how many tokens it is of, (B, 2), in place of logits."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        head = self.trained_head or TrainedHead(model)
+        with torch.no_grad(), self.compute_loss_context_manager(), head.at(labels):
+            sums = head.sums(model(**inputs), labels)
+        return None, sums, sums[:, 1]
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """As Trainer's, with the mean over tokens as `eval_loss`."""
+        with padded(self.model):
+            found = super().evaluation_loop(*args, **options)
+        metrics = found.metrics or {}
+        if "eval_token_loss" in metrics:
+            metrics["eval_loss"] = metrics.pop("eval_token_loss")
+        return found
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As Trainer's, with padding."""
+        collator, self.data_collator = self.data_collator, collate
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+
+def _token_mean(found: EvalPrediction) -> dict[str, float]:
+    """The loss over all tokens that are held out; NaN if there is none."""
+    total, count = np.asarray(found.predictions, dtype=np.float64).sum(0)
+    return {"token_loss": float(total / count) if count else math.nan}
