@@ -39,8 +39,11 @@ def document_of_ablation(
     """The document of an ablation. Raises ValueError where it has no `head`, so that its model is unknown."""
     if found.head is None:
         raise ValueError("this ablation has no head; expected one that `ablate` returned")
+    from mwtool.ablation.schema import AblateDocument
+    from mwtool.files.schema import checked
+
     baseline = named(found.baseline)
-    return {
+    document = {
         **found.head.keys,
         "massive": _massive(found),
         "events": [one.document() for one in _events(found)],
@@ -55,6 +58,7 @@ def document_of_ablation(
         **measurements_document(found.measurements or Measurements()),
         "notes": list(dict.fromkeys((*found.head.notes, *found.notes))),
     }
+    return checked(AblateDocument, document)
 
 
 def run_records(found: Ablation) -> list[dict[str, Any]]:

@@ -168,9 +168,10 @@ def _ended(folder: Path, outputs: Outputs, *, resume: bool) -> bool:
     from mwtool.errors import OutputError
     from mwtool.files.atomic_write import check_free
     from mwtool.finetune.checkpointing import LOCK
-    from mwtool.finetune.document import RECORD
+    from mwtool.finetune.document import RECORD, read_record
 
     if resume and (folder / RECORD).exists():
+        read_record(folder / RECORD)
         note(f"{folder} holds a finished run; there is nothing to resume")
         outputs.draw((folder / RECORD).read_text(encoding="utf-8"))
         return True
@@ -186,11 +187,13 @@ def _ended(folder: Path, outputs: Outputs, *, resume: bool) -> bool:
 
 def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
+    from mwtool.finetune.document import check_plan
     from mwtool.finetune.plan import make_plan
 
     note_all(source.notes)
     with layer_progress() as on_layer:
         plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
+    check_plan(plan)
     note_all(plan.notes)
     return plan
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mwtool.errors import BadValue
-from mwtool.files.schema import LARGEST, Count, Envelope, Magnitude, Positive, Strict
+from mwtool.files.schema import LARGEST, Count, Envelope, Magnitude, Measured, Positive, Strict
 from mwtool.files.text import shown
 from mwtool.surgery.attack import parse_attack
 
@@ -82,11 +82,16 @@ class Measure(Strict):
         return self
 
 
-class Figure(Measure):
+class Timed(Measure):
+    """One metric of one task with the time it took: an entry of `baseline`."""
+
+    seconds: Magnitude
+
+
+class Figure(Timed):
     """One figure under one attack: an entry of `results`."""
 
     attack: str
-    seconds: Magnitude
 
     @field_validator("attack")
     @classmethod
@@ -94,12 +99,10 @@ class Figure(Measure):
         return _attack(value)
 
 
-class EvalDocument(Envelope):
+class EvalDocument(Measured):
     """mwtool.eval/1."""
 
     schema_: Literal["mwtool.eval/1"] = Field(alias="schema")
-    adapter: str | None
-    on: Literal["base", "merged"] | None
     attention: str | None
     bos: Bos | None
     options: Options

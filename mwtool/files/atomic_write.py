@@ -159,7 +159,7 @@ def _claimed(temporary: Path) -> Iterator[None]:
     Raises OutputError if another process is writing to it.
     """
     lock = temporary.with_name(f"{temporary.name}.lock")
-    handle = _locked(lock)
+    handle = hold(lock)
     if handle is None:
         raise OutputError(f"{temporary} is being written by another process; wait for it, or save elsewhere")
     try:
@@ -168,18 +168,17 @@ def _claimed(temporary: Path) -> Iterator[None]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
-        if not WINDOWS:
-            lock.unlink(missing_ok=True)  # while the lock is held, so that a waiting process sees that the file is gone
-        os.close(handle)
-        if WINDOWS:
-            with suppress(OSError):  # another process has taken it already
-                lock.unlink()
+        let_go(lock, handle)
 
 
-def _locked(path: Path) -> int | None:
-    """An open handle of the lock file, locked; None if another process holds the lock."""
+def hold(path: Path) -> int | None:
+    """Take a lock file, which is made if need be: its open handle, or None if another process holds it.
+
+    The file may be removed while it is held: whoever locks a file that has no name any more tries again.
+    Raises OSError where it cannot be made.
+    """
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             free = lock_descriptor(handle, blocking=False)
         except OSError:  # a file system without locks: assume that no other process writes here
@@ -189,6 +188,17 @@ def _locked(path: Path) -> int | None:
         os.close(handle)
         if not free:
             return None
+
+
+def let_go(path: Path, handle: int) -> None:
+    """Remove a lock file and release it."""
+    if not WINDOWS:
+        with suppress(OSError):
+            path.unlink()  # while the lock is held, so that a waiting process sees that the file is gone
+    os.close(handle)
+    if WINDOWS:
+        with suppress(OSError):  # another process has taken it already
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mwtool.files.schema import LARGEST, Count, Envelope, Magnitude, Positive, Share, Strict
+from mwtool.files.schema import Count, Envelope, Magnitude, Positive, Seed, Share, Strict
 from mwtool.files.states_schema import Positions, Routing, Sinks, Triggers
 
 Kind = Literal["up", "down"]
@@ -176,10 +176,53 @@ class Router(Strict):
     shared_share: float | None
 
 
+class Ratio(Strict):
+    """A perplexity over that of the unchanged model."""
+
+    ratio: Magnitude
+    low: Magnitude | None
+    high: Magnitude | None
+
+
+class Check(Strict):
+    """What was measured with `--check`."""
+
+    class Event(Strict):
+        """One event attacked."""
+
+        event: Count
+        layer: Count
+        indices: list[Count]
+        zero: Ratio | None
+        retain: Ratio | None
+
+    class Control(Strict):
+        """Random rows."""
+
+        layer: Count
+        indices: list[Count]
+        zero: Ratio | None
+
+    text: str
+    k: Positive
+    windows: Positive
+    tokens: Positive
+    dtype: str
+    perplexity: Magnitude | None
+    events: list[Event]
+    zero_all_up: Ratio | None
+    random: Control | None
+    predicted: Count | None
+    leans_on: Count | None
+    conclusion: list[str]
+    seconds: Magnitude
+    notes: list[str]
+
+
 class ByHand(Strict):
     """What was chosen with options instead of the massive event."""
 
-    event: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | None
+    event: Seed | None
     layer: Count | None
     expert: Count | None
     indices: list[Count] | None
@@ -257,7 +300,7 @@ class ScanDocument(Scanned):
     by_hand: ByHand | None
     router: Router | None
     events: list[Event]
-    check: dict[str, object] | None
+    check: Check | None
     dimensions: list[Trace]
     layers_walked: Positive
     partial: bool

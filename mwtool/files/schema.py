@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,8 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class Strict(BaseModel):
@@ -39,24 +41,63 @@ class Envelope(Strict):
     model_type: str
     dtype: str
     device: str
-    seed: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | None
+    seed: Seed | None
     versions: dict[str, str]
     command: str | None
+
+
+class Measured(Envelope):
+    """The keys of documents about a loaded model, with the PEFT adapter on it and where rows were attacked."""
+
+    adapter: str | None
+    on: Literal["base", "merged"] | None
 
 
 Model = TypeVar("Model", bound=Strict)
 
 
 def checked(model: type[Strict], document: dict[str, Any]) -> dict[str, Any]:
-    """A document that was just made, held against its model and returned as it is.
+    """A document that was just made, held against its model and returned.
 
-    Raises ValueError where it does not fit, or has a key that its model does not know: a fault of this program.
+    Names of files that are not UTF-8 are written with escapes. Raises ValueError where it does not fit, or has a key,
+    at any depth, that its model does not know: a fault of this program.
     """
-    unknown = set(document) - {field.alias or name for name, field in model.model_fields.items()}
+    document = encodable(document)
+    known = model.model_validate(document).model_dump(by_alias=True)
+    unknown = sorted(_unknown(document, known))
     if unknown:
-        raise ValueError(f"{model.__name__} does not know {', '.join(sorted(unknown))}")
-    model.model_validate(document)
+        raise ValueError(f"{model.__name__} does not know {', '.join(unknown)}")
     return document
+
+
+def encodable(document: dict[str, Any]) -> dict[str, Any]:
+    """The document, with what is no Unicode text as escapes: Python reads such text from names in other encodings."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return dict(_encodable(document))
+    return document
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_encodable(one) for one in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _unknown(document: Any, known: Any) -> Iterator[str]:
+    """Keys of a document that are not in what its model made of it."""
+    if isinstance(document, dict):
+        for key, value in document.items():
+            if key not in known:
+                yield key
+            else:
+                yield from (f"{key}.{name}" for name in _unknown(value, known[key]))
+    elif isinstance(document, list) and document and isinstance(document[0], dict | list):  # and not 100,000 numbers
+        for one, other in zip(document, known, strict=True):
+            yield from _unknown(one, other)
 
 
 def read_document(path: Path, models: Mapping[str, type[Model]], written_by: str) -> tuple[dict[str, Any], Model]:

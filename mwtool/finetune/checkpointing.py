@@ -1,11 +1,13 @@
 """The folder of a run: which of its checkpoints are complete, whether a run may continue from them, and its lock.
 
-Trainer writes a checkpoint file by file. The mark is written last and lists the files with their sizes, so that a
-checkpoint that a killed process left incomplete is recognized. It also holds the settings of the run.
+Trainer writes a checkpoint file by file. The mark is written last and lists the files with their sizes and digests, so
+that a checkpoint is recognized that a killed process left incomplete, or that was damaged since: a file may be there in
+its full length and hold zeros after a power cut. The mark also holds the settings of the run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,14 +18,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mwtool.errors import BadValue, OutputError
-from mwtool.files.atomic_write import permissions
+from mwtool.files.atomic_write import hold, let_go, permissions
+from mwtool.files.document import text_of
 
 MARK = "mwtool_checkpoint.json"
 LOCK = ".mwtool.lock"
 """Name of the lock in the folder of a run. It disappears with the run, or stays, unlocked, if that is killed."""
+ATTEMPTS = 1000
+"""To make a folder and its lock, while other runs that end remove both."""
 
 
 @contextmanager
@@ -32,32 +35,39 @@ def locked(run: Path) -> Iterator[None]:
 
     Raises OutputError if another run has it, or it cannot be made.
     """
-    made = not run.exists()
-    lock = FileLock(run / LOCK, timeout=0)
-    try:
-        if made:
-            run.mkdir()
-        lock.acquire()
-    except Timeout:
-        raise OutputError(
-            f"{run} is being written by another run; wait until that ends, or train into another folder (-o)"
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        pass
-    except FileNotFoundError:
-        raise OutputError(f"{run.absolute().parent} does not exist; create it, or save elsewhere") from None
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        raise OutputError(f"{str(run)!r} cannot be written: {reason}; train into another folder (-o)") from fault
+    made, handle = _taken(run)
     try:
         yield
     finally:
-        with suppress(OSError):
-            (run / LOCK).unlink()
-        lock.release()
+        let_go(run / LOCK, handle)
         if made:
-            with suppress(OSError):  # not empty, as it should be
+            with suppress(OSError):  # not empty, as it should be, or another run has begun in it
                 run.rmdir()
+
+
+def _taken(run: Path) -> tuple[bool, int]:
+    """Whether the folder was made, and the handle of its lock. Raises OutputError."""
+    made, attempts = False, 0
+    while True:
+        attempts += 1
+        try:
+            if not run.exists():
+                run.mkdir()
+                made = True
+            handle = hold(run / LOCK)
+        except (OSError, ValueError) as fault:
+            gone = isinstance(fault, FileExistsError | FileNotFoundError)  # made or removed by another run meanwhile
+            if gone and run.absolute().parent.is_dir() and attempts < ATTEMPTS:
+                continue
+            if isinstance(fault, FileNotFoundError):
+                raise OutputError(f"{run.absolute().parent} does not exist; create it, or save elsewhere") from fault
+            reason = getattr(fault, "strerror", None) or fault
+            raise OutputError(f"{str(run)!r} cannot be written: {reason}; train into another folder (-o)") from fault
+        if handle is None:
+            raise OutputError(
+                f"{run} is being written by another run; wait until that ends, or train into another folder (-o)"
+            )
+        return made, handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +85,26 @@ def mark(folder: Path, settings: Mapping[str, Any], history: Mapping[int, float]
 
     safetensors makes its files readable by their owner alone.
     """
+    from mwtool.files.schema import checked
+    from mwtool.finetune.schema import Mark
+
     permissions(folder)
-    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != MARK}
-    said = {"files": files, "settings": dict(settings), "history": {str(t): p for t, p in history.items()}}
+    said = {
+        "schema": "mwtool.checkpoint/1",
+        "files": {file.name: _described(file) for file in sorted(folder.iterdir()) if file.name != MARK},
+        "settings": json.loads(json.dumps(settings)),
+        "history": {str(t): p for t, p in sorted(history.items())},
+    }
     temporary = folder / f".{MARK}"
-    temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text_of(checked(Mark, said)), encoding="utf-8")
     temporary.replace(folder / MARK)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """The size and the digest of a file."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": digest}
 
 
 def newest(run: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint | None, tuple[str, ...]]:
@@ -92,7 +116,7 @@ def newest(run: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint | None, t
     for folder in _folders(run):
         found = _read(folder)
         if found is None:
-            notes.append(f"{folder} is incomplete and is not used")
+            notes.append(f"{folder} is incomplete or damaged and is not used")
             continue
         _refuse_other(found, settings)
         return found, tuple(notes)
@@ -133,14 +157,20 @@ def _step(folder: Path) -> int:
 
 
 def _read(folder: Path) -> Checkpoint | None:
+    """The checkpoint; None where its mark is absent or invalid, or a file is not what it was."""
+    from mwtool.files.schema import read_document
+    from mwtool.finetune.schema import Mark
+
     try:
-        said = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in said["files"].items()):
-            return None
-        history = {int(t): float(p) for t, p in said["history"].items()}
-        return Checkpoint(folder, _step(folder), dict(said["settings"]), history)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        said, found = read_document(folder / MARK, {"mwtool.checkpoint/1": Mark}, "mwtool finetune")
+        for name, file in found.files.items():
+            path = folder / name
+            if path.stat().st_size != file.size or _described(path)["sha256"] != file.sha256:
+                return None
+    except (BadValue, OSError, ValueError):  # ValueError: a name that no file can have
         return None
+    history = {int(t): p for t, p in found.history.items()}
+    return Checkpoint(folder, _step(folder), said["settings"], history)
 
 
 def _refuse_other(found: Checkpoint, settings: Mapping[str, Any]) -> None:

@@ -94,7 +94,8 @@ class Recipe:
 
     def document(self) -> dict[str, Any]:
         """All settings as JSON; the curriculum as its keys in a YAML file."""
-        return {**asdict(self), "curriculum": curriculum_document(self.curriculum)}
+        curriculum, modules = curriculum_document(self.curriculum), list(self.target_modules)
+        return {**asdict(self), "target_modules": modules, "curriculum": curriculum}
 
     def accumulation(self, processes: int = 1) -> int:
         """Micro-batches of one optimizer step on each device. Raises BadValue where they do not come out even.

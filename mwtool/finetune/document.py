@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mwtool.errors import BadValue
 from mwtool.files.document import envelope, finite
 from mwtool.finetune.config import SCHEMA
 from mwtool.finetune.memory import Footprint
@@ -24,10 +25,12 @@ _LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "
 def finetune_document(
     plan: Plan, trained: Trained, *, device: str, command: str | None = None, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The document, saved as `macdrop.json` beside the adapter."""
-    log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trained.log]
-    log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
-    return {
+    """The document, saved as `macdrop.json` beside the adapter. What is not finite is null, and a note says so."""
+    from mwtool.files.schema import checked
+    from mwtool.finetune.schema import FinetuneDocument
+
+    log, nonfinite = _log(trained)
+    document = {
         **_beginning(SCHEMA, plan, device=device, command=command),
         "how": trained.how,
         "rows": list(trained.rows),
@@ -37,14 +40,42 @@ def finetune_document(
         "p": [trained.history[t] for t in sorted(trained.history)],
         "log": log,
         "measured": measured(log, trained),
-        "notes": [*plan.notes, *few_steps(plan), *notes],
+        "notes": [*plan.notes, *few_steps(plan), *notes, *nonfinite],
     }
+    return checked(FinetuneDocument, document)
+
+
+def _log(trained: Trained) -> tuple[list[dict[str, Any]], list[str]]:
+    """The logged losses, and a note on each key that was not finite in some of them."""
+    kept = [entry for entry in trained.log if "loss" in entry or "eval_loss" in entry]
+    log = [{name: finite(entry[name]) for name in _LOGGED if name in entry} for entry in kept]
+    notes = []
+    for name in _LOGGED:
+        steps = [entry["step"] for entry in log if entry.get(name, 0) is None]
+        if steps:
+            where = f"1 logged step, {steps[0]}" if len(steps) == 1 else f"{len(steps)} logged steps from {steps[0]} on"
+            notes.append(f"{name} was not finite at {where}: null in the log")
+    return log, notes
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A finished run's document. Raises BadValue where the file is none."""
+    from mwtool.files.schema import read_document
+    from mwtool.finetune.schema import FinetuneDocument
+
+    try:
+        return read_document(path, {SCHEMA: FinetuneDocument}, "mwtool finetune")[0]
+    except BadValue as fault:
+        raise BadValue(f"{fault}; remove it, and --resume finishes the run once more") from fault
 
 
 def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
     """What `--dry-run --json` prints."""
+    from mwtool.files.schema import checked
+    from mwtool.finetune.schema import PlanDocument
+
     values = () if not plan.places else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
-    return {
+    document = {
         **_beginning(PLAN, plan, device="meta"),
         "processes": plan.processes,
         "steps": plan.steps,
@@ -61,6 +92,20 @@ def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
         },
         "notes": [*plan.notes, *few_steps(plan)],
     }
+    return checked(PlanDocument, document)
+
+
+def check_plan(plan: Plan) -> None:
+    """Hold what is known before training against the model of its record. Raises BadValue where it does not fit."""
+    from pydantic import ValidationError
+
+    from mwtool.files.schema import complaint
+    from mwtool.finetune.schema import Settings
+
+    try:
+        Settings.model_validate(plan.recipe.document())
+    except ValidationError as fault:
+        raise BadValue(f"this run could not be recorded: {complaint(fault)}") from fault
 
 
 def _beginning(schema: str, plan: Plan, *, device: str, command: str | None = None) -> dict[str, Any]:
@@ -109,8 +154,8 @@ def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
     return {
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "first_eval_loss": finite(held[0]) if held else None,
-        "last_eval_loss": finite(held[-1]) if held else None,
+        "first_eval_loss": held[0] if held else None,
+        "last_eval_loss": held[-1] if held else None,
         "step_seconds": trained.step_seconds,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mwtool.evaluation.document import envelope_of, measured_document
+from mwtool.files.document import finite
 
 if TYPE_CHECKING:
     from mwtool.evaluation.comparison import Ratio
@@ -15,9 +16,12 @@ SCHEMA = "mwtool.quantize-check/1"
 
 
 def quantize_document(loaded: Loaded, found: QuantizeCheck, *, command: str | None = None) -> dict[str, Any]:
-    """The document of a check of this model."""
+    """The document of a check of this model. Numbers that are not finite are null."""
+    from mwtool.files.schema import checked
+    from mwtool.quantization.schema import QuantizeDocument
+
     plan = found.plan
-    return {
+    document = {
         **envelope_of(SCHEMA, loaded, seed=plan.seed, command=command),
         "method": "round to nearest",
         "group": plan.group,
@@ -28,6 +32,7 @@ def quantize_document(loaded: Loaded, found: QuantizeCheck, *, command: str | No
         "verdicts": list(found.verdicts),
         "notes": list(found.notes),
     }
+    return checked(QuantizeDocument, document)
 
 
 def _variant(one: Variant) -> dict[str, Any]:
@@ -47,4 +52,7 @@ def _variant(one: Variant) -> dict[str, Any]:
 
 
 def _interval(one: Ratio | Share | None) -> dict[str, Any] | None:
-    return None if one is None else {"value": one.value, "low": one.low, "high": one.high}
+    if one is None:
+        return None
+    values = {"value": one.value, "low": one.low, "high": one.high}
+    return {name: None if value is None else finite(value) for name, value in values.items()}

@@ -11,6 +11,7 @@ from mwtool.evaluation.numbers import fine, short
 from mwtool.files.bars import Bar, draw_bars, height_of, spread
 from mwtool.files.figure import document_of, model_name, panels, styled, title_of
 from mwtool.quantization.document import SCHEMA
+from mwtool.quantization.rounding import LEVELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +112,7 @@ def _result(variant: Mapping[str, Any], at: int) -> Bar:
 def _caption(document: Mapping[str, Any]) -> str:
     group = "a row" if document["group"] is None else f"groups of {document['group']}"
     said = f"{model_name(document)} ({document['dtype']}), {document['method']}, {group}, "
-    said += "symmetric" if document["symmetric"] else "asymmetric"
+    said += LEVELS.get(document["levels"], document["levels"])
     sizes = dict.fromkeys(
         f"{short(one['task'])}: {one['n']} {'windows' if one['weights'] is not None else 'examples'}"
         for one in document["baseline"]

@@ -10,18 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mwtool.evaluation.numbers import short, shown
+from mwtool.quantization.rounding import LEVELS
 
 if TYPE_CHECKING:
     from mwtool.evaluation.measurement import Measured
     from mwtool.quantization.check import QuantizeCheck, Variant
-    from mwtool.quantization.rounding import Levels
-
-LEVELS: dict[Levels, str] = {
-    "symmetric": "symmetric levels",
-    "zero-point": "levels with a zero point",
-    "minimum": "levels from each group's minimum",
-    "nf4": "NF4 levels",
-}
 
 
 def quantize_report(found: QuantizeCheck) -> RenderableType:

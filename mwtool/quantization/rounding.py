@@ -23,6 +23,13 @@ NF4 = (
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 """The levels of 4-bit NormalFloat over the largest magnitude of a group (Dettmers et al. 2023, QLoRA, appendix E)."""
+LEVELS: dict[Levels, str] = {
+    "symmetric": "symmetric levels",
+    "zero-point": "levels with a zero point",
+    "minimum": "levels from each group's minimum",
+    "nf4": "NF4 levels",
+}
+"""In words."""
 
 
 @dataclass(frozen=True, slots=True)

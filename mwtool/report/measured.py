@@ -10,6 +10,7 @@ from mwtool.evaluation.document import entries_of
 from mwtool.evaluation.numbers import fine, short
 from mwtool.evaluation.plot import UNATTACKED, evaluations_of, named_models, plot_evaluation, reference_of
 from mwtool.quantization.plot import label_of, plot_quantization
+from mwtool.quantization.rounding import LEVELS
 from mwtool.report.section import Document, Section, Table
 
 SAID = 8
@@ -161,7 +162,7 @@ def quantization_section(document: Document) -> Section:
         facts={
             "method": document["method"],
             "group": "a row" if document["group"] is None else document["group"],
-            "levels": "symmetric" if document["symmetric"] else "with a zero point",
+            "levels": LEVELS.get(document["levels"], document["levels"]),
             "quantized weights": f"{document['quantized_weights']:,}",
             **{
                 f"{short(one['task'])} {one['metric']}, full precision": one["nonfinite"] or one["value"]

@@ -17,7 +17,7 @@ from mwtool._version import __version__
 from mwtool.errors import BadValue, line_of
 from mwtool.evaluation.plot import named_models
 from mwtool.files.figure import model_name, without_caption
-from mwtool.files.schema import Envelope, complaint
+from mwtool.files.schema import Envelope, complaint, encodable
 from mwtool.files.tabular import shown
 from mwtool.report.section import Document, Section, Table
 from mwtool.report.sections import SECTIONS, section_of
@@ -53,7 +53,7 @@ def page_of(documents: Sequence[Document], names: Sequence[str] = ()) -> str:
     parts: list[_Part] = []
     for document, name in named:
         try:
-            Envelope.model_validate(document)
+            models()[document["schema"]].model_validate(document)
             parts.append(_part(len(parts) + 1, document, [part.section.heading for part in parts]))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as fault:
             said = complaint(fault) if isinstance(fault, ValidationError) else line_of(fault)
@@ -124,16 +124,37 @@ def read_for_page(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
             if not _is_document(document):
                 found_schema = document.get("schema") if isinstance(document, dict) else None
                 raise BadValue(f"{path} has schema {found_schema!r}; expected one of {', '.join(SECTIONS)}")
-            found[str(path)] = document
+            found[str(path)] = encodable(document)
     if not found:
         names = ", ".join(map(str, paths))
         raise BadValue(f"there is no document in {names}; expected files that mwtool wrote with -o")
     return found
 
 
+def models() -> dict[str, type[Envelope]]:
+    """What documents are held against, by schema."""
+    from mwtool.ablation.schema import AblateDocument
+    from mwtool.evaluation.schema import ComparisonDocument, EvalDocument
+    from mwtool.files.compare_schema import CompareDocument
+    from mwtool.files.scan_schema import ScanDocument
+    from mwtool.finetune.schema import FinetuneDocument
+    from mwtool.quantization.schema import QuantizeDocument
+
+    known = (
+        ScanDocument,
+        CompareDocument,
+        AblateDocument,
+        QuantizeDocument,
+        FinetuneDocument,
+        EvalDocument,
+        ComparisonDocument,
+    )
+    return dict(zip(SECTIONS, known, strict=True))
+
+
 def _inside(folder: Path) -> dict[str, dict[str, Any]]:
     read = {str(path): _read(path) for path in sorted((*folder.glob("*.json"), *folder.glob("*/*.json")))}
-    return {name: document for name, document in read.items() if _is_document(document)}
+    return {name: encodable(document) for name, document in read.items() if _is_document(document)}
 
 
 def _is_document(read: Any) -> bool:

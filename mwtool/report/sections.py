@@ -155,15 +155,18 @@ def _run(key: tuple[str, str, str], runs: Sequence[Document], task: Document) ->
 
 def _training(document: Document) -> Section:
     measured = document["measured"]
-    said = f"The training loss went from {measured['first_loss']:.4f} to {measured['last_loss']:.4f}."
-    if measured["last_eval_loss"] is not None:
-        said += f" The held-out loss went from {measured['first_eval_loss']:.4f} to {measured['last_eval_loss']:.4f}."
+    losses = (("training", "first_loss", "last_loss"), ("held-out", "first_eval_loss", "last_eval_loss"))
+    said = tuple(
+        f"The {name} loss went from {measured[first]:.4f} to {measured[last]:.4f}."
+        for name, first, last in losses
+        if measured[first] is not None and measured[last] is not None
+    )
     curriculum = document["settings"]["curriculum"]
     told = ("curriculum", "seed", "dtype")  # here, or at the head of the settings
     facts = {name: value for name, value in document["settings"].items() if name not in told}
     return Section(
         heading="Fine-tuning",
-        said=(said,),
+        said=said or ("No loss was logged.",),
         figure=plot_training(document),
         described="Loss over the optimizer steps, and the probability with which MacDrop dropped entries.",
         tables=(),

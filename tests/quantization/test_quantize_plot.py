@@ -37,7 +37,8 @@ def document() -> dict[str, Any]:
     return {
         "schema": SCHEMA, "mwtool_version": "0", "model": "owner/name", "revision": None, "model_type": "llama",
         "dtype": "float32", "device": "cpu", "seed": 0, "versions": {}, "command": "mwtool quantize-check",
-        "method": "round to nearest", "group": None, "symmetric": False, "quantized_weights": 100,
+        "adapter": None, "on": None,
+        "method": "round to nearest", "group": None, "levels": "zero-point", "quantized_weights": 100,
         "baseline": results, "variants": variants, "verdicts": ["4 bits: it pays"], "notes": [],
     }  # fmt: skip
 

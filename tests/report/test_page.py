@@ -19,7 +19,8 @@ import mwtool
 from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue
 from mwtool.files.tabular import shown
-from mwtool.report.page import page_of, read_for_page
+from mwtool.report.page import models, page_of, read_for_page
+from mwtool.report.sections import SECTIONS
 
 EVIL = "owner/<script>alert(1)</script></svg>$x_{2$"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -111,6 +112,19 @@ def test_the_command_reads_folders_and_leaves_other_json_alone(documents: list[d
     ran = run("report", tmp_path, "-o", tmp_path / "page.html")
     assert (ran.code, ran.out) == (0, "")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page_of(documents)
+
+
+def test_every_document_of_the_page_is_held_against_its_model(documents: list[dict[str, Any]], tmp_path: Path) -> None:
+    for schema, model in models().items():
+        assert schema in str(model.model_fields["schema_"].annotation)
+    assert list(models()) == list(SECTIONS)
+    path = tmp_path / "ablation.json"
+    path.write_text(json.dumps({**documents[0], "runs": [{}]}))
+    for given in (path, tmp_path):
+        assert (
+            f"{path} is no complete mwtool.ablate/1 document (runs.0.mode: field required)"
+            in run("report", given).fault
+        )
 
 
 def test_documents_of_two_models_and_other_files_are_refused(documents: list[dict[str, Any]], tmp_path: Path) -> None:
