@@ -128,6 +128,9 @@ def reproduce(
     alpha: Annotated[
         int, _of_training("--lora-alpha", "--alpha", min=1, metavar="N", help="Adapters are scaled by alpha / rank.")
     ] = TRAINING.alpha,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is left to do, with time and memory from a short trial.")
+    ] = False,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     dtype: options.Precision = "auto",
@@ -173,7 +176,7 @@ def reproduce(
             revision=revision, dtype=dtype, device=device, trust_remote_code=trust_remote_code, gguf_file=gguf_file
         ),
     )
-    _run(study, dtype, json=json)
+    _run(study, dtype, dry_run=dry_run, json=json)
 
 
 def _texts(given: list[str] | None) -> dict[str, str]:
@@ -200,24 +203,33 @@ def _curricula(names: str | None) -> tuple[str, ...]:
     return given
 
 
-def _run(study: StudyConfig, dtype: DType, *, json: bool) -> None:
+def _run(study: StudyConfig, dtype: DType, *, dry_run: bool, json: bool) -> None:
     from dataclasses import replace
 
     from mwtool.cli.terminal import command_line, note, quiet_libraries, say_once, step_progress
+
+    say_once()
+    quiet_libraries()
     from mwtool.files.document import text_of
     from mwtool.reproduction.document import PAGE
     from mwtool.reproduction.study import Study
 
-    say_once()
-    quiet_libraries()
     place = process.training_device(study.loading.device)
     study = replace(
         study,
         loading=replace(study.loading, device=place),
         train_dtype=process.training_precision(dtype, place),
     )
+    if dry_run:
+        from mwtool.reproduction.trial import lines_of, plan_of
+
+        plan = plan_of(study)
+        sys.stdout.write(text_of(plan) if json else "\n".join(lines_of(plan)) + "\n")
+        return
     with step_progress() as on_step:
-        document = Study(config=study, command=command_line(), on_note=note, on_step=on_step).run()
+        document = Study(
+            config=study, command=command_line(), on_note=note, on_step=on_step, in_worker=quiet_libraries
+        ).run()
     if json:
         sys.stdout.write(text_of(document))
     note(f"the page is {study.folder / PAGE}")

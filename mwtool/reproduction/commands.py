@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mwtool.reproduction.config import KS, StudyConfig
-from mwtool.reproduction.runs import Evaluation, Run
+from mwtool.reproduction.config import KS, MASSIVE, StudyConfig
+from mwtool.reproduction.runs import Evaluation, Kind, Run
 
-SCAN, SWEEP = "scan.json", "ablation.json"
-"""Names of the documents of the model itself: the scan, and the attacks on texts beside controls."""
+SCAN = "scan.json"
+"""Name of the document of the scan."""
+SWEEPS: dict[Kind, str] = {"texts": "ablation.json", "tasks": "ablation.tasks.json"}
+"""Names of the documents of the attacks beside controls."""
 
 
 def scan_command(config: StudyConfig) -> str:
@@ -21,15 +23,20 @@ def scan_command(config: StudyConfig) -> str:
     return _line("scan", config.model, "-k", max(KS), *checked, *_opening(config), "-o", config.folder / SCAN)
 
 
-def sweep_command(config: StudyConfig) -> str:
-    """The attacks on texts beside their controls."""
+def sweep_ks(kind: Kind) -> tuple[int, ...]:
+    """k of the attacks beside controls; on tasks, which take longer, that of Table 1 alone."""
+    return (0, *KS) if kind == "texts" else (MASSIVE,)
+
+
+def sweep_command(config: StudyConfig, kind: Kind) -> str:
+    """The attacks on texts or tasks beside their controls."""
     return _line(
-        *("ablate", config.model, "-k", ",".join(map(str, (0, *KS)))),
+        *("ablate", config.model, "-k", ",".join(map(str, sweep_ks(kind)))),
         *("--massive", config.folder / SCAN, "--draws", config.measuring.draws),
-        *_tasks(config, "texts"),
-        *_limits(config, "texts"),
+        *_tasks(config, kind),
+        *_limits(config, kind),
         *_opening(config),
-        *("-o", config.folder / SWEEP),
+        *("-o", config.folder / SWEEPS[kind]),
     )
 
 
@@ -45,7 +52,8 @@ def train_command(config: StudyConfig, run: Run) -> str:
         *("finetune", config.model, "--data", training.data, "--macdrop", run.schedule, "-k", run.k),
         *("--peft", run.peft, "--lora-r", training.rank, "--lora-alpha", training.alpha),
         *("--lr", run.lr, "--epochs", training.epochs),
-        *("--batch-size", batch, "--effective-batch", training.effective_batch, "--seed", run.seed),
+        *("--batch-size", batch, "--effective-batch", training.effective_batch),
+        *("--no-gradient-checkpointing", "--seed", run.seed),
         *optional,
         *_opening(config, dtype=config.train_dtype),
         *("-o", config.folder / run.name),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mwtool.models.load_options import On
-from mwtool.reproduction.commands import all_of, evaluate_command
+from mwtool.reproduction.commands import SWEEPS, all_of, evaluate_command, sweep_command, tasks_of
 from mwtool.reproduction.config import ATTACKED, KS, MASSIVE, PLAIN, ZEROED, Part, StudyConfig
 from mwtool.reproduction.measurements import Key, Measurements
 from mwtool.reproduction.runs import Evaluation, Run, evaluations_of, possible, study_of, wanted, with_tasks
@@ -28,22 +28,26 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line before it is filled: what it shows, and the label of the line it stands beside."""
+    """A line before it is filled: what it shows, and the label of the line it stands beside.
+
+    random: whether as many random rows are attacked.
+    """
 
     label: str
     key: Key
     beside: str | None = None
+    random: bool = False
 
 
-def tables_of(config: StudyConfig, measured: Measurements, *, massive: bool) -> list[dict[str, Any]]:
-    """Every table of which something was asked for or measured."""
-    found = []
-    for part, title in TITLES.items():
-        table = _table(config, measured, part, list(rows_of(part, config)), title, massive=massive)
-        asked = part in config.only or (part == "table5" and "figure7" in config.only)
-        if asked or any(cell for line in table["lines"] for cell in line["cells"].values()):
-            found.append(table)
-    return found
+def tables_of(
+    config: StudyConfig, measured: Measurements, parts: Sequence[Part], *, massive: bool
+) -> list[dict[str, Any]]:
+    """The tables of these parts; Figure 7 is drawn from Table 5."""
+    return [
+        _table(config, measured, part, list(rows_of(part, config)), title, massive=massive)
+        for part, title in TITLES.items()
+        if part in parts or (part == "table5" and "figure7" in parts)
+    ]
 
 
 def model_evaluations(part: Part, config: StudyConfig) -> list[Evaluation]:
@@ -69,6 +73,8 @@ def rows_of(part: Part, config: StudyConfig) -> Iterator[Row]:
     if part in ("table1", "figure4"):
         for attack in model_evaluations(part, config)[0].attacks[1:] if _has_any(config) else ():
             yield Row(_attack(attack), Key(None, attack), ORIGINAL)
+            if part == "figure4" and not attack.endswith(":0"):
+                yield Row(f"{attack}, random rows", Key(None, attack), ORIGINAL, random=True)
     elif part == "table3":
         for run in study_of(part, config):
             plain = _label(replace(run, schedule=PLAIN))
@@ -127,13 +133,15 @@ def _table(
             "on": row.key.on,
             "beside": row.beside,
             "cells": {
-                column: cell_of(
+                column: measured.control(row.key.attack, column)
+                if row.random
+                else cell_of(
                     measured.by_seed(row.key, column),
                     measured.by_seed(keys[row.beside], column) if row.beside in keys else None,
                 )
                 for column in measured.columns
             },
-            "commands": _commands(config, part, row.key),
+            "commands": _controls(config) if row.random else _commands(config, part, row.key),
         }
         for row in rows
     ]
@@ -163,6 +171,10 @@ def state_of(part: Part, config: StudyConfig, *, massive: bool) -> str:
 
 def _settings(run: Run) -> dict[str, Any]:
     return {name: value for name, value in asdict(run).items() if name != "seed"}
+
+
+def _controls(config: StudyConfig) -> list[str]:
+    return [sweep_command(config, kind) for kind in SWEEPS if tasks_of(config, kind)]
 
 
 def _commands(config: StudyConfig, part: Part, key: Key) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mwtool.files.document import envelope
-from mwtool.reproduction.config import SCHEMA, StudyConfig
+from mwtool.reproduction.config import SCHEMA, Part, StudyConfig
 from mwtool.reproduction.contents import tables_of
 from mwtool.reproduction.measurements import Measurements
 
@@ -22,15 +22,19 @@ def document_of(
     config: StudyConfig,
     scan: dict[str, Any] | None,
     *,
+    parts: Sequence[Part] = (),
     failures: Sequence[dict[str, Any]] = (),
     command: str | None = None,
 ) -> dict[str, Any]:
-    """The document of what is measured so far. scan: the document of the scan, None before it is done."""
+    """The document of what is measured so far.
+
+    scan: the document of the scan, None before it is done. parts: those that were asked for, now or earlier.
+    """
     from mwtool.files.schema import checked
     from mwtool.reproduction.schema import ReproductionDocument
 
     massive = scan is not None and scan["massive"] is not None
-    tables = tables_of(config, Measurements(config, seeds_in(config.folder)), massive=massive)
+    tables = tables_of(config, Measurements(config, seeds_in(config.folder)), parts, massive=massive)
     head = scan or {}
     document = {
         **envelope(
@@ -43,6 +47,7 @@ def document_of(
             command=command,
         ),
         "settings": config.settings(),
+        "parts": list(parts),
         "scan": None if scan is None else {name: scan[name] for name in SCANNED},
         "tables": tables,
         "failures": list(failures),

@@ -10,9 +10,11 @@ from typing import Any
 from mwtool.evaluation.document import measured_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.tasks import parse_task, parse_tasks
+from mwtool.files.text import read_json
 from mwtool.models.load_options import On
-from mwtool.reproduction.commands import folder_of
+from mwtool.reproduction.commands import SWEEPS, folder_of
 from mwtool.reproduction.config import StudyConfig
+from mwtool.reproduction.controls import control_cell
 from mwtool.reproduction.runs import Kind, Run
 from mwtool.reproduction.statistics import BySeed
 from mwtool.reproduction.steps import results
@@ -80,6 +82,17 @@ class Measurements:
         found = [self._chosen(self._read[path], key.attack, name) for name in names]
         yield from (one for one in found if one is not None and None not in found)
 
+    def control(self, attack: str, column: str) -> dict[str, Any] | None:
+        """The cell of random rows under an attack."""
+        kind: Kind = "texts" if column in self.config.measuring.texts else "tasks"
+        path = self.config.folder / SWEEPS[kind]
+        if not path.exists():
+            return None
+        document = dict(read_json(path))
+        wanted = list(self._tasks) if column == MEAN else [column]
+        names = [_named(document["tasks"], self.task(one), one) for one in wanted]
+        return control_cell(document, attack, [name for name in names if name is not None])
+
     def _chosen(self, entries: list[dict[str, Any]], attack: str, column: str) -> Measured | None:
         """The metric that stands for a task: perplexity, accuracy by characters, or plain accuracy."""
         own = [
@@ -88,9 +101,7 @@ class Measurements:
             if (entry["attack"], entry["task"], entry["part"]) == (attack, self.task(column), None)
         ]
         by_metric = {entry["metric"]: entry for entry in own}
-        order = ("acc", "acc_norm") if column in PLAIN_ACCURACY else ("acc_norm", "acc")
-        name = next((one for one in order if one in by_metric), next(iter(by_metric), None))
-        return None if name is None else measured_of(by_metric[name])
+        return None if not by_metric else measured_of(by_metric[_metric(list(by_metric), column)])
 
     def described(self, column: str) -> dict[str, Any]:
         """The `columns` entry of a column, as far as something was measured."""
@@ -115,3 +126,15 @@ class Measurements:
 
     def _read_of(self, kind: str) -> list[list[dict[str, Any]]]:
         return [entries for path, entries in self._read.items() if path.name.endswith(f"{kind}.json")]
+
+
+def _metric(found: list[str], column: str) -> str:
+    """The metric that stands for a task."""
+    order = ("acc", "acc_norm") if column in PLAIN_ACCURACY else ("acc_norm", "acc")
+    return next((one for one in order if one in found), found[0])
+
+
+def _named(tasks: list[dict[str, Any]], task: str | None, column: str) -> str | None:
+    """What an ablation calls the metric that stands for a task."""
+    own = {one["metric"]: one["name"] for one in tasks if one["task"] == task}
+    return own[_metric(list(own), column)] if own else None

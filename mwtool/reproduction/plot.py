@@ -88,7 +88,10 @@ def _over_k(table: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[float, A
     original = [(0.0, line) for line in table["lines"] if line["attack"] == "none"]
     for mode in ("zero", "retain"):
         own = [line for line in table["lines"] if line["attack"].startswith(mode)]
-        yield mode, [*(original if mode == "zero" else ()), *((float(one["attack"].split(":")[1]), one) for one in own)]
+        points = [(float(one["attack"].split(":")[1]), one) for one in own]
+        random = [(k, one) for k, one in points if one["label"].endswith("random rows")]
+        yield mode, [*(original if mode == "zero" else ()), *((k, one) for k, one in points if (k, one) not in random)]
+        yield f"{mode}, random rows", random
 
 
 def _over_p(table: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[float, Any]]]]:

@@ -65,6 +65,7 @@ class Run:
             batch_size=self.batch_size or training.batch_size,
             effective_batch=training.effective_batch,
             max_length=training.max_length,
+            gradient_checkpointing=False,  # a trial beside other runs would say little of the memory there is
             seed=self.seed,
             dtype=config.train_dtype,
         )

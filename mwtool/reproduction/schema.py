@@ -10,6 +10,8 @@ from mwtool.files.schema import Count, Envelope, Strict
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
+Over = Literal["examples", "seeds", "draws"]
+
 
 class Change(Strict):
     """A cell compared with that of the line it is compared with: a ratio of perplexities, or percentage points."""
@@ -17,15 +19,18 @@ class Change(Strict):
     kind: Literal["ratio", "points"]
     value: float
     interval: Interval | None
-    over: Literal["examples", "seeds"]
+    over: Over
 
 
 class Cell(Strict):
-    """A perplexity, or an accuracy in percent: of one model, or the mean over seeds (geometric, of perplexities)."""
+    """A perplexity, or an accuracy in percent: of one model, or the mean over seeds (geometric, of perplexities).
+
+    seeds: of the runs; of the draws of random rows, where these are the mean.
+    """
 
     value: float | None
     interval: Interval | None
-    over: Literal["examples", "seeds"]
+    over: Over
     seeds: list[Count]
     values: list[float | None]
     change: Change | None
@@ -82,6 +87,7 @@ class ReproductionDocument(Envelope):
 
     schema_: Literal["mwtool.reproduction/1"] = Field(alias="schema")
     settings: dict[str, Any]
+    parts: list[str] = Field(default_factory=list)
     scan: dict[str, Any] | None
     tables: list[Table]
     failures: list[Failure]

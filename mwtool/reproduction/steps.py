@@ -28,7 +28,8 @@ from mwtool.files.atomic_write import write
 from mwtool.files.document import text_of
 from mwtool.files.text import read_json
 from mwtool.finetune.artifacts import leave
-from mwtool.finetune.checkpointing import locked, newest
+from mwtool.finetune.batch_size import fitted
+from mwtool.finetune.checkpointing import date_of, locked, newest, settings_of
 from mwtool.finetune.config import Asked
 from mwtool.finetune.document import RECORD, finetune_document
 from mwtool.finetune.monitor import Step
@@ -38,17 +39,18 @@ from mwtool.models.load import load
 from mwtool.models.source import locate
 from mwtool.reproduction.commands import (
     SCAN,
-    SWEEP,
+    SWEEPS,
     evaluate_command,
     folder_of,
     model_of,
     scan_command,
     sweep_command,
+    sweep_ks,
     tasks_of,
     train_command,
 )
 from mwtool.reproduction.config import KS, PLAIN, StudyConfig
-from mwtool.reproduction.runs import Evaluation, Run
+from mwtool.reproduction.runs import Evaluation, Kind, Run
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Choice, Settings
@@ -84,14 +86,16 @@ def scanned(config: StudyConfig) -> dict[str, Any] | None:
     return dict(read_json(path)) if path.exists() else None
 
 
-def sweep(config: StudyConfig) -> None:
-    """Zero and retain the rows on the texts, for each k, beside controls."""
+def sweep(config: StudyConfig, kind: Kind) -> None:
+    """Zero and retain the rows on the texts or tasks, for each k, beside controls."""
     loaded = load(config.model, **asdict(config.loading))
     groups, notes = find_targets(loaded, Choice(file=config.folder / SCAN), max(KS), Settings())
-    wanted = Sweep(ks=(0, *KS), draws=config.measuring.draws)
-    found = ablate(loaded, groups, parse_tasks(tasks_of(config, "texts")), wanted, options_of(config, "texts"))
+    wanted = Sweep(ks=sweep_ks(kind), draws=config.measuring.draws)
+    found = ablate(loaded, groups, parse_tasks(tasks_of(config, kind)), wanted, options_of(config, kind))
     found = replace(found, notes=(*notes, *found.notes))
-    write(config.folder / SWEEP, text_of(ablate_document(loaded, found, command=sweep_command(config))))
+    document = ablate_document(loaded, found, command=sweep_command(config, kind))
+    write(config.folder / SWEEPS[kind], text_of(document))
+    free()
 
 
 def options_of(config: StudyConfig, kind: str) -> Options:
@@ -121,10 +125,13 @@ def train_run(config: StudyConfig, run: Run, on_step: OnStep | None = None) -> N
             gguf_file=opening.gguf_file,
         )
         rows = None if run.schedule == PLAIN else config.folder / SCAN
-        plan = make_plan(source, recipe, Asked(data=config.training.data, massive=rows))
+        asked = Asked(data=config.training.data, massive=rows, date=date_of(folder))
+        plan = make_plan(source, recipe.with_found(settings_of(folder)), asked)
         begun, _ = newest(folder, plan.settings())
+        model = with_adapter(plan.source, plan.recipe, opening.device)
+        plan = replace(plan, recipe=fitted(model, plan.train, plan.recipe))
         trained = train(
-            with_adapter(plan.source, plan.recipe, opening.device),
+            model,
             (plan.train, plan.held),
             plan.places,
             plan.recipe,

@@ -20,18 +20,18 @@ from mwtool.finetune.data import read_data
 from mwtool.finetune.monitor import Step
 from mwtool.reproduction import steps
 from mwtool.reproduction.commands import (
-    SWEEP,
+    SWEEPS,
     evaluate_command,
     sweep_command,
     tasks_of,
     train_command,
 )
-from mwtool.reproduction.config import StudyConfig
+from mwtool.reproduction.config import PARTS, Part, StudyConfig
 from mwtool.reproduction.contents import model_evaluations
 from mwtool.reproduction.document import DOCUMENT, PAGE, document_of, earlier
 from mwtool.reproduction.page import page_of
 from mwtool.reproduction.plot import save_figures
-from mwtool.reproduction.runs import Evaluation, Run, possible, wanted, with_tasks
+from mwtool.reproduction.runs import Evaluation, Kind, Run, possible, wanted, with_tasks
 
 FORESEEN = (MwtoolError, ImportError, OSError, RuntimeError, ValueError)
 """Failures of one step, out of memory among them, after which the others go on."""
@@ -51,12 +51,18 @@ class Job:
 
 @dataclass(slots=True, kw_only=True)
 class Study:
-    """A study in progress. on_note: called with each line for the user. on_step: with each training step."""
+    """A study in progress.
+
+    on_note: called with each line for the user. on_step: with each training step, where runs are not side by side.
+    in_worker: called first in each worker process. parts: those done now or in earlier calls.
+    """
 
     config: StudyConfig
     command: str | None = None
     on_note: Callable[[str], None] = print
     on_step: Callable[[Step], None] | None = None
+    in_worker: Work | None = None
+    parts: tuple[Part, ...] = ()
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -65,7 +71,7 @@ class Study:
         Raises BadValue where the settings are not those of the folder's study or a file cannot be read, OutputError
         where the folder cannot be written. Steps that fail are named in the document, and the others go on.
         """
-        self._check()
+        self.check()
         with locked(self.config.folder):
             try:
                 if steps.scanned(self.config) is None:  # without rows there is nothing else to do: what fails is raised
@@ -76,7 +82,7 @@ class Study:
                 self._trainings(massive=massive)
             finally:
                 document = self.save()
-                save_figures(document, self.config.folder, self.config.folder / SWEEP)
+                save_figures(document, self.config.folder, self.config.folder / SWEEPS["texts"])
                 self.save()
         return document
 
@@ -84,15 +90,17 @@ class Study:
         """Write the document, and the page with the figures that are there."""
         folder = self.config.folder
         scan = steps.scanned(self.config)
-        document = document_of(self.config, scan, failures=self.failures, command=self.command)
+        document = document_of(self.config, scan, parts=self.parts, failures=self.failures, command=self.command)
         write(folder / DOCUMENT, text_of(document))
         write(folder / PAGE, page_of(document, sorted(path.name for path in folder.glob("*.svg"))))
         return document
 
-    def _check(self) -> None:
-        """What can be refused before anything is measured."""
+    def check(self) -> None:
+        """Raise BadValue or OutputError for what can be refused before anything is measured."""
         folder = self.config.folder
         before = earlier(folder)
+        done = [] if before is None else before.get("parts", [])
+        self.parts = tuple(part for part in PARTS if part in done or part in self.config.only)
         if before is None:
             check_free(folder, besides=[LOCK])
         if before is not None:
@@ -114,8 +122,11 @@ class Study:
 
     def _of_model(self, *, massive: bool) -> Iterator[Job]:
         config = self.config
-        if massive and "figure4" in config.only and config.measuring.texts and not (config.folder / SWEEP).exists():
-            yield Job("attacks beside controls", ((sweep_command(config), partial(steps.sweep, config)),))
+        kinds: tuple[Kind, ...] = ("texts", "tasks")
+        for kind in kinds if massive and "figure4" in config.only else ():
+            if tasks_of(config, kind) and not (config.folder / SWEEPS[kind]).exists():
+                work = partial(steps.sweep, config, kind)
+                yield Job(f"attacks beside controls, {kind}", ((sweep_command(config, kind), work),))
         for part in config.only:
             for one in model_evaluations(part, config):
                 asked = one if massive else replace(one, attacks=("none",))
@@ -154,7 +165,9 @@ class Study:
 
     def _side_by_side(self, jobs: Sequence[Job]) -> None:
         """Each job in a process of its own, `jobs` of them at a time; what fails is kept and the others go on."""
-        with ProcessPoolExecutor(self.config.jobs, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        with ProcessPoolExecutor(
+            self.config.jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(self.in_worker,)
+        ) as pool:
             started: dict[Future[None], Job] = {pool.submit(_do, job): job for job in jobs}
             try:
                 for number, future in enumerate(as_completed(started), 1):
@@ -195,13 +208,13 @@ def _do(job: Job) -> None:
             raise _StepFailed(line_of(fault, whole=True), command) from fault
 
 
-def _quiet() -> None:
-    """In a worker process: what libraries say to programmers is left out, and each uses one thread on the CPU."""
+def _begin(first: Work | None) -> None:
+    """In a worker process: those side by side share the CPU."""
     import torch
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
     torch.set_num_threads(1)
+    if first is not None:
+        first()
 
 
 def _evaluation(config: StudyConfig, run: Run | None, one: Evaluation) -> tuple[str, Work]:

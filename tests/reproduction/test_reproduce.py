@@ -78,6 +78,22 @@ def test_a_finished_study_is_not_measured_again_and_seeds_may_be_added(folder: P
     assert low < min(cell["values"]) <= cell["value"] <= max(cell["values"]) < high
 
 
+def test_controls_are_means_over_draws_of_what_ablate_measured(folder: Path, study: Path) -> None:
+    assert reproduce(folder, study, "--only", "figure4", "--device", "cpu").code == 0
+    document = document_in(study)
+    for column, name in (("words", "ablation.json"), ("mc", "ablation.tasks.json")):
+        sweep = json.loads((study / name).read_text())
+        runs = [one for one in sweep["runs"] if (one["mode"], one["k"], one["control"]) == ("zero", 5, "random:0")]
+        key = next(one["name"] for one in sweep["tasks"] if one["metric"] in ("perplexity", "acc_norm"))
+        scale = 1 if column == "words" else 100
+        cell = line(document, "figure4", "zero:5, random rows")["cells"][column]
+        assert (cell["over"], cell["seeds"]) == ("draws", [0])
+        assert cell["value"] == pytest.approx(scale * runs[0]["results"][key])
+    assert {path.name for path in study.glob("*.svg")} == {"figure4.svg", "figure4.texts.svg"}
+    assert document["parts"] == ["table1", "figure4", "table3", "table4"]
+    assert document["complete"] is True
+
+
 def test_the_page_has_every_line_with_interval_and_command_and_report_reads_the_folder(
     study: Path, tmp_path: Path
 ) -> None:
@@ -146,3 +162,19 @@ def test_a_run_that_fails_is_named_with_its_command_and_the_others_go_on(
     monkeypatch.undo()
     assert reproduce(folder, tmp_path / "study", "--only", "table3", "--device", "cpu").code == 0
     assert document_in(tmp_path / "study")["failures"] == []
+
+
+def test_a_dry_run_counts_what_is_left_measures_a_trial_and_leaves_nothing(
+    folder: Path, study: Path, tmp_path: Path
+) -> None:
+    ran = reproduce(folder, tmp_path / "new", "--only", "table3", "--device", "cpu", "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert not (tmp_path / "new").exists()
+    plan = ran.document
+    assert len(plan["runs"]) == 4
+    assert plan["evaluations"] == 2 + 2 * 4
+    assert set(plan["trial"]["step"]) == {"lora", "dora"}
+    assert plan["trial"]["steps"] == 2
+    assert min(plan["trial"]["texts"], plan["trial"]["tasks"], *plan["trial"]["step"].values(), plan["memory"]) > 0
+    left = reproduce(folder, study, "--only", "table3", "--device", "cpu", "--dry-run")
+    assert "left to do     0 fine-tuning runs, 0 evaluations" in left.out
