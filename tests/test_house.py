@@ -114,6 +114,7 @@ def test_only_the_command_line_knows_all_others() -> None:
         "sections.py",
         "states_plot.py",
         "states_tables.py",
+        "track_plot.py",
     }
 
 

@@ -19,6 +19,7 @@ SUMMARIES = {
     "ablate": "Zero, scale or replace massive rows and measure the effect, next to control rows.",
     "eval": "Measure perplexity and zero-shot tasks of a model, attacked or not.",
     "finetune": "Train a LoRA or DoRA adapter with MacDrop.",
+    "track": "Follow how massive weights emerge over the checkpoints of a training run.",
     "compare": "Lay two scans side by side: which events and rows are kept, moved, lost or new.",
     "quantize-check": "Measure what quantizing costs, and how much of it a few protected weights give back.",
     "export": "Write a scan's events for a quantization tool: whole FFN matrices, or columns as a PEFT adapter.",

@@ -46,10 +46,11 @@ def main() -> None:
         return
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(configuration(args)).to(args.device)
-    log = train(model, torch.from_numpy(tokens.astype(np.int32)), args)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.cache, model_max_length=args.context)
+    log = train(model, torch.from_numpy(tokens.astype(np.int32)), args, tokenizer)
     args.output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.output)
-    PreTrainedTokenizerFast.from_pretrained(args.cache, model_max_length=args.context).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
     record = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "tokens_in_corpus": len(tokens),
@@ -88,6 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1.2e-2)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.3, help="on matrices")
+    parser.add_argument(
+        "--save-steps", type=int, help="keep a checkpoint-N in the output folder every N steps, for `mwtool track`"
+    )
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -149,7 +153,9 @@ def configuration(args: argparse.Namespace) -> LlamaConfig:
     )
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> dict[str, object]:
+def train(
+    model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, object]:
     """AdamW under bf16 autocast; each sequence is bos and `context - 1` tokens from a random place."""
     length = Length(max(1, round(args.tokens / (args.batch_size * args.context))), args.minutes)
     optimizer = torch.optim.AdamW(groups(model, args.weight_decay), lr=args.learning_rate, betas=(0.9, 0.95))
@@ -160,6 +166,9 @@ def train(model: LlamaForCausalLM, tokens: Tensor, args: argparse.Namespace) -> 
     losses: list[list[float]] = []
     model.train()
     for step in count():
+        if args.save_steps and step % args.save_steps == 0:
+            for one in (model, tokenizer):
+                one.save_pretrained(args.output / f"checkpoint-{step}")
         if step == length.fit(step):
             break
         first = torch.randint(len(tokens) - args.context, (args.batch_size, 1), generator=sample, device=args.device)

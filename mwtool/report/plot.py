@@ -17,12 +17,15 @@ from mwtool.massive import SCHEMA as SCAN
 from mwtool.quantization.document import SCHEMA as QUANTIZATION
 from mwtool.quantization.plot import plot_quantization
 from mwtool.scan.plot import plot_scan
+from mwtool.scan.track_document import SCHEMA as TRACK
+from mwtool.scan.track_plot import plot_track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOTS: Mapping[str, Callable[[Mapping[str, Any]], Figure]] = {
     SCAN: plot_scan,
+    TRACK: plot_track,
     ABLATION: plot_ablation,
     TRAINING: plot_training,
     EVALUATION: plot_evaluation,

@@ -20,6 +20,8 @@ from mwtool.report.measured import evaluation_section, quantization_section
 from mwtool.report.section import Document, Section, Table
 from mwtool.scan.comparison_document import SCHEMA as SCANS
 from mwtool.scan.plot import plot_scan
+from mwtool.scan.track_document import SCHEMA as TRACK
+from mwtool.scan.track_plot import plot_track
 
 
 def section_of(document: Document) -> Section:
@@ -207,9 +209,39 @@ def _scans(document: Document) -> Section:
     )
 
 
+def _track(document: Document) -> Section:
+    points = document["checkpoints"]
+    first = next((one for one in points if one["massive"] is not None), None)
+    lines = [
+        {
+            "checkpoint": one["name"] if one["step"] is None else one["step"],
+            "massive layer": None if one["massive"] is None else one["massive"]["layer"],
+            "rows": None if one["massive"] is None else one["massive"]["rows"],
+            "largest |z|": abs(one["intermediate"]["value"]),
+            "largest |h|": abs(one["hidden"]["value"]),
+            "kurtosis": one["kurtosis"],
+        }
+        for one in points
+    ]
+    said = "No checkpoint has a massive layer."
+    if first is not None:
+        named = first["name"] if first["step"] is None else f"step {first['step']:,}"
+        said = f"The first checkpoint with a massive layer is {named}, where it is layer {first['massive']['layer']}."
+    return Section(
+        heading="Over training",
+        said=(said,),
+        figure=plot_track(document),
+        described="Largest magnitudes of both states of the first token and their kurtosis over the checkpoints; the "
+        "table has the numbers.",
+        tables=(("Checkpoints: the layers before the last, first token alone", lines),),
+        facts=document["settings"],
+    )
+
+
 SECTIONS: Mapping[str, Callable[[Document], Section]] = {
     SCAN: _scan,
     SCANS: _scans,
+    TRACK: _track,
     ABLATION: _ablation,
     QUANTIZATION: quantization_section,
     TRAINING: _training,

@@ -22,8 +22,8 @@ from mwtool.models.load_options import LoadOptions
 from mwtool.scan.settings import Settings
 
 COMMANDS = [
-    [], ["scan"], ["ablate"], ["eval"], ["finetune"], ["report"], ["reproduce"], ["compare"], ["quantize-check"],
-    ["export"], ["adapters"], ["adapters", "check"], ["adapters", "new"],
+    [], ["scan"], ["ablate"], ["eval"], ["finetune"], ["report"], ["reproduce"], ["compare"], ["track"],
+    ["quantize-check"], ["export"], ["adapters"], ["adapters", "check"], ["adapters", "new"],
 ]  # fmt: skip
 GROUP: Any = get_command(app)
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from command import run, run_apart
+from hub import use
 from huggingface_hub import constants, utils
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -42,15 +43,6 @@ def models(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         use(served.endpoint, tmp_path / "cache", monkeypatch)
         yield served
     utils.close_session()
-
-
-def use(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HOME do, after huggingface_hub was imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 def shards(names: list[str]) -> set[str]:

@@ -14,6 +14,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -33,6 +36,8 @@ class Hub:
     """What every request gets: a portal before a network, a server that is down."""
     listed: list[dict[str, object]] = field(default_factory=list)
     """Further files a repository says it has."""
+    versions: dict[str, tuple[str, Path]] = field(default_factory=dict)
+    """Revision -> its commit and folder, for those that differ from the repository's own."""
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a request."""
@@ -49,32 +54,48 @@ class Hub:
             return statuses.pop(0), {}, b""
         if repo not in self.repos:
             return _refusal(404, "RepoNotFound", "Repository not found")
-        if revision not in self.revisions:
+        versions = {**dict(self.versions.values()), **{name: folder for name, (_, folder) in self.versions.items()}}
+        if revision not in self.revisions and revision not in versions:
             return _refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        folder = versions.get(revision, self.repos[repo])
+        commit = next((commit for commit, one in self.versions.values() if one == folder), COMMIT)
         if api:
-            return 200, {"Content-Type": "application/json"}, json.dumps(self._about(repo, verb)).encode()
-        return self._file(repo, "/".join(rest))
+            return (
+                200,
+                {"Content-Type": "application/json"},
+                json.dumps(self._about(repo, verb, folder, commit)).encode(),
+            )
+        return self._file(repo, "/".join(rest), folder, commit)
 
-    def _about(self, repo: str, verb: str) -> object:
-        files = sorted(path for path in self.repos[repo].iterdir() if path.is_file())
+    def _about(self, repo: str, verb: str, folder: Path, commit: str) -> object:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
         if verb == "tree":
             found = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40} for p in files]
             return [*found, *self.listed]
         named = [{"rfilename": path.name} for path in files] + [{"rfilename": one["path"]} for one in self.listed]
-        return {"id": repo, "sha": COMMIT, "private": False, "siblings": named}
+        return {"id": repo, "sha": commit, "private": False, "siblings": named}
 
-    def _file(self, repo: str, name: str) -> tuple[int, dict[str, str], bytes]:
+    def _file(self, repo: str, name: str, folder: Path, commit: str) -> tuple[int, dict[str, str], bytes]:
         if repo in self.gated:
             return _refusal(403, "GatedRepo", f"Access to model {repo} is restricted")
-        path = self.repos[repo] / name
+        path = folder / name
         if len(name) > 255 or not path.is_file():  # more is no file name here
             return _refusal(404, "EntryNotFound", "Entry not found")
         content = path.read_bytes()
-        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
+        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}, content
 
 
 def _refusal(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
     return status, {"X-Error-Code": code, "X-Error-Message": message}, b""
+
+
+def use(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT and HF_HOME do, after huggingface_hub was imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 @contextmanager

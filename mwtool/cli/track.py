@@ -1,0 +1,132 @@
+"""`mwtool track`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mwtool.cli import options
+from mwtool.cli.command import OUTPUT, Command
+from mwtool.cli.commands import single
+from mwtool.models.load_options import LoadOptions
+from mwtool.scan.settings import Settings, Thresholds
+
+if TYPE_CHECKING:
+    from mwtool.scan.track import Stage
+
+DEFAULTS, LOADING = Settings(), LoadOptions()
+EXAMPLES = """\
+mwtool track --checkpoints ./run -o track.json --plot track.png
+mwtool track EleutherAI/pythia-70m --revisions step512,step1000,step4000
+mwtool track ./early ./middle ./late
+"""
+
+
+def track(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL] ...", help="Models in the order of training; one with --revisions."),
+    ] = None,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Every checkpoint-N of a training run's folder, by step."),
+    ] = None,
+    revisions: Annotated[
+        str | None,
+        typer.Option(metavar="REV,...", help="Branches, tags or commits of MODEL on the Hub."),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, metavar="N", help="How many rows to rank.")] = DEFAULTS.k,
+    bos: options.FirstToken = DEFAULTS.bos,
+    magnitude: Annotated[
+        float,
+        typer.Option(
+            min=0, callback=options.finite, metavar="X", help="A dimension is massive above this magnitude ..."
+        ),
+    ] = DEFAULTS.thresholds.magnitude,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            min=0, callback=options.finite, metavar="X", help="... and above this multiple of the median magnitude."
+        ),
+    ] = DEFAULTS.thresholds.ratio,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves (.png, .svg or .pdf).")] = None,
+    dtype: options.Precision = LOADING.dtype,
+    device: options.Device = LOADING.device,
+    trust_remote_code: options.Trust = False,
+    json: options.Json = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the JSON document to FILE after each checkpoint; what FILE holds already is not scanned again.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    config: options.Config = None,
+    debug: options.Debug = False,
+) -> None:
+    """Follow how massive weights emerge over the checkpoints of a training run."""
+    from mwtool.cli.outputs import Outputs
+    from mwtool.cli.terminal import command_line, layer_progress, note_all
+    from mwtool.files.document import text_of
+    from mwtool.scan.track import Checkpoint, Track
+    from mwtool.scan.track import track as follow
+    from mwtool.scan.track_document import earlier_in, track_document
+    from mwtool.scan.track_report import HEADING, track_line
+
+    name, stages = _stages(models or [], checkpoints, revisions)
+    outputs = Outputs(output, plot)
+    outputs.check()
+    settings = Settings(k=k, bos=bos, thresholds=Thresholds(magnitude=magnitude, ratio=ratio))
+    earlier = None if output is None else earlier_in(output, name, settings, dtype)
+    command = command_line()
+    if not json:
+        typer.echo(HEADING)
+
+    def done(so_far: Track, one: Checkpoint) -> None:
+        outputs.keep(text_of(track_document(so_far, command)))
+        if not json:
+            typer.echo(track_line(one))
+
+    with layer_progress() as on_layer:
+        found = follow(
+            name,
+            stages,
+            settings,
+            earlier=earlier,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_layer=on_layer,
+            on_checkpoint=done,
+        )
+    note_all(found.notes)
+    document = text_of(track_document(found, command))
+    if json:
+        sys.stdout.write(document)
+    outputs.draw(document)
+
+
+def _stages(models: list[str], checkpoints: Path | None, revisions: str | None) -> tuple[str, tuple[Stage, ...]]:
+    """What the checkpoints are called together, and each of them. Raises WrongUsage."""
+    from mwtool.scan.track import stages_in, stages_of
+
+    if checkpoints is not None and (models or revisions):
+        raise options.WrongUsage("--checkpoints names a folder of checkpoints; leave out MODEL and --revisions")
+    if checkpoints is not None:
+        return str(checkpoints), stages_in(checkpoints)
+    if not models:
+        raise options.WrongUsage("nothing to track; give --checkpoints DIR, MODEL with --revisions, or several MODELs")
+    named = () if revisions is None else tuple(one.strip() for one in revisions.split(",") if one.strip())
+    if revisions is not None and len(models) != 1:
+        raise options.WrongUsage(f"--revisions are those of one MODEL; {len(models)} are given")
+    return models[0], stages_of(models, named)
+
+
+app = single()
+app.command("track", cls=Command, epilog=EXAMPLES)(track)
