@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from mwtool.ablation.sweep import Ablation, Run
 from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
+from mwtool.evaluation.task_mean import mean_document, task_means
 from mwtool.files.document import finite
 from mwtool.massive import RankedEvent
 from mwtool.models.load import Loaded
@@ -51,6 +52,7 @@ def document_of_ablation(
         "baseline": {name: finite(one.value) for name, one in baseline.items()},
         "nonfinite": _nonfinite(baseline),
         "runs": [_run(run, baseline) for run in found.runs],
+        "means": list(_means(found)),
         "verdicts": [_verdict(one) for one in found.verdicts],
         "generated": [{"attack": attack, "text": text} for attack, text in generated],
         "saved": saved,
@@ -127,6 +129,17 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "delta": {name: None if points is None else finite(points) for name, points in changes.items()},
         "nonfinite": _nonfinite(results),
     }
+
+
+def _means(found: Ablation) -> Iterator[dict[str, Any]]:
+    """Mean accuracies over tasks: of the unchanged model, whose mode is null, and of each run, compared with it."""
+    plain = {one.metric: one for one in task_means(found.baseline)}
+    for one in plain.values():
+        yield {"mode": None, "k": None, "control": None, "layers": None, **mean_document(one, None)}
+    for run in found.runs:
+        name = {"mode": run.attack.name, "k": run.attack.k, "control": run.control, "layers": list(run.layers)}
+        for one in task_means(run.measured):
+            yield {**name, **mean_document(one, plain.get(one.metric))}
 
 
 def _first_place(run: Run) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mwtool.ablation.verdict import Verdict
 from mwtool.evaluation.comparison import named, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.numbers import figure, short, shown
+from mwtool.evaluation.task_mean import TaskMean, task_means
 from mwtool.scan.targets import Target
 
 BESIDE, WIDE = 26, 46
@@ -33,6 +34,8 @@ def ablate_report(found: Ablation, generated: Sequence[tuple[str, str]] = (), wi
     parts: list[RenderableType] = [_where(found)]
     for piece in pieces:
         parts += [_table(found, piece), Text()]
+    for metric in [one.metric for one in task_means(found.baseline)]:
+        parts += _mean_table(found, metric)
     parts += [Text(f"{line}\n") for line in _nonfinite(found)]
     parts += [Text(f"{one.text}\n") for one in _foremost(found)]
     if generated:
@@ -74,6 +77,43 @@ def _table(found: Ablation, tasks: Sequence[int]) -> Table:
             place = [run.place] if layers else []
             table.add_row(*place, run.attack.name, str(run.attack.k), *_cells(run, found, tasks, controls=controls))
     return table
+
+
+def _mean_table(found: Ablation, metric: str) -> list[RenderableType]:
+    """The mean of one accuracy over tasks, and its change beside the unchanged model in points, paired by questions."""
+    plain = next(one for one in task_means(found.baseline) if one.metric == metric)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    layers = len({run.targets for run in found.runs}) > 1
+    for column in (*(["layer"] if layers else []), "attack", "rows", f"mean {metric}"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for column in ("± s.e.", "points", "95 % interval", "random", "norm"):
+        table.add_column(column, justify="right", no_wrap=True)
+
+    def row(place: list[str], attack: str, k: int, mean: TaskMean, rest: Sequence[str]) -> None:
+        error = "" if mean.stderr is None else f"{100 * mean.stderr:.1f}"
+        table.add_row(*(place if layers else []), attack, str(k), f"{100 * mean.value:.1f}", error, *rest)
+
+    row([""], "none", 0, plain, ())
+    for run in found.runs:
+        mean = next((one for one in task_means(run.measured) if one.metric == metric), None)
+        if run.control is None and mean is not None:
+            change = mean.beside(plain)
+            interval = "" if change is None or change.low is None else f"[{change.low:+.1f}, {change.high:+.1f}]"
+            points = "" if change is None else f"{change.value:+.1f}"
+            row(
+                [run.place], run.attack.name, run.attack.k, mean, (points, interval, *_mean_controls(run, found, plain))
+            )
+    return [Text(f"the mean of {len(plain.tasks)} tasks, in percent"), table, Text()]
+
+
+def _mean_controls(run: Run, found: Ablation, plain: TaskMean) -> Iterator[str]:
+    """Points lost under random rows (mean and standard deviation over the draws), and under those of largest norm."""
+    for norm in (False, True):
+        beside = [one for one in controls_of(run, found.runs) if (one.control == "norm") == norm]
+        means = [mean for one in beside for mean in task_means(one.measured) if mean.metric == plain.metric]
+        changes = [100 * (mean.value - plain.value) for mean in means]
+        spread = f" ± {statistics.stdev(changes):.1f}" if len(changes) > 1 else ""
+        yield f"{statistics.fmean(changes):+.1f}{spread}" if changes else ""
 
 
 def _cells(run: Run, found: Ablation, tasks: Sequence[int], *, controls: bool) -> Iterator[str]:

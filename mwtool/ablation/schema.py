@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.schema import Bos, Measure, Options, Sample
+from mwtool.evaluation.schema import Bos, MeanAccuracy, Measure, Options, Sample
 from mwtool.evaluation.schema import Place as Taken
 from mwtool.files.scan_schema import Attacked, Rows, Shape
 from mwtool.files.schema import Count, Magnitude, Measured, Positive, Strict, Text
@@ -159,6 +159,15 @@ class Verdict(Strict):
         return _mode(value)
 
 
+class Mean(MeanAccuracy):
+    """The mean accuracy over tasks in a run, compared with the unchanged model, whose mode is null."""
+
+    mode: str | None
+    k: Count | None
+    control: Control | None
+    layers: list[Count] | None
+
+
 class Said(Strict):
     """A continuation under an attack."""
 
@@ -181,6 +190,7 @@ class AblateDocument(Measured):
     baseline: dict[str, float | None]
     nonfinite: dict[str, str]
     runs: list[Run]
+    means: list[Mean] = Field(default_factory=list)
     verdicts: list[Verdict]
     generated: list[Said]
     saved: str | None

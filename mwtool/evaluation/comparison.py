@@ -43,7 +43,7 @@ def paired(one: Measured, other: Measured) -> Paired | None:
 
 def _difference(one: Measured, other: Measured) -> Paired:
     """The mean of the differences d_i between samples, +- t SE, with SE^2 = var(d) / n."""
-    counted = all(value in (0, 1) for value in (*one.samples, *other.samples))
+    counted = is_accuracy(one) and is_accuracy(other)
     scale = 100 if counted else 1
     differences = [scale * (a - b) for a, b in zip(one.samples, other.samples, strict=True)]
     mean, n = math.fsum(differences) / len(differences), len(differences)
@@ -52,6 +52,11 @@ def _difference(one: Measured, other: Measured) -> Paired:
         return Paired(kind=kind, value=mean, low=None, high=None, n=n)
     half = student_t(n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return Paired(kind=kind, value=mean, low=mean - half, high=mean + half, n=n)
+
+
+def is_accuracy(one: Measured) -> bool:
+    """Whether the metric is a share of examples, each right or wrong."""
+    return one.weights is None and bool(one.samples) and all(value in (0, 1) for value in one.samples)
 
 
 @dataclass(frozen=True, slots=True)

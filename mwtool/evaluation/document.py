@@ -15,6 +15,7 @@ from mwtool.evaluation.comparison import Entry, Paired, compare_with_first
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Result
 from mwtool.evaluation.measurement import Measured, bos_for
+from mwtool.evaluation.task_mean import compared_means, mean_document
 from mwtool.files.document import envelope, finite, text_of
 from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
@@ -63,6 +64,7 @@ def eval_document(
         "tasks": list(tasks),
         "complete": complete,
         "results": [result_of(one) for one in results],
+        "means": _means([Entry("", str(one.attack), one.measured) for one in results]),
         "notes": list(dict.fromkeys((*loaded.notes, *notes))),
     }
     return checked(EvalDocument, document)
@@ -125,6 +127,7 @@ def comparison_document(
         "names": list(names),
         "complete": all(one["complete"] for one in documents),
         "pairs": [_pair(*one) for one in compare_with_first(entries_of(documents, names))],
+        "means": _means(entries_of(documents, names), models=True),
         "models": list(documents),
     }
     return checked(ComparisonDocument, document)
@@ -254,6 +257,14 @@ def _pair(entry: Entry, reference: Entry, found: Paired | None) -> dict[str, Any
         "interval": None if interval is None else [finite(value) for value in interval],
         "n": None if found is None else found.n,
     }
+
+
+def _means(entries: Sequence[Entry], *, models: bool = False) -> list[dict[str, Any]]:
+    """The mean accuracies over tasks, each compared with the first. models: name the model of each."""
+    return [
+        {**({"model": model} if models else {}), "attack": attack, **mean_document(mean, reference)}
+        for model, attack, mean, reference in compared_means(entries)
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -10,8 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mwtool.evaluation.comparison import Entry, Paired, compare_with_first
+from mwtool.evaluation.comparison import Entry, Paired, compare_with_first, is_accuracy
 from mwtool.evaluation.numbers import figure, fine, short
+from mwtool.evaluation.task_mean import compared_means
 
 SHOWN = 5
 """How many prompts are shown with their answers; the document has them all."""
@@ -42,6 +43,12 @@ def _table(entries: Sequence[Entry]) -> RenderableType:
         table.add_row(
             *cells, *([_beside(beside.get(id(entry)), first=id(entry) not in beside)] if several or attacked else [])
         )
+    for model, attack, mean, reference in compared_means(entries):
+        cells = [f"mean of {len(mean.tasks)} tasks", *([""] if parts else []), mean.metric]
+        cells += [*([model] if several else []), attack, _percent(mean.value)]
+        cells += ["" if mean.stderr is None else _percent(mean.stderr), ""]
+        change = "" if reference is None else _beside(mean.beside(reference), first=False)
+        table.add_row(*cells, *([change] if several or attacked else []))
     return table
 
 
@@ -71,13 +78,13 @@ def _value(entry: Entry) -> str:
     one = entry.measured
     if one.nonfinite or not math.isfinite(one.value):
         return "not finite"
-    return _percent(one.value) if _accuracy(entry) else figure(one.value)
+    return _percent(one.value) if is_accuracy(entry.measured) else figure(one.value)
 
 
 def _error(entry: Entry) -> str:
     if entry.measured.stderr is None:
         return ""
-    return _percent(entry.measured.stderr) if _accuracy(entry) else figure(entry.measured.stderr)
+    return _percent(entry.measured.stderr) if is_accuracy(entry.measured) else figure(entry.measured.stderr)
 
 
 def _beside(found: Paired | None, *, first: bool) -> str:
@@ -91,12 +98,6 @@ def _beside(found: Paired | None, *, first: bool) -> str:
         "" if found.low is None or found.high is None else f" [{shape.format(found.low)}, {shape.format(found.high)}]"
     )
     return shape.format(found.value) + interval
-
-
-def _accuracy(entry: Entry) -> bool:
-    """Whether the metric is a share of examples, which is shown in percent."""
-    one = entry.measured
-    return one.weights is None and bool(one.samples) and all(value in (0, 1) for value in one.samples)
 
 
 def _percent(value: float) -> str:

@@ -99,6 +99,24 @@ class Figure(Timed):
         return _attack(value)
 
 
+class MeanAccuracy(Strict):
+    """The mean accuracy over tasks, and its change beside a reference."""
+
+    metric: str
+    tasks: Annotated[list[str], Field(min_length=2)]
+    value: float
+    stderr: Magnitude | None
+    points: float | None
+    points_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+
+
+class Mean(MeanAccuracy):
+    """The mean accuracy of a model under an attack, compared with the first. model: in a comparison."""
+
+    model: str | None = None
+    attack: str
+
+
 class EvalDocument(Measured):
     """mwtool.eval/1."""
 
@@ -113,6 +131,7 @@ class EvalDocument(Measured):
     tasks: list[str]
     complete: bool
     results: list[Figure]
+    means: list[Mean] = Field(default_factory=list)
     notes: list[str]
 
     @field_validator("attacks")
@@ -150,6 +169,7 @@ class ComparisonDocument(Envelope):
     names: list[str]
     complete: bool
     pairs: list[Pair]
+    means: list[Mean] = Field(default_factory=list)
     models: Annotated[list[EvalDocument], Field(min_length=1)]
 
     @model_validator(mode="after")

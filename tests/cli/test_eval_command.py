@@ -48,7 +48,7 @@ def evaluated(folder: Path, *arguments: object) -> Any:
 
 
 ENVELOPE = "schema mwtool_version model revision model_type dtype device seed versions command"
-EVAL = "adapter on attention bos options batch_size massive places attacks tasks complete results notes"
+EVAL = "adapter on attention bos options batch_size massive places attacks tasks complete results means notes"
 RESULT = (
     "attack task part metric value stderr n seconds nonfinite higher_is_better digest setting samples weights answers"
 )
