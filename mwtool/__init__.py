@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mwtool.massive import MassiveWeights
     from mwtool.quantization.plot import plot_quantization
     from mwtool.scan.comparison import Comparison, compare_scans
+    from mwtool.scan.comparison_plot import plot_comparison
     from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
     from mwtool.scan.settings import Settings, Texts, Thresholds
@@ -50,6 +51,7 @@ _HOMES = {
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
     "plot_ablation": "mwtool.ablation.plot",
+    "plot_comparison": "mwtool.scan.comparison_plot",
     "plot_curriculum": "mwtool.macdrop.plot",
     "plot_evaluation": "mwtool.evaluation.plot",
     "plot_quantization": "mwtool.quantization.plot",
@@ -86,6 +88,7 @@ __all__ = [
     "measure_perplexity",
     "plot_ablation",
     "plot_attention",
+    "plot_comparison",
     "plot_curriculum",
     "plot_evaluation",
     "plot_positions",

@@ -105,6 +105,7 @@ def test_only_the_command_line_knows_all_others() -> None:
     assert drawing <= {
         "report.py",
         "comparison_report.py",
+        "comparison_plot.py",
         "tables.py",
         "plot.py",
         "figure.py",

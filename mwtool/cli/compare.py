@@ -16,6 +16,7 @@ from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import ScanDocument
+    from mwtool.scan.comparison import Comparison
     from mwtool.scan.scanner import Scan
 
 DEFAULTS, LOADING = Settings(), LoadOptions()
@@ -35,33 +36,43 @@ def compare(
     ] = DEFAULTS.k,
     bos: options.FirstToken = DEFAULTS.bos,
     every: Annotated[bool, typer.Option("--all", help="Name all rows of all events.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the massive dimensions of both by layer (.png, .svg or .pdf)."),
+    ] = None,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     output: options.Output = None,
+    report: options.Page = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
     """Lay two scans side by side: which events and rows are kept, moved, lost or new."""
-    from mwtool.cli.terminal import command_line, note_all, report_console
-    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.cli.outputs import Outputs
+    from mwtool.cli.terminal import command_line, note_all
     from mwtool.files.document import text_of
     from mwtool.scan.comparison import compare_documents
     from mwtool.scan.comparison_document import compare_document
 
-    if output is not None:
-        check_writable(output)
+    outputs = Outputs(output, plot, report)
+    outputs.check()
     settings = Settings(k=k, bos=bos)
     one, other = (_opened(named, settings, dtype, device, trust_remote_code) for named in (a, b))
     found = compare_documents(one, other, names=(a, b))
     note_all(found.notes)
     document = text_of(compare_document(found, command_line()))
-    if output is not None:
-        write(output, document)
+    outputs.keep(document)
     if json:
         sys.stdout.write(document)
-        return
+    else:
+        _show(found, every=every)
+    outputs.draw(document)
+
+
+def _show(found: Comparison, *, every: bool) -> None:
+    from mwtool.cli.terminal import report_console
     from mwtool.scan.comparison_report import compare_report
 
     console = report_console()

@@ -33,8 +33,14 @@ def evaluation_section(document: Document) -> Section:
     return Section(
         heading="Comparison" if several else "Evaluation",
         said=(*(() if document["complete"] else ("This evaluation is not complete.",)), *said),
-        figure=plot_evaluation(document) if numbers else None,
-        described="Each result as a bar with its 95 % interval, and how it changes; the tables have the numbers.",
+        figures=(
+            (
+                "Each result as a bar with its 95 % interval, and how it changes; the tables have the numbers.",
+                plot_evaluation(document),
+            ),
+        )
+        if numbers
+        else (),
         tables=(
             ("Results", [_result(one, several=several) for one in numbers]),
             ("Changes, paired on the same examples", [_change(*one, several=several) for one in changes]),
@@ -152,9 +158,12 @@ def quantization_section(document: Document) -> Section:
     return Section(
         heading="Quantization",
         said=tuple(f"{one}." if one[-1:] != "." else one for one in document["verdicts"]) or ("There is no verdict.",),
-        figure=plot_quantization(document),
-        described="The share of the loss from quantizing that each set of protected weights gives back, with 95 % "
-        "intervals; the table has the numbers.",
+        figures=(
+            (
+                "The share of the loss that each set of protected weights gives back; the table has the numbers.",
+                plot_quantization(document),
+            ),
+        ),
         tables=tuple(
             (f"{short(one['task'])}: what is kept in full precision, and what it gives back", list(_kept(document, at)))
             for at, one in enumerate(document["baseline"])

@@ -25,14 +25,22 @@ from mwtool.report.svg import inline_svg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn:
+    """A figure, what it shows in words, and its caption."""
+
+    described: str
+    svg: Markup
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """A section as the template shows it; `anchor` is its id. notes: of the document, or of all that it compares."""
 
     anchor: str
     section: Section
     heading: str
-    svg: Markup | None
-    caption: str
+    figures: tuple[_Drawn, ...]
     tables: tuple[Table, ...]
     document: Document
     notes: tuple[str, ...]
@@ -88,16 +96,18 @@ def _part(number: int, document: Document, before: Sequence[str]) -> _Part:
     section = section_of(document)
     anchor = f"part-{number}"
     same = before.count(section.heading)
-    caption = "" if section.figure is None else without_caption(section.figure)
-    # matplotlib escapes the text in a figure
-    svg = None if section.figure is None else Markup(inline_svg(section.figure, anchor))  # noqa: S704 # see above
+    figures = []
+    for at, (described, figure) in enumerate(section.figures, 1):
+        caption = without_caption(figure)
+        # matplotlib escapes the text in a figure
+        svg = Markup(inline_svg(figure, f"{anchor}-{at}"))  # noqa: S704 # see above
+        figures.append(_Drawn(described=described, svg=svg, caption=caption))
     notes = dict.fromkeys(note for one in document.get("models", [document]) for note in one["notes"])
     return _Part(
         anchor=anchor,
         section=section,
         heading=f"{section.heading} ({same + 1})" if same else section.heading,
-        svg=svg,
-        caption=caption,
+        figures=tuple(figures),
         tables=tuple((name, _filled(records)) for name, records in section.tables if records),
         document=document,
         notes=tuple(notes),
@@ -106,7 +116,7 @@ def _part(number: int, document: Document, before: Sequence[str]) -> _Part:
 
 def _filled(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a table without the columns that are empty in all of them."""
-    names = [name for name in records[0] if any(record[name] is not None for record in records)]
+    names = [name for name in records[0] if any(record[name] not in (None, []) for record in records)]
     return [{name: record[name] for name in names} for record in records]
 
 
@@ -137,12 +147,14 @@ def models() -> dict[str, type[Envelope]]:
     from mwtool.evaluation.schema import ComparisonDocument, EvalDocument
     from mwtool.files.compare_schema import CompareDocument
     from mwtool.files.scan_schema import ScanDocument
+    from mwtool.files.track_schema import TrackDocument
     from mwtool.finetune.schema import FinetuneDocument
     from mwtool.quantization.schema import QuantizeDocument
 
     known = (
         ScanDocument,
         CompareDocument,
+        TrackDocument,
         AblateDocument,
         QuantizeDocument,
         FinetuneDocument,

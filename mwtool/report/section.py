@@ -18,13 +18,11 @@ Table = tuple[str, list[dict[str, Any]]]
 class Section:
     """What is shown of one document.
 
-    said: sentences, the result first. figure: None where the document has none; described: what it shows, in words.
-    facts: settings, by name.
+    said: sentences, the result first. figures: each with what it shows, in words. facts: settings, by name.
     """
 
     heading: str
     said: tuple[str, ...]
-    figure: Figure | None
-    described: str
+    figures: tuple[tuple[str, Figure], ...]
     tables: tuple[Table, ...]
     facts: Mapping[str, Any]

@@ -38,7 +38,7 @@ def document() -> dict[str, Any]:
         "schema": SCHEMA, "mwtool_version": "0", "model": "owner/name", "revision": None, "model_type": "llama",
         "dtype": "float32", "device": "cpu", "seed": 0, "versions": {}, "command": "mwtool quantize-check",
         "adapter": None, "on": None,
-        "method": "round to nearest", "group": None, "levels": "zero-point", "quantized_weights": 100,
+        "method": "round to nearest", "group": None, "levels": "minimum", "quantized_weights": 100,
         "baseline": results, "variants": variants, "verdicts": ["4 bits: it pays"], "notes": [],
     }  # fmt: skip
 
@@ -79,6 +79,7 @@ def test_the_page_has_the_verdict_and_a_table_a_task(document: dict[str, Any]) -
     assert page.count("<caption>") == 2
     assert "20% to 30%" in page
     assert "<dd>a row</dd>" in page
+    assert "<dd>levels from each group&#39;s minimum</dd>" in page
 
 
 def test_another_document_is_refused() -> None:

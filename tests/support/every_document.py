@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import tiny
 from evaluations import accuracy, compared, evaluation, perplexity
 from sweeps import swept
 from words import planted
@@ -16,6 +15,8 @@ from mwtool.ablation.sweep import Sweep
 from mwtool.finetune.config import SCHEMA, Recipe
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.quantization.document import SCHEMA as QUANTIZATION
+from mwtool.scan.comparison import compare_scans
+from mwtool.scan.settings import Texts
 
 RIGHT, WRONG = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 PROTECTED = (
@@ -27,17 +28,20 @@ PROTECTED = (
 
 
 def every_document(folder: Path, model: str = "owner/name") -> list[dict[str, Any]]:
-    """Scan, ablation, quantization check, fine-tuning, evaluation and comparison of `model`."""
-    scanned = tiny.model("llama")
-    tiny.plant(scanned)
-    attacked = swept(planted(folder), Sweep(ks=(1, 2), draws=2)).to_dict()
+    """Scan and its comparison, ablation, quantization check, fine-tuning, evaluation and comparison of `model`."""
+    loaded = planted(folder)
+    file = str(folder / "text.txt")
+    texts = Texts(positions="w1 w2 w3", attention=True, sinks=file, sink_length=8, triggers=file, length=16, windows=2)
+    scanned = mwtool.scan_model(loaded.base, loaded.tokenizer, mwtool.Settings(texts=texts))
+    beside = compare_scans(scanned, {**scanned.to_dict(), "model": "another/model"}).to_dict()
+    attacked = swept(loaded, Sweep(ks=(1, 2), draws=2)).to_dict()
     measured = evaluation(
         model,
         none=[perplexity([20.0, 21.0, 22.0, 23.0]), accuracy(RIGHT)],
         zero=[perplexity([27.0, 28.0, 28.0, 30.0]), accuracy(WRONG)],
     )
     other = evaluation("another/model", none=[accuracy(WRONG)])
-    found = [mwtool.scan_model(scanned).to_dict(), attacked, quantization(), training(), measured]
+    found = [scanned.to_dict(), beside, attacked, quantization(), training(scanned.to_dict()["massive"]), measured]
     return [
         *({**one, "model": model, "command": f"mwtool command {model}"} for one in found), compared(measured, other)
     ]  # fmt: skip
@@ -64,19 +68,26 @@ def quantization() -> dict[str, Any]:
         for name, control, share in PROTECTED
     ]  # fmt: skip
     return {
-        **head(QUANTIZATION), "method": "round to nearest", "group": 64, "symmetric": True,
+        **head(QUANTIZATION), "adapter": None, "on": None, "method": "round to nearest", "group": 64,
+        "levels": "symmetric",
         "quantized_weights": 4_423_680, "baseline": [result], "variants": variants,
         "verdicts": ["4 bits in groups of 64: keeping FFN matrices gives back 45% [40%, 50%]; it pays."], "notes": [],
     }  # fmt: skip
 
 
-def training(steps: int = 30) -> dict[str, Any]:
+def training(massive: dict[str, Any], steps: int = 30) -> dict[str, Any]:
     """A fine-tuning run whose loss falls."""
-    log = [{"step": at, "loss": 2 + math.exp(-at / 9)} for at in range(1, steps + 1)]
+    log: list[dict[str, Any]] = [{"step": at, "loss": 2 + math.exp(-at / 9)} for at in range(1, steps + 1)]
     log += [{"step": at, "eval_loss": 2.1 + math.exp(-at / 9)} for at in (0, 15, 30)]
     losses = {"first_loss": 2.9, "last_loss": 2.04, "first_eval_loss": 3.1, "last_eval_loss": 2.14}
+    counts = dict.fromkeys(("cut", "unreadable", "too_long", "too_short", "untrained"), 0)
+    data = {
+        "name": "alpaca.json", "form": "alpaca", "digest": "d", "rows": 8, "trained_rows": 8, **counts, "left_out": [],
+        "date": None, "sequences": 8, "held_out": 0, "trained_tokens": 80,
+    }  # fmt: skip
     return {
-        **head(SCHEMA), "settings": Recipe().document(), "steps": steps, "data": {"name": "alpaca.json"},
-        "p": list(curriculum_of("step:0.8").values(steps)), "log": log, "places": [{"layer": 1}],
-        "rows": [148, 346], "measured": {**losses, "step_seconds": 0.5}, "notes": ["a note"],
+        **head(SCHEMA), "settings": Recipe().document(), "steps": steps, "steps_per_epoch": steps, "processes": 1,
+        "data": data, "how": "weights", "p": list(curriculum_of("step:0.8").values(steps)), "log": log,
+        "massive": massive, "places": [massive], "rows": [1, 2], "measured": {**losses, "step_seconds": 0.5},
+        "notes": ["a note"],
     }  # fmt: skip
