@@ -86,7 +86,7 @@ def python_of(page: Path) -> list[str]:
     [page for page in PAGES if python_of(page) and page.name not in {"adapters.md", "macdrop.md"}],
     ids=lambda page: page.name,
 )
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's calls
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's, without a GPU
 def test_python_in_the_documentation_runs_as_it_stands(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
