@@ -26,8 +26,9 @@ from mwtool.evaluation.measurement import Measured, OnProgress
 from mwtool.evaluation.numbers import figure
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
-from mwtool.evaluation.windows import Windows, positions, windows
+from mwtool.evaluation.windows import Windows, windows
 from mwtool.massive import MassiveWeights
+from mwtool.models.context import positions
 from mwtool.models.load import Loaded
 from mwtool.scan.scanner import Scan
 from mwtool.scan.targets import Target

@@ -13,8 +13,8 @@ from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import Prepared
 from mwtool.evaluation.perplexity import check_vocabulary
-from mwtool.evaluation.windows import positions
 from mwtool.models.bos import find_bos
+from mwtool.models.context import positions
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, edited_together

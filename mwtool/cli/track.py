@@ -85,13 +85,14 @@ def track(
     settings = Settings(k=k, bos=bos, thresholds=Thresholds(magnitude=magnitude, ratio=ratio))
     earlier = None if output is None else earlier_in(output, name, settings, dtype)
     command = command_line()
-    if not json:
-        typer.echo(HEADING)
+    headed: list[str] = []
 
     def done(so_far: Track, one: Checkpoint) -> None:
         outputs.keep(text_of(track_document(so_far, command)))
         if not json:
-            typer.echo(track_line(one))
+            lines = [track_line(one)] if headed else [HEADING, track_line(one)]
+            headed.extend(lines)
+            typer.echo("\n".join(lines))
 
     with layer_progress() as on_layer:
         found = follow(

@@ -27,7 +27,7 @@ from mwtool.evaluation.measurement import (
 )
 from mwtool.evaluation.perplexity import check_vocabulary, nonfinite
 from mwtool.evaluation.tasks import Task, read_prompts
-from mwtool.evaluation.windows import positions
+from mwtool.models.context import positions
 from mwtool.models.load import Loaded
 
 

@@ -23,8 +23,8 @@ from mwtool.evaluation.config import Options
 from mwtool.evaluation.harness_results import harness_metrics
 from mwtool.evaluation.measurement import BATCH, Measured, OnProgress, bos_for, bos_notes, tokenizer_for
 from mwtool.evaluation.tasks import Task
-from mwtool.evaluation.windows import positions
 from mwtool.files.hub_dataset import load_from_hub
+from mwtool.models.context import positions
 from mwtool.models.load import Loaded
 
 if TYPE_CHECKING:

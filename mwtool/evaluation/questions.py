@@ -32,7 +32,7 @@ from mwtool.evaluation.measurement import (
 )
 from mwtool.evaluation.perplexity import check_vocabulary, padded, summarize, tokens_at_once
 from mwtool.evaluation.tasks import Choice, Cloze, Task, read_choices, read_cloze
-from mwtool.evaluation.windows import positions
+from mwtool.models.context import positions
 from mwtool.models.load import Loaded
 from mwtool.models.source import DEMO
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.errors import BadValue, NoBos, nearest
+from mwtool.models.context import positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,15 +211,6 @@ def window_for(config: Any, asked: int | None) -> tuple[int, tuple[str, ...]]:
     if most is None or wanted <= most:
         return wanted, ()
     return most, (f"windows of {wanted} tokens are shortened to the {most} positions of the model",)
-
-
-def positions(config: Any) -> int | None:
-    """How many positions a model has according to its configuration; None if it sets no limit."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-        if isinstance(value := getattr(text, name, None), int):
-            return value
-    return None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from mwtool.models.context import positions
 from mwtool.scan.definitions import median
 from mwtool.scan.given import text_or_file
 from mwtool.scan.sequences import Taps, run
@@ -83,7 +84,8 @@ def states_by_position(subject: Subject, settings: Settings, layer: int) -> Posi
     texts = settings.texts
     assert texts.positions is not None
     found = tokens_of(subject, text_or_file(texts.positions))
-    ids = found[: texts.most]
+    room = positions(subject.model.config) or texts.most + 1  # one of them for bos
+    ids = found[: min(texts.most, room - 1)]
     notes = (f"--positions: the first {len(ids)} of {len(found)} tokens are shown",) if len(ids) < len(found) else ()
     placed = _placed(ids, None if subject.bos.how == "none" else subject.bos.id)
     length = max(len(one) for _, _, one in placed)

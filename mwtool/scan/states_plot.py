@@ -94,10 +94,8 @@ def plot_attention(scan: Scan | Mapping[str, Any]) -> Figure:
     one = found["placements"][0]
     if not one["maps"]:
         raise BadValue("the scan kept no attention maps; make it with --positions TEXT --attention")
-    said = (
-        f"{_opening(document)} Attention weights, query by key, mean over heads; {WHERE[one['where']]}. States in this "
-        f"scan are those of layer {found['layer']}."
-    )
+    said = f"{_opening(document)} Attention weights, query by key, mean over heads; {WHERE[one['where']]}."
+    said += _band(document).replace("Band: the massive layer,", "Massive layer:")
     with styled():
         figure = sheet(max(1.4, 0.6 + SHORTEST * len(one["ids"])), said)
         axes = figure.subplots(1, len(one["maps"]), squeeze=False, sharey=True)[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue, NoBos
+from mwtool.models.context import positions
 
 if TYPE_CHECKING:
     from mwtool.scan.subject import Subject
@@ -18,13 +19,21 @@ TOGETHER = 4096
 
 
 def tokens_of(subject: Subject, text: str) -> list[int]:
-    """The tokens of a text, no special ones among them. Raises NoBos where there is no tokenizer, BadValue for none."""
+    """The tokens of a text, no special ones among them.
+
+    Raises NoBos where there is no tokenizer, BadValue for a text without tokens, or with some the model does not have.
+    """
     tokenizer = subject.tokenizer
     if tokenizer is None:
         raise NoBos(f"{subject.name} has no tokenizer, and a text needs one; leave out --positions, --sinks and --text")
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise BadValue("the text has no tokens; expected some words")
+    known: int = subject.model.config.get_text_config().vocab_size
+    if max(ids) >= known:
+        raise BadValue(
+            f"the tokenizer of {subject.name} gives token {max(ids)} and the model has {known}; expected its own"
+        )
     return ids
 
 
@@ -51,12 +60,17 @@ def windows_of(subject: Subject, text: str, length: int, most: int) -> tuple[Ten
     """
     bos = [] if subject.bos.how == "none" else [subject.bos.id]
     ids = tokens_of(subject, text)
+    limit = positions(subject.model.config)
+    notes: tuple[str, ...] = ()
+    if limit is not None and limit < length:
+        notes = (f"windows of {length} tokens are shortened to the {limit} positions of the model",)
+        length = limit
     step = length - len(bos)
     starts = range(0, len(ids) - step + 1, step)[:most]
     if not starts:
-        note = f"the text has {len(ids)} tokens, fewer than a window of {length}: it is read as one short window"
-        return torch.tensor([bos + ids]), (note,)
-    return torch.tensor([bos + ids[start : start + step] for start in starts]), ()
+        short = f"the text has {len(ids)} tokens, fewer than a window of {length}: it is read as one short window"
+        return torch.tensor([bos + ids]), (*notes, short)
+    return torch.tensor([bos + ids[start : start + step] for start in starts]), notes
 
 
 def batches(windows: Tensor) -> Iterator[Tensor]:

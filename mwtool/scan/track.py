@@ -162,7 +162,8 @@ def track(
     name: what they are called together. earlier: of a run that was interrupted, or of the same training when it was
     shorter: its checkpoints are not scanned again unless their files have changed, and those whose files are gone by
     now are kept. on_checkpoint: called after each one with all so far, and with it.
-    Raises BadValue for a PEFT adapter or a checkpoint of another shape or precision, and what `scan_checkpoint` raises.
+    Raises BadValue for a PEFT adapter, a revision of a local model, or a checkpoint of another shape or precision, and
+    what `scan_checkpoint` raises.
     """
     settings = settings or Settings()
     wanted = {stage.name for stage in stages}
@@ -221,6 +222,8 @@ def _refuse_other(so_far: Track, stage: Stage, scan: Scan) -> None:
 
 def _located(stage: Stage, *, trust: bool) -> Source:
     source = locate(stage.model, stage.revision, trust_remote_code=trust)
+    if stage.revision is not None and source.revision is None:
+        raise BadValue(f"{stage.model} is local and has no revisions; --revisions are those of a model on the Hub")
     if source.adapter is not None:
         raise BadValue(
             f"{stage.name} is a PEFT adapter, whose base model does not change in training; merge it and track the "

@@ -83,7 +83,7 @@ def test_no_more_windows_are_read_than_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_text_shorter_than_a_window_is_read_as_one_and_said_so(tmp_path: Path) -> None:
-    folder = planted_folder(tmp_path, num_hidden_layers=2)
+    folder = planted_folder(tmp_path, num_hidden_layers=2, max_position_embeddings=1024)
     wanted = settings(folder, sink_length=512)
     found = sink_rates(streamed(locate(str(folder)), wanted), wanted)
     assert (found.windows, found.length) == (1, 96)

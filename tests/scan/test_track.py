@@ -162,6 +162,8 @@ def test_adapters_and_models_of_another_shape_are_refused(training: Path, tmp_pa
     wrapped.save_pretrained(tmp_path / "lora" / "checkpoint-1")
     with pytest.raises(BadValue, match="checkpoint-1 is a PEFT adapter"):
         track("lora", stages_in(tmp_path / "lora"), SETTINGS)
+    with pytest.raises(BadValue, match="demo is local and has no revisions"):
+        track("demo", stages_of(["demo"], ["v1"]), SETTINGS)
     with pytest.raises(BadValue, match="no checkpoint to track"):
         track("none", (), SETTINGS)
 

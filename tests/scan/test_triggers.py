@@ -12,6 +12,7 @@ import tiny
 import torch
 from words import planted_folder
 
+from mwtool.errors import BadValue
 from mwtool.files.document import text_of
 from mwtool.files.schema import read_document
 from mwtool.files.states_schema import TriggerDocument
@@ -114,3 +115,17 @@ def test_the_file_for_masking_lists_every_token_and_can_be_read(
     assert (len(listed["tokens"]), listed["different"]) == (1, len(scan.triggers.tokens))
     with pytest.raises(ValueError, match="without a text"):
         trigger_document(scan_checkpoint(str(folder)))
+
+
+def test_windows_are_no_longer_than_the_model_s_positions(tmp_path: Path) -> None:
+    folder = planted_folder(tmp_path, "gpt2", num_hidden_layers=2, max_position_embeddings=32)
+    scan = scan_checkpoint(str(folder), settings(folder, length=512))
+    assert scan.triggers is not None
+    assert (scan.triggers.length, scan.triggers.windows) == (32, 3)
+    assert "windows of 512 tokens are shortened to the 32 positions of the model" in scan.notes
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    folder = planted_folder(tmp_path, num_hidden_layers=2, vocab_size=20)
+    with pytest.raises(BadValue, match="gives token 42 and the model has 20"):
+        scan_checkpoint(str(folder), settings(folder))
