@@ -82,6 +82,7 @@ def rows_of(part: Part, config: StudyConfig) -> Iterator[Row]:
     elif part == "table4":
         yield Row(_attack(f"zero:{ZEROED}"), Key(None, f"zero:{ZEROED}"), ORIGINAL)
         yield from _robustness(part, config, [(k, on) for on in ("base", "merged") for k in ATTACKED])
+        yield from _with_and_without(config)
     elif part == "choices":
         yield from _robustness(part, config, [(k, "base") for k in ATTACKED])
     else:
@@ -105,6 +106,17 @@ def _robustness(part: Part, config: StudyConfig, attacks: Sequence[tuple[int, On
         yield Row(_label(run), Key(run, "none"), _label(plain) if run != plain else ORIGINAL)
         for k, on in attacks:
             yield Row(f"{_label(run)}, {_attack(f'zero:{k}', on)}", Key(run, f"zero:{k}", on), _label(run))
+
+
+def _with_and_without(config: StudyConfig) -> Iterator[Row]:
+    """What MacDrop changes under the paper's attack: the lines with it again, beside those without it."""
+    places: tuple[On, ...] = ("base", "merged")
+    for run in study_of("table4", config):
+        for on in places if run.schedule != PLAIN else ():
+            attack = f"zero:{ZEROED}"
+            said = _attack(attack, on)
+            beside = f"{_label(replace(run, schedule=PLAIN))}, {said}"
+            yield Row(f"{_label(run)}, {said}, beside none", Key(run, attack, on), beside)
 
 
 def _label(run: Run) -> str:

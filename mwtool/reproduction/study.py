@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -127,11 +127,12 @@ class Study:
             if tasks_of(config, kind) and not (config.folder / SWEEPS[kind]).exists():
                 work = partial(steps.sweep, config, kind)
                 yield Job(f"attacks beside controls, {kind}", ((sweep_command(config, kind), work),))
-        for part in config.only:
-            for one in model_evaluations(part, config):
-                asked = one if massive else replace(one, attacks=("none",))
-                if not steps.is_measured(config, None, asked):
-                    yield Job(f"{part}, {asked.kind}", (_evaluation(config, None, asked),))
+        asked = [one for part in config.only for one in model_evaluations(part, config)]
+        for kind in kinds:
+            attacks = dict.fromkeys(attack for one in asked if one.kind == kind for attack in one.attacks)
+            one = Evaluation(kind, tuple(attacks) if massive else ("none",))
+            if attacks and not steps.is_measured(config, None, one):
+                yield Job(f"the model itself, {kind}", (_evaluation(config, None, one),))
 
     def _trainings(self, *, massive: bool) -> None:
         if not wanted(self.config):
@@ -140,8 +141,11 @@ class Study:
         left = [job for run, evaluations in runs.items() if (job := self._of_run(run, evaluations)).steps]
         if self.config.jobs == 1:
             self._all(left)
-        else:
-            self._side_by_side(left)
+        elif failed := self._side_by_side(left, self.config.jobs):
+            self.on_note(f"{len(failed)} runs failed; they are tried again, one after the other")
+            again = {job.name for job in failed}
+            self.failures = [one for one in self.failures if one["step"] not in again]
+            self._side_by_side(failed, 1)  # memory that was too little for all may be enough for one
 
     def _of_run(self, run: Run, evaluations: Sequence[Evaluation]) -> Job:
         config = self.config
@@ -163,23 +167,28 @@ class Study:
                 self._failed(job, fault)
             self.save()
 
-    def _side_by_side(self, jobs: Sequence[Job]) -> None:
-        """Each job in a process of its own, `jobs` of them at a time; what fails is kept and the others go on."""
+    def _side_by_side(self, jobs: Sequence[Job], at_once: int) -> list[Job]:
+        """Each job in a process of its own, `at_once` of them at a time; what fails is returned, the others go on."""
+        failed = []
         with ProcessPoolExecutor(
-            self.config.jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(self.in_worker,)
+            at_once, mp_context=get_context("spawn"), initializer=_begin, initargs=(self.in_worker,)
         ) as pool:
             started: dict[Future[None], Job] = {pool.submit(_do, job): job for job in jobs}
             try:
                 for number, future in enumerate(as_completed(started), 1):
                     fault = future.exception()
-                    if fault is not None and not isinstance(fault, KeyboardInterrupt):
-                        self._failed(started[future], fault)
-                    elif fault is None:
+                    if fault is None:
                         self.on_note(f"{started[future].name} is done ({number} of {len(jobs)})")
+                    elif isinstance(fault, KeyboardInterrupt):
+                        raise fault
+                    else:
+                        self._failed(started[future], fault)
+                        failed.append(started[future])
                     self.save()
             except KeyboardInterrupt:
                 pool.shutdown(cancel_futures=True)
                 raise
+        return failed
 
     def _failed(self, job: Job, fault: BaseException) -> None:
         error = str(fault) if isinstance(fault, _StepFailed) else line_of(fault, whole=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,28 @@ def test_controls_are_means_over_draws_of_what_ablate_measured(folder: Path, stu
     assert document["complete"] is True
 
 
+def test_every_key_of_the_document_is_described(study: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "json.md").read_text(encoding="utf-8")
+    described = set(
+        re.findall(r"`([a-z0-9_]+)`", text.split("\n## ")[1] + text.partition("## `mwtool.reproduction/1`")[2])
+    )
+    document = document_in(study)
+    attacked = line(document, "table4", "DoRA, step:0.8, lr 0.0001, zero:3")
+    cell = attacked["cells"]["words"]
+    names = {*document, *document["tables"][0], *document["tables"][0]["columns"][0], *attacked, *cell, *cell["change"]}
+    assert names - described == set()
+
+
+def test_what_macdrop_changes_stands_beside_training_without_it(study: Path) -> None:
+    document = document_in(study)
+    one = line(document, "table4", "DoRA, step:0.8, lr 0.0001, zero:3 merged, beside none")
+    values = [
+        line(document, "table4", f"DoRA, {name}, lr 0.0001, zero:3 merged")["cells"]["words"]["value"]
+        for name in ("step:0.8", "without MacDrop")
+    ]
+    assert one["cells"]["words"]["change"]["value"] == pytest.approx(values[0] / values[1])
+
+
 def test_the_page_has_every_line_with_interval_and_command_and_report_reads_the_folder(
     study: Path, tmp_path: Path
 ) -> None:
@@ -178,3 +201,21 @@ def test_a_dry_run_counts_what_is_left_measures_a_trial_and_leaves_nothing(
     assert min(plan["trial"]["texts"], plan["trial"]["tasks"], *plan["trial"]["step"].values(), plan["memory"]) > 0
     left = reproduce(folder, study, "--only", "table3", "--device", "cpu", "--dry-run")
     assert "left to do     0 fine-tuning runs, 0 evaluations" in left.out
+
+
+def test_runs_side_by_side_are_those_of_one_process_and_one_that_fails_is_named(
+    folder: Path, study: Path, tmp_path: Path
+) -> None:
+    blocked = "dora-step-0.8-lr0.0001-seed0"
+    output = tmp_path / "study"
+    assert reproduce(folder, output, "--only", "scan", "--device", "cpu").code == 0
+    (output / blocked).write_text("a file where the folder of this run is to be")
+    ran = reproduce(folder, output, "--only", "table3", "--device", "cpu", "--jobs", 2)
+    assert ran.code == 1
+    assert "1 runs failed; they are tried again" in ran.err
+    assert [one["step"] for one in document_in(output)["failures"]] == [blocked]
+    for name in ("lora-none", "lora-step-0.8", "dora-none"):
+        trained = [
+            (one / f"{name}-lr0.0001-seed0" / "adapter_model.safetensors").read_bytes() for one in (study, output)
+        ]
+        assert trained[0] == trained[1]
