@@ -104,6 +104,7 @@ def ablate(
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -137,7 +138,7 @@ def ablate(
     beside = (controls if controls is not None else not each_layer) * draws
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
-    outputs = Outputs(output, plot, report)
+    outputs = Outputs(output, plot, report, table)
     _check(outputs, save)
     earlier = read_earlier(output) if resume and output is not None and output.exists() else None
     opening = LoadOptions(

@@ -46,6 +46,7 @@ def compare(
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -56,7 +57,7 @@ def compare(
     from mwtool.scan.comparison import compare_documents
     from mwtool.scan.comparison_document import compare_document
 
-    outputs = Outputs(output, plot, report)
+    outputs = Outputs(output, plot, report, table)
     outputs.check()
     settings = Settings(k=k, bos=bos)
     one, other = (_opened(named, settings, dtype, device, trust_remote_code) for named in (a, b))

@@ -125,6 +125,7 @@ def evaluate(
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -138,7 +139,7 @@ def evaluate(
     from mwtool.evaluation.run import evaluate_models
 
     say_once()
-    outputs = Outputs(output, plot, report)
+    outputs = Outputs(output, plot, report, table)
     outputs.check()
     wanted = EvalConfig(
         tasks=tuple(task or CONFIG.tasks),

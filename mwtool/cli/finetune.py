@@ -267,12 +267,13 @@ def finetune(
     trust_remote_code: options.Trust = False,
     json: options.Json = False,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
     """Train a LoRA or DoRA adapter with MacDrop."""
     curricula = curricula_of(macdrop or [str(CURRICULUM)], k=k, scope=scope, resample=resample, seed=seed)
-    outputs = drawn(plot, report, dry_run=dry_run, show_curriculum=show_curriculum)
+    outputs = drawn(plot, report, table, dry_run=dry_run, show_curriculum=show_curriculum)
     if show_curriculum:
         show_curricula(curricula, max_steps, epochs, plot)
         return

@@ -138,15 +138,18 @@ def needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
     return data
 
 
-def drawn(plot: Path | None, report: Path | None, *, dry_run: bool, show_curriculum: bool) -> Outputs:
+def drawn(
+    plot: Path | None, report: Path | None, table: Path | None, *, dry_run: bool, show_curriculum: bool
+) -> Outputs:
     """The files to draw, which can be written. Raises WrongUsage where there will be nothing to draw."""
     from mwtool.cli.outputs import Outputs
 
-    if dry_run and (plot is not None or report is not None):
-        raise options.WrongUsage("--dry-run trains nothing that --plot or --report could show; leave them out")
-    if show_curriculum and report is not None:
-        raise options.WrongUsage("--report shows a run, and --show-curriculum makes none; leave out one of them")
-    outputs = Outputs(plot=plot, report=report)
+    if dry_run and (plot, report, table) != (None, None, None):
+        raise options.WrongUsage("--dry-run trains nothing that --plot, --report or --table could show; leave them out")
+    if show_curriculum and (report, table) != (None, None):
+        name = "--report" if report is not None else "--table"
+        raise options.WrongUsage(f"{name} shows a run, and --show-curriculum makes none; leave out one of them")
+    outputs = Outputs(plot=plot, report=report, table=table)
     outputs.check()
     return outputs
 

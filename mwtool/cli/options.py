@@ -221,6 +221,15 @@ Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the JSON document to FILE.", rich_help_panel=OUTPUT),
 ]
+TableFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        metavar="FILE",
+        help="Write the table as LaTeX (.tex, booktabs), CSV (.csv) or Markdown (.md).",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Page = Annotated[
     Path | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""The files a command writes beside what it prints: the JSON document, its figure, and its HTML page."""
+"""The files a command writes beside what it prints: the JSON document, its figure, HTML page and table."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Outputs:
     document: Path | None = None
     plot: Path | None = None
     report: Path | None = None
+    table: Path | None = None
 
     def check(self) -> None:
         """Check, before the work begins, that each can be written. Raises OutputError, and WrongUsage for one path."""
@@ -33,6 +34,10 @@ class Outputs:
             from mwtool.files.figure import check_plottable
 
             check_plottable(self.plot)
+        if self.table is not None:
+            from mwtool.files.table_file import check_table
+
+            check_table(self.table)
 
     def keep(self, text: str) -> None:
         """Write the document, which is done first: what was measured is not lost where a figure cannot be written."""
@@ -42,8 +47,14 @@ class Outputs:
             write(self.document, text)
 
     def draw(self, text: str) -> None:
-        """Write figure and page of a document, from its text alone: as they are drawn later from the file."""
+        """Write table, figure and page of a document, from its text alone: as they are made later from the file."""
         document: dict[str, Any] = json.loads(text)
+        if self.table is not None:
+            from mwtool.files.atomic_write import write
+            from mwtool.files.table_file import text_of_tables
+            from mwtool.report.table import table_of
+
+            write(self.table, text_of_tables([table_of(document)], self.table))
         if self.plot is not None:
             from mwtool.files.figure import save_figure
             from mwtool.report.plot import figure_of
@@ -56,6 +67,5 @@ class Outputs:
             write(self.report, page_of([document]))
 
     def _given(self) -> Iterator[tuple[str, Path]]:
-        for name, path in (("--output", self.document), ("--plot", self.plot), ("--report", self.report)):
-            if path is not None:
-                yield name, path
+        named = {"--output": self.document, "--plot": self.plot, "--report": self.report, "--table": self.table}
+        yield from ((name, path) for name, path in named.items() if path is not None)

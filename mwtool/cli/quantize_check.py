@@ -70,6 +70,7 @@ def quantize_check(
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -91,7 +92,7 @@ def quantize_check(
     plan = QuantizeConfig(bits=parse_bits(bits), group=parse_group(group), levels=levels, ks=ks, seed=seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
     check(tasks)
-    outputs = Outputs(output, plot, report)
+    outputs = Outputs(output, plot, report, table)
     outputs.check()
     loaded = load(
         model,

@@ -14,6 +14,7 @@ from mwtool.cli.commands import single
 EXAMPLES = """\
 mwtool report scan.json ablation.json -o report.html
 mwtool report results -o report.html     # every document in a folder
+mwtool report ablation.json --table table.tex
 """
 
 
@@ -24,20 +25,37 @@ def report(
             metavar="DIR|FILE ...", help="JSON documents of one model that mwtool wrote with -o, or folders of them."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML page to write.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The HTML page to write.",
+            show_default="report.html; no page with --table alone",
+        ),
+    ] = None,
+    table: options.TableFile = None,
     debug: options.Debug = False,
 ) -> None:
     """Gather what was measured of one model in one HTML page."""
+    from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import note
-    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.atomic_write import write
     from mwtool.report.page import page_of, read_for_page
 
-    check_writable(output)
+    page = Path("report.html") if output is None and table is None else output
+    Outputs(page, table=table).check()
     found = read_for_page(documents)
-    write(output, page_of(list(found.values()), list(found)))
-    note(f"the report is in {output}")
+    if page is not None:
+        write(page, page_of(list(found.values()), list(found)))
+        note(f"the report is in {page}")
+    if table is not None:
+        from mwtool.files.table_file import text_of_tables
+        from mwtool.report.table import table_of
+
+        write(table, text_of_tables([table_of(document) for document in found.values()], table))
+        note(f"the tables are in {table}" if len(found) > 1 else f"the table is in {table}")
 
 
 app = single()

@@ -222,6 +222,7 @@ def scan(
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
+    table: options.TableFile = None,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -241,7 +242,7 @@ def scan(
     rows = () if indices is None else numbers(indices, "--indices")
     if check is not None:
         _refuse(Path(check).is_dir(), f"--check takes a text, and {check} is a folder; write MODEL before --check")
-    outputs = Outputs(output, plot, report)
+    outputs = Outputs(output, plot, report, table)
     outputs.check()
     if triggers is not None:
         check_writable(triggers)
