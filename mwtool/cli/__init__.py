@@ -13,6 +13,7 @@ import typer
 
 from mwtool import __version__
 from mwtool.cli.commands import LazyGroup
+from mwtool.cli.memory_limit import watch
 from mwtool.cli.streams import give_up_stdout, prepare
 from mwtool.errors import MwtoolError, line_of
 
@@ -83,5 +84,6 @@ def _run() -> None:
     try:
         app(prog_name="mwtool")  # the name that completion uses, under `python -m mwtool` too
     finally:
+        watch()  # here, since Typer sets a hook of its own when it begins
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where a failure still counts

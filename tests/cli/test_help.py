@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from command import run, run_apart
 from typer.main import get_command
 
-from mwtool.cli import app, waiting
+from mwtool.cli import app, memory_limit, waiting
 from mwtool.cli.commands import SUMMARIES
 from mwtool.cli.options import WrongUsage
 from mwtool.cli.spelling import misspelled, respelled
@@ -165,6 +166,34 @@ def test_a_stream_that_is_closed_is_no_traceback(closed: str, status: int, messa
     command = f"exec {sys.executable} -m mwtool adapters --json {closed}"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, message)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+@pytest.mark.parametrize("allowed", [650_000, 750_000, 800_000])
+def test_too_little_memory_ends_with_one_line(allowed: int) -> None:
+    """Each limit stops another library: torch, transformers, the threads of safetensors and tokenizers.
+
+    Those in C++ and Rust may abort, which nothing can catch; they say that an allocation failed.
+    """
+    command = f"ulimit -v {allowed}; exec {sys.executable} -m mwtool scan demo"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1, -signal.SIGABRT), done.stderr
+    if done.returncode == 1:
+        assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("can't start\nnew thread"), SystemError(), MemoryError()])
+def test_a_failure_no_code_foresees_is_told_by_the_memory_limit_where_there_is_one(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_limit, "limit", lambda: 819_200_000)
+    memory_limit._told_or_shown(type(fault), fault, None)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: this failed with 800,000 KiB of memory allowed (")
+    monkeypatch.setattr(memory_limit, "limit", lambda: None)
+    memory_limit._told_or_shown(type(fault), fault, None)
+    assert type(fault).__name__ in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["finetune", "--help"]])
