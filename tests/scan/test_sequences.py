@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from words import with_tokenizer
 
 from mwtool.errors import BadCheckpoint
@@ -100,6 +101,17 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
     assert tiny.digest(model) == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_attention_weights_of_a_layer_are_freed_before_the_next_layer_s_are_handed_on() -> None:
+    before: list[StorageWeakRef] = []
+
+    def look(_layer: int, weights: Tensor) -> None:
+        assert all(one.expired() for one in before)
+        before.append(StorageWeakRef(weights.untyped_storage()))
+
+    run(subject_of(tiny.model("llama", num_hidden_layers=4)), IDS, Taps(attention=look))
+    assert len(before) == 4
 
 
 def test_a_forward_ends_behind_the_last_layer_asked_for() -> None:
