@@ -12,7 +12,7 @@ from mwtool.cli import options, process
 from mwtool.cli.command import MODEL, REQUIRED, Command
 from mwtool.cli.commands import single
 from mwtool.cli.curricula import curricula_of, only, show_curricula
-from mwtool.cli.finetune_run import Run, batch_of, drawn, needed, without_layers
+from mwtool.cli.finetune_run import Run, batch_of, drawn, needed, pushing, without_layers
 from mwtool.finetune.config import LENGTH, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Resample, Scope
 from mwtool.models.load_options import DType
@@ -268,6 +268,8 @@ def finetune(
     json: options.Json = False,
     report: options.Page = None,
     table: options.TableFile = None,
+    push_to_hub: options.PushToHub = None,
+    hub_private_repo: options.HubPrivate = False,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -305,26 +307,26 @@ def finetune(
         dtype=process.training_precision(dtype, place),
     )
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
-    asked = Asked(
-        data=data,
-        form=None if format_ == "auto" else format_,
-        split=split,
-        skip_bad=skip_bad_rows,
-        chat_template=chat_template,
-        massive=massive,
-        allow_none=allow_none,
-        choice=without_layers(choice, curriculum, "".join(macdrop or ())),
-    )
     Run(
         locating=partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
         recipe=recipe,
-        asked=asked,
+        asked=Asked(
+            data=data,
+            form=None if format_ == "auto" else format_,
+            split=split,
+            skip_bad=skip_bad_rows,
+            chat_template=chat_template,
+            massive=massive,
+            allow_none=allow_none,
+            choice=without_layers(choice, curriculum, "".join(macdrop or ())),
+        ),
         output=None if dry_run else output,
         device=place,
         reporting=(logging_steps, save_steps, tuple(report_to or ())),
         outputs=outputs,
         resume=resume,
         merge=merge,
+        push=pushing(push_to_hub, private=hub_private_repo, dry_run=dry_run),
         json=json,
     ).start()
 

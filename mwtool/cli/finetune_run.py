@@ -20,6 +20,7 @@ from mwtool.scan.settings import Choice
 if TYPE_CHECKING:
     from mwtool.cli.outputs import Outputs
     from mwtool.finetune.plan import Plan
+    from mwtool.models.hub_upload import Destination
     from mwtool.models.source import Source
 
 
@@ -28,7 +29,7 @@ class Run:
     """A run as it was asked for.
 
     locating: finds the model. output: its folder; None: only the plan is wanted. reporting: as in `Telling`.
-    outputs: what is drawn of the result.
+    outputs: what is drawn of the result. push: where on the Hub the adapter is uploaded to; None: nowhere.
     """
 
     locating: Callable[[], Source]
@@ -40,6 +41,7 @@ class Run:
     outputs: Outputs
     resume: bool
     merge: bool
+    push: Destination | None
     json: bool
 
     def start(self) -> None:
@@ -110,7 +112,26 @@ class Run:
             leave(document, trained, folder, merge=self.merge)
             _show(document, folder, json=self.json)
             self.outputs.draw(text_of(document))
+            if self.push is not None:
+                _push(folder, self.push)
             note(f"measure it with: {measuring(folder, plan)}")
+
+
+def pushing(repo: str | None, *, private: bool, dry_run: bool) -> Destination | None:
+    """Where on the Hub the adapter goes: a repository that the first process makes. Raises WrongUsage."""
+    if dry_run and repo is not None:
+        raise options.WrongUsage("--dry-run trains nothing that --push-to-hub could upload; leave one of them out")
+    return options.hub_destination(repo, "model", private=private) if process.first() else None
+
+
+def _push(folder: Path, destination: Destination) -> None:
+    """Upload the adapter, its card, its record and its figure; neither checkpoints nor the merged model."""
+    from mwtool.cli.terminal import note
+    from mwtool.finetune.artifacts import PUBLISHED
+    from mwtool.models.hub_upload import upload_folder
+
+    upload_folder(destination, folder, PUBLISHED, "Adapter trained by mwtool")
+    note(f"the adapter is at {destination.url}")
 
 
 def batch_of(text: str) -> int | Literal["auto"]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from mwtool.cli.spelling import named_in_file
 from mwtool.errors import BadValue, line_of, nearest
 from mwtool.models.load_options import DeviceMap, DType
 from mwtool.scan.settings import Choice
+
+if TYPE_CHECKING:
+    from mwtool.models.hub_upload import Destination, Kind
 
 MAX_SEED = 2**32 - 1
 """The largest seed that every library takes."""
@@ -133,6 +136,17 @@ def chosen(
         raise WrongUsage(str(fault)) from fault
 
 
+def hub_destination(repo: str | None, kind: Kind, *, private: bool) -> Destination | None:
+    """The repository of --push-to-hub, made before the work begins; None without the option. Raises WrongUsage."""
+    if repo is None:
+        if private:
+            raise WrongUsage("--hub-private-repo makes the repository of --push-to-hub private; add --push-to-hub REPO")
+        return None
+    from mwtool.models.hub_upload import open_destination
+
+    return open_destination(repo, kind, private=private)
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -238,6 +252,19 @@ Page = Annotated[
         help="Write an HTML page with figures, tables, verdicts and settings.",
         rich_help_panel=OUTPUT,
     ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload the result with a card to this repository of the Hub, which is made if need be.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+HubPrivate = Annotated[
+    bool,
+    typer.Option("--hub-private-repo", help="Make that repository private.", rich_help_panel=OUTPUT),
 ]
 Config = Annotated[
     Path | None,

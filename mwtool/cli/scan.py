@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
 
 if TYPE_CHECKING:
     from mwtool.ablation.check import Check
+    from mwtool.models.hub_upload import Destination
     from mwtool.scan.scanner import Scan
 
 
@@ -223,6 +225,8 @@ def scan(
     output: options.Output = None,
     report: options.Page = None,
     table: options.TableFile = None,
+    push_to_hub: options.PushToHub = None,
+    hub_private_repo: options.HubPrivate = False,
     config: options.Config = None,
     debug: options.Debug = False,
 ) -> None:
@@ -246,6 +250,7 @@ def scan(
     outputs.check()
     if triggers is not None:
         check_writable(triggers)
+    destination = options.hub_destination(push_to_hub, "dataset", private=hub_private_repo)
     settings = Settings(
         k=k,
         bos=bos,
@@ -274,6 +279,21 @@ def scan(
     outputs.draw(document)
     if plot is not None:
         _draw_beside(document, plot)
+    if destination is not None:
+        _push(document, destination)
+
+
+def _push(document: str, destination: Destination) -> None:
+    """Upload the document and its card."""
+    from mwtool.cli.terminal import note
+    from mwtool.files.document import text_of
+    from mwtool.models.hub_upload import upload_files
+    from mwtool.scan.card import DOCUMENT, published_scan, scan_card
+
+    published = published_scan(loads(document))
+    files = {DOCUMENT: text_of(published), "README.md": scan_card(published)}
+    upload_files(destination, files, f"Scan of {published['model']} by mwtool")
+    note(f"the scan is at {destination.url}")
 
 
 def _refuse(wrong: bool, message: str) -> None:

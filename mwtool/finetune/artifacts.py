@@ -15,6 +15,8 @@ from mwtool.models.load import load
 from mwtool.models.rewrite import save_merged
 
 FIGURE, MERGED = "training.png", "merged"
+PUBLISHED = ("adapter_*", "README.md", RECORD, FIGURE, "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
+"""What is uploaded of the folder: neither checkpoints nor the merged model."""
 
 
 def leave(document: dict[str, Any], trained: Trained, folder: Path, *, merge: bool = False) -> None:
