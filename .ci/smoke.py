@@ -43,6 +43,14 @@ def main() -> None:
         assert (folder / "layers.png").stat().st_size > 0
         assert json.loads((folder / "massive.json").read_text(encoding="utf-8"))["massive"] == scan["massive"]
 
+        texts = ("--positions", "Winter is cold.", "--sinks", "--text", "demo", "--limit", "2")
+        whole = document(folder, "scan", "demo", *texts)
+        assert whole["positions"]["placements"][1]["at"] == 3, whole["positions"]  # noqa: PLR2004 # the middle of 6 tokens
+        assert 0.5 < whole["sinks"]["rate"] < 1, whole["sinks"]["rate"]  # noqa: PLR2004 # 0.77
+        assert whole["triggers"]["tokens"][0]["id"] == 1, whole["triggers"]
+        (checkpoint,) = document(folder, "track", "demo", "--plot", "track.png")["checkpoints"]
+        assert checkpoint["massive"]["rows"] == [148], checkpoint
+
         few = ("--limit", "8", "--massive", "massive.json")
         ablation = document(folder, "ablate", "demo", "--mode", "zero", "-k", "1", "--no-controls", *few)
         (run,) = ablation["runs"]

@@ -53,6 +53,7 @@ def track(
         ),
     ] = DEFAULTS.thresholds.ratio,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the curves (.png, .svg or .pdf).")] = None,
+    report: options.Page = None,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
@@ -80,7 +81,7 @@ def track(
     from mwtool.scan.track_report import HEADING, track_line
 
     name, stages = _stages(models or [], checkpoints, revisions)
-    outputs = Outputs(output, plot)
+    outputs = Outputs(output, plot, report)
     outputs.check()
     settings = Settings(k=k, bos=bos, thresholds=Thresholds(magnitude=magnitude, ratio=ratio))
     earlier = None if output is None else earlier_in(output, name, settings, dtype)

@@ -31,12 +31,15 @@ def arguments(command: str, folder: Path, output: Path) -> list[Any]:
         "eval": ["eval", folder, "--attack", "none", "--attack", "zero:1", *task],
         "compare": ["eval", "--compare", folder, f"{folder}/", *task],
         "scans": ["compare", folder, folder, "-o", output],
+        "track": ["track", folder, "-o", output],
         "quantize-check": ["quantize-check", folder, "--bits", 3, "-k", 1, "--group", "row", *task],
         "finetune": ["finetune", folder, "--data", folder / "text.txt", *QUICK, "--max-steps", 2, "-o", output],
     }[command]
 
 
-@pytest.mark.parametrize("command", ["scan", "scans", "ablate", "eval", "compare", "quantize-check", "finetune"])
+@pytest.mark.parametrize(
+    "command", ["scan", "scans", "track", "ablate", "eval", "compare", "quantize-check", "finetune"]
+)
 def test_page_and_figure_are_those_of_the_document_alone(command: str, folder: Path, tmp_path: Path) -> None:
     output, page, plot = tmp_path / "found", tmp_path / "page.html", tmp_path / "figure.svg"
     assert run(*arguments(command, folder, output), "--report", page, "--plot", plot).code == 0
@@ -50,7 +53,7 @@ def test_page_and_figure_are_those_of_the_document_alone(command: str, folder: P
         assert page.read_text(encoding="utf-8") == page_of([document])
 
 
-@pytest.mark.parametrize("command", ["scan", "scans", "ablate", "eval", "quantize-check", "finetune"])
+@pytest.mark.parametrize("command", ["scan", "scans", "track", "ablate", "eval", "quantize-check", "finetune"])
 def test_what_cannot_be_written_is_refused_before_any_work(command: str, folder: Path, tmp_path: Path) -> None:
     given = arguments(command, folder, tmp_path / "found")
     assert "does not exist; create it" in run(*given, "--report", tmp_path / "no" / "page.html").fault
