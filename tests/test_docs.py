@@ -16,18 +16,24 @@ import pytest
 import tiny
 from command import run
 from documented import WIDTH, blocks, words
+from notebook import cells_of, outputs_of
 from packaging.requirements import Requirement
 from typer.main import get_command
 
 import mwtool
 from mwtool.cli import app
+from mwtool.layout import UnsupportedModel
 from mwtool.models.source import DEMO
 from mwtool.scan.document import scan_document
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "mwtool" / "demo" / "README.md", *sorted(DOCS.glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+RUN = ("quickstart", "report", "scan", "states", "compare", "adapters-command")
+"""Pages whose commands are run."""
 
 
 def keys(value: Any) -> Iterator[str]:
@@ -80,11 +86,10 @@ def python_of(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-# The tutorial's code is the example's, which has tests of its own; the library page shows parts of scripts.
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if python_of(page) and page.name not in {"adapters.md", "macdrop.md"}],
-    ids=lambda page: page.name,
+    [page for page in PAGES if python_of(page) and page.name != "adapters.md"],  # the next test's
+    ids=lambda page: f"{page.parent.name}/{page.name}",
 )
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")  # TRL's calls
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's, without a GPU
@@ -100,7 +105,29 @@ def test_python_in_the_documentation_runs_as_it_stands(
         exec(compile(code.replace("path/to/model", str(DEMO)), page.name, "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["quickstart.md", "scan.md", "states.md", "compare.md", "adapters-command.md"])
+def test_python_in_the_adapters_tutorial_is_the_example_s_or_runs() -> None:
+    """The first two blocks are compared with the example's files above; the third refuses a model."""
+    _, _, refusal, options = python_of(DOCS / "adapters.md")
+    with pytest.raises(UnsupportedModel, match="normalizes the intermediate state"):
+        exec(compile(refusal, "adapters.md", "exec"), {})
+    exec(compile(options, "adapters.md", "exec"), {})
+
+
+def test_the_notebook_runs_and_shows_what_it_holds() -> None:
+    """Word for word, and a picture where there is one; numbers and drawings differ between machines."""
+
+    def told(outputs: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]]:
+        found = [(sorted(one.get("data", ())), one.get("text") or one["data"]["text/plain"]) for one in outputs]
+        return [(kinds, words("".join(text))) for kinds, text in found]
+
+    path = DOCS / "notebook.ipynb"
+    for cell, outputs in zip(cells_of(path), outputs_of(path), strict=True):
+        assert told(outputs) == told(cell["outputs"]), "".join(cell["source"])
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart.md", "report.md", "scan.md", "states.md", "compare.md", "adapters-command.md"]
+)
 def test_commands_in_the_documentation_run_and_print_what_is_shown(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
