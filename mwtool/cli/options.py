@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ import typer
 from mwtool.cli.command import MODEL, OUTPUT
 from mwtool.cli.spelling import named_in_file
 from mwtool.errors import BadValue, line_of, nearest
+from mwtool.files.text import shown
 from mwtool.models.load_options import DeviceMap, DType
 from mwtool.scan.settings import Choice
 
@@ -71,7 +73,12 @@ def _config(context: typer.Context, path: Path | None) -> Path | None:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        if (digits := max(map(len, re.findall(r"[0-9]{1000,}", text)), default=0)) > 0:
+            raise typer.BadParameter(
+                f"{path} cannot be read: it has a number of {digits:,} digits; expected option names and values"
+            )
+        values = yaml.safe_load(text) or {}
     except RecursionError as fault:
         raise typer.BadParameter(f"{path} is nested too deeply; expected option names and values") from fault
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as fault:  # tags: `!!int x`, `2026-99-99`
@@ -100,15 +107,18 @@ def _default(path: Path, key: str, value: Any, params: Sequence[Any]) -> tuple[s
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:
-    """A list like 0,1,3: no duplicates, none negative. Raises WrongUsage."""
+    """A list like 0,1,3: no duplicates, none negative, of at most nine digits each. Raises WrongUsage."""
     parts = [part.strip() for part in text.split(",")]
     bad = next((part for part in parts if not (part.isascii() and part.isdigit())), None)
     if bad is not None:
-        raise WrongUsage(f"{name} {text!r}: {bad!r} is not a whole number; expected a list such as 0,1,3")
+        raise WrongUsage(f"{name} {shown(text)}: {shown(bad)} is not a whole number; expected a list such as 0,1,3")
+    long = next((part for part in parts if len(part) > 9), None)  # noqa: PLR2004 # beyond any row, layer or event
+    if long is not None:
+        raise WrongUsage(f"{name} {shown(text)}: a number has {len(long):,} digits; expected at most 9")
     values = [int(part) for part in parts]
     twice = next((value for value in values if values.count(value) > 1), None)
     if twice is not None:
-        raise WrongUsage(f"{name} {text!r} names {twice} twice")
+        raise WrongUsage(f"{name} {shown(text)} names {twice} twice")
     return tuple(values)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mwtool.errors import BadValue
+from mwtool.files.text import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def parse_group(text: str) -> int | None:
     if text == "row":
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):  # noqa: PLR2004 - no width has ten digits
-        raise BadValue(f"group {text!r} is not understood; expected row or a number from 1 on, such as 64 or 128")
+        raise BadValue(f"group {shown(text)} is not understood; expected row or a number from 1 on, such as 64 or 128")
     return int(text)
 
 
@@ -68,7 +69,9 @@ def parse_bits(text: str) -> tuple[int, ...]:
     """`8,4,3`: numbers from 2 to 8, each once. Raises BadValue."""
     parts = text.split(",")
     if not all(part.strip() in map(str, range(LEAST_BITS, MOST_BITS + 1)) for part in parts):
-        raise BadValue(f"bits {text!r} are not understood; expected numbers from {LEAST_BITS} to {MOST_BITS}: 8,4,3")
+        raise BadValue(
+            f"bits {shown(text)} are not understood; expected numbers from {LEAST_BITS} to {MOST_BITS}: 8,4,3"
+        )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mwtool.architecture.layout import FFN, WeightSlice
 from mwtool.architecture.packed import packed_dtype
 from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.files.text import shown
 from mwtool.interrupts import uninterrupted
 from mwtool.surgery.hooks import (
     owner,
@@ -86,7 +87,7 @@ def parse_attack(text: str) -> Attack:
     mode, _, k = head.rpartition(":")
     parsed, layers = _mode(mode), place.split("+") if at else []
     if parsed is None or not all(_is_number(part) for part in (k, *layers)):
-        raise BadValue(f"unknown attack {text!r}; {expected}")
+        raise BadValue(f"unknown attack {shown(text)}; {expected}")
     numbers = tuple(map(int, layers))
     if len(set(numbers)) < len(numbers):
         raise BadValue(f"attack {text!r} names a layer twice; expected distinct layers")
@@ -102,7 +103,9 @@ def parse_mode(text: str) -> Attack:
     """Parse `zero`, `retain`, `mean` or `scale:X` as an attack with k = 0. Raises BadValue for any other text."""
     parsed = _mode(text)
     if parsed is None:
-        raise BadValue(f"unknown mode {text!r}; expected zero, retain, mean or scale:X, where X is a finite number")
+        raise BadValue(
+            f"unknown mode {shown(text)}; expected zero, retain, mean or scale:X, where X is a finite number"
+        )
     return parsed
 
 

@@ -198,5 +198,6 @@ def test_yaml_that_cannot_be_used_is_a_usage_error(tmp_path: Path, name: str) ->
     ran = run("scan", "demo", "--config", path)
     assert (ran.code, ran.out) == (2, "")
     assert "Traceback" not in ran.err
+    assert "set_int_max_str_digits" not in ran.err  # advice for those who program
     path.write_text(YAML[name].replace("k:", "schedule:"))
     assert run("finetune", "demo", "--data", "x", "--dry-run", "--macdrop", path).code == 1
