@@ -6,17 +6,25 @@ In float32, within 1e-4 of the largest value: products are summed in another ord
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from losses import encoded, gradients, narrow
 from training import digest, with_adapter
 from transformers import AutoModelForCausalLM
 
 from mwtool import MacDrop, scan_checkpoint, scan_model
+from mwtool.errors import MwtoolError
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows
+from mwtool.finetune.batch_size import fitted
+from mwtool.finetune.config import Recipe
+from mwtool.finetune.loss import TrainedHead
+from mwtool.finetune.padding_free import chosen, flattened, rows
+from mwtool.finetune.sequences import collate
 from mwtool.models.load import load
 from mwtool.models.source import DEMO
 from mwtool.surgery.attack import edited, parse_attack
@@ -39,6 +47,38 @@ def test_the_bundled_model_has_the_same_rows_from_files_and_in_memory() -> None:
     found = [scan_checkpoint("demo"), scan_checkpoint("demo", device="cuda"), scan_model(model)]
     rows = [(one.massive.layer, one.massive.indices[0], one.massive.dimension) for one in found if one.massive]
     assert rows == rows[:1] * 3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo2", "mixtral"])
+def test_rows_without_padding_give_loss_and_gradients_of_padded_batches(model_type: str) -> None:
+    """torch's kernel in bfloat16 against masks: both round to 8 bits, at other places."""
+    model = with_adapter(tiny.model(model_type, torch.bfloat16, hidden_size=64, head_dim=16)).cuda()
+    data = encoded((90, 50, 120, 30))
+    head, examples = TrainedHead(model), [data[at] for at in range(len(data))]
+    head.narrow_if_same()
+    assert chosen(model, Recipe(dtype="bfloat16")) is flattened
+    found = []
+    for put in (collate, flattened):
+        batch = {name: one.cuda() if torch.is_tensor(one) else one for name, one in put(examples).items()}
+        with rows(model, "bfloat16") if put is flattened else nullcontext(), torch.autocast("cuda", torch.bfloat16):
+            loss = narrow(model, batch, head)
+        found.append((loss.item(), gradients(model, loss)))
+    (padded_, theirs), (row, ours) = found
+    assert row == pytest.approx(padded_, rel=1e-2)
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).norm()
+    assert apart <= 0.05 * torch.cat([one.flatten() for one in theirs.values()]).norm()
+
+
+def test_batch_size_and_checkpointing_are_found_by_trials_and_a_lack_of_memory_is_one_line() -> None:
+    model, data = with_adapter(tiny.model("llama")).cuda(), encoded((90, 50, 120, 30))
+    found = fitted(model, data, Recipe(effective_batch=4, dtype="bfloat16"))
+    assert (found.batch_size, found.gradient_checkpointing) == (4, False)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(MwtoolError, match="not enough memory to train on 1 sequence of 120 tokens at once"):
+            fitted(model, data, Recipe(effective_batch=4, dtype="bfloat16"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere", "mixtral", "gpt_oss"])

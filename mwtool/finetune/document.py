@@ -157,6 +157,7 @@ def measured(log: Sequence[dict[str, Any]], trained: Trained) -> dict[str, Any]:
         "first_eval_loss": held[0] if held else None,
         "last_eval_loss": held[-1] if held else None,
         "step_seconds": trained.step_seconds,
+        "macdrop_seconds": trained.macdrop_seconds,
     }
 
 

@@ -41,7 +41,8 @@ class Trained:
 
     step: the last one done; less than `steps` if a signal (`stopped_by`, its number) ended it. history: p of every
     step, by step. log: Trainer's, with an entry for each logged loss and held-out loss. step_seconds: median over the
-    steps of this process; None if it did none. how: the way MacDrop masked the rows, `weights` or `outputs`, and rows:
+    steps of this process; None if it did none. macdrop_seconds: what MacDrop took of a step, the mean over these
+    steps; None without MacDrop. how: the way MacDrop masked the rows, `weights` or `outputs`, and rows:
     which rows; None and empty without MacDrop.
     """
 
@@ -51,6 +52,7 @@ class Trained:
     history: dict[int, float]
     log: tuple[dict[str, Any], ...]
     step_seconds: float | None
+    macdrop_seconds: float | None
     how: str | None
     rows: tuple[int, ...]
     stopped_by: int | None = None
@@ -114,6 +116,7 @@ def train(
         history=watch.history,
         log=tuple(trainer.state.log_history),
         step_seconds=watch.step_seconds,
+        macdrop_seconds=None if engine is None or not watch.seconds else engine.seconds / len(watch.seconds),
         how=None if engine is None else engine.how,
         rows=() if engine is None else tuple(engine.rows),
         stopped_by=stop.received if done < counts[0] else None,

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ class MacDrop:
     model's type.
 
     Attributes: p, the probability of the current or most recent step; history, p of every step so far, by t; rows,
-    the indices of the rows dropped from, layer by layer; places, the same for each FFN.
+    the indices of the rows dropped from, layer by layer; places, the same for each FFN; seconds, what masking and
+    restoring took so far, as this process saw it: it does not wait for a GPU.
 
     Raises BadValue if there are no massive weights, if rows do not exist or are trained themselves, or if the phases
     do not fit into the steps. Raises UnsupportedModel if the rows cannot be changed: under FSDP1 or ZeRO-3, offloaded,
@@ -98,6 +100,7 @@ class MacDrop:
             self.refuse_compiled()
         self.p, self.history = 0.0, dict[int, float]()
         self._t, self._microbatch, self._dropped = 0, 0, False
+        self.seconds = 0.0
         log.info("%s", self)
 
     @property
@@ -165,7 +168,9 @@ class MacDrop:
     def restore(self) -> None:
         """Restore every row bit for bit; Ctrl-C does not interrupt it halfway."""
         if self._dropped:
+            start = time.perf_counter()
             uninterrupted(self._restore)
+            self.seconds += time.perf_counter() - start
 
     def mask(self, t: int, microbatch: int = 0, place: int = 0) -> Tensor:
         """The entries to keep: (M, R, H) of bool for M matrices, (1, R, H) if they share the mask.
@@ -186,12 +191,14 @@ class MacDrop:
         if self.p <= 0:
             self.restore()
             return
+        start = time.perf_counter()
         masks = [self.mask(self._t, self._microbatch, at) for at in range(len(self.places))]
         self._dropped = True
         for place, mask in zip(self.places, masks, strict=True):
             for matrix, keep in zip(place.matrices, mask.expand(len(place.matrices), -1, -1), strict=True):
                 matrix.drop(keep)
         self._gather_again()
+        self.seconds += time.perf_counter() - start
 
     def _restore(self) -> None:
         for matrix in self.matrices:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_loss import encoded
+from losses import encoded
 from training import with_adapter
 
 from mwtool.errors import BadValue, MwtoolError

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from words import WORDS, planted_folder, with_tokenizer
 
 from mwtool.errors import BadValue, MwtoolError, OutputError, UnsupportedModel
+from mwtool.finetune import trainer
 from mwtool.finetune.checkpointing import MARK, clear, mark, newest
 from mwtool.finetune.config import Asked, Recipe
 from mwtool.finetune.memory import footprint
@@ -107,6 +108,28 @@ def test_the_effective_batch_is_reached_by_accumulation(folder: Path, tmp_path: 
     # sums of other parts, and Adam divides small gradients by their own size
     for one, other in zip(done.model.parameters(), reference.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["batches of 1", "no padding", "packed without padding", "all logits"])
+def test_adapter_and_held_out_loss_are_those_of_the_plain_path(
+    folder: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the sequences of a step are put together: to rounding, which Adam divides by small gradients."""
+    talks = [{"instruction": "w1 w2", "output": " ".join(WORDS[: 1 + 2 * (n % 5)])} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    set_ = replace(QUICK, max_length=64, batch_size=4, eval_share=0.3, padding_free=False, lr=1e-3)
+    set_ = replace(set_, packing=way.startswith("packed"), max_steps=4)
+    other = {"batches of 1": {"batch_size": 1}, "all logits": {}}.get(way, {"padding_free": True})
+    plan = planned(folder, set_, data=str(tmp_path / "rows.jsonl"))
+    reference = trained(plan, tmp_path / "plain")
+    if way == "all logits":
+        monkeypatch.setattr(trainer, "trained_head", lambda _model: None)
+    found = trained(replace(plan, recipe=replace(set_, **other)), tmp_path / "other")
+    for one, two in zip(found.model.parameters(), reference.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-5)
+    losses = [[e["eval_loss"] for e in run.log if "eval_loss" in e] for run in (found, reference)]
+    assert len(losses[0]) >= 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_gradient_checkpointing_learns_the_same_adapter_to_rounding(folder: Path, tmp_path: Path) -> None:

@@ -8,43 +8,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from losses import encoded, gradients, narrow, whole
 from training import with_adapter
 
 from mwtool.finetune.loss import TrainedHead, trained_head
 from mwtool.finetune.padding_free import flattened
-from mwtool.finetune.sequences import IGNORED, Encoded, collate
+from mwtool.finetune.sequences import collate
 
 TYPES = ("llama", "gpt2", "gemma2", "mixtral", "bloom", "phi", "opt", "cohere")
-
-
-def encoded(lengths: tuple[int, ...] = (9, 5, 12, 3), prompt: int = 2) -> Encoded:
-    draw = torch.Generator().manual_seed(0)
-    ids = tuple(torch.randint(3, 40, (length,), generator=draw, dtype=torch.int32) for length in lengths)
-    labels = tuple(one.clone() for one in ids)
-    for one in labels:
-        one[:prompt] = IGNORED
-    return Encoded(ids=ids, labels=labels, lengths=tuple((length,) for length in lengths))
-
-
-def whole(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """The mean over tokens by all logits, as transformers computes it."""
-    batch = dict(batch)
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED)
-
-
-def narrow(model: Any, batch: dict[str, Any], head: TrainedHead, items: int | None = None) -> torch.Tensor:
-    batch = dict(batch)
-    labels = batch.pop("labels")
-    with head.at(labels):
-        return head.token_mean(model(**batch, use_cache=False), labels, items)
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT, of GPT-2's Conv1D

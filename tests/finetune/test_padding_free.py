@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_loss import encoded, gradients, narrow
+from losses import encoded, gradients, narrow
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from training import with_adapter

@@ -88,6 +88,6 @@ def training(massive: dict[str, Any], steps: int = 30) -> dict[str, Any]:
     return {
         **head(SCHEMA), "settings": Recipe().document(), "steps": steps, "steps_per_epoch": steps, "processes": 1,
         "data": data, "how": "weights", "p": list(curriculum_of("step:0.8").values(steps)), "log": log,
-        "massive": massive, "places": [massive], "rows": [1, 2], "measured": {**losses, "step_seconds": 0.5},
-        "notes": ["a note"],
+        "massive": massive, "places": [massive], "rows": [1, 2],
+        "measured": {**losses, "step_seconds": 0.5, "macdrop_seconds": 0.001}, "notes": ["a note"],
     }  # fmt: skip
