@@ -136,6 +136,7 @@ class Figures(Strict):
     first_eval_loss: float | None
     last_eval_loss: float | None
     step_seconds: Magnitude | None
+    macdrop_seconds: Magnitude | None = None  # documents before it came lack it
 
 
 class Beginning(Envelope):

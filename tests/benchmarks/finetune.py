@@ -177,7 +177,9 @@ def ours(model: Any, data: Encoded, recipe: Recipe, clock: Clock, args: argparse
     rows = None if args.no_macdrop else massive()
     telling = Telling(logging_steps=10, save_steps=10**6, on_step=lambda at: None if at.logged else clock.at(at.step))
     with tempfile.TemporaryDirectory() as folder:
-        train(model, (data, None), rows, recipe, Path(folder), telling=telling)
+        trained = train(model, (data, None), rows, recipe, Path(folder), telling=telling)
+    if trained.stopped_by is not None:  # `train` lets its step end; a time limit ends the benchmark
+        raise SystemExit(128 + trained.stopped_by)
 
 
 def rival(model: Any, data: Encoded, recipe: Recipe, clock: Clock, args: argparse.Namespace) -> None:
