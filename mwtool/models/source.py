@@ -119,13 +119,13 @@ class Source:
 
         Raises BadCheckpoint if it has one that cannot be read.
         """
-        from transformers import AutoTokenizer
-
         if self.gguf is not None:
             with _silent():
                 return self.gguf.tokenizer()
         if not any((self.folder / file).exists() for file in TOKENIZER_FILES):
             return None
+        from transformers import AutoTokenizer
+
         try:
             with _silent():
                 tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
