@@ -96,8 +96,15 @@ def evaluate(
         ),
     ] = MEASURING.delimiter,
     new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="At most this many tokens for each answer of generate:.")
+        int, typer.Option(min=1, metavar="N", help="At most this many tokens for each answer of generate: and judge:.")
     ] = MEASURING.new_tokens,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|URL",
+            help="Who grades the answers of judge: from 1 to 5: a model, or http://HOST:PORT/v1#MODEL.",
+        ),
+    ] = MEASURING.judge,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Windows, questions or prompts per batch.", show_default="by memory"),
@@ -154,6 +161,7 @@ def evaluate(
             bos=bos,
             delimiter=delimiter,
             new_tokens=new_tokens,
+            judge=judge,
         ),
         loading=LoadOptions(
             on=on,

@@ -82,6 +82,7 @@ def conditions_of(loaded: Loaded, options: Options) -> dict[str, Any]:
             "window": options.window,
             "delimiter": options.delimiter,
             "new_tokens": options.new_tokens,
+            **({} if options.judge is None else {"judge": options.judge}),
         },
         "batch_size": options.batch_size,
     }
@@ -256,7 +257,13 @@ def _pair(entry: Entry, reference: Entry, found: Paired | None) -> dict[str, Any
         "value": None if found is None else finite(found.value),
         "interval": None if interval is None else [finite(value) for value in interval],
         "n": None if found is None else found.n,
+        "tied": None if found is None or found.kind != "difference" else _tied(entry.measured, reference.measured),
     }
+
+
+def _tied(one: Measured, other: Measured) -> int:
+    """On how many examples both have the same value, such as a judge's score."""
+    return sum(a == b for a, b in zip(one.samples, other.samples, strict=True))
 
 
 def _means(entries: Sequence[Entry], *, models: bool = False) -> list[dict[str, Any]]:

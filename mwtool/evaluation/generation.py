@@ -49,7 +49,7 @@ class Prompts:
         bad: list[int] = []
         for first in range(0, len(self.ids), size):
             batch = self.ids[first : first + size]
-            found, broken = _generate(loaded, batch, options.new_tokens)
+            found, broken = generated(loaded, batch, options.new_tokens)
             bad += [first + index for index in broken]
             lengths += [len(one) for one in found]
             answers += [str(tokenizer.decode(one, skip_special_tokens=True)) for one in found]
@@ -108,7 +108,7 @@ class _NanDetector(LogitsProcessor):
         return scores
 
 
-def _generate(loaded: Loaded, batch: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[int]]:
+def generated(loaded: Loaded, batch: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[list[int]], list[int]]:
     """New tokens for each prompt, up to the end of text, and the indices of prompts whose logits contain NaN."""
     model: Any = loaded.model
     device = model.get_input_embeddings().weight.device

@@ -10,7 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mwtool.evaluation.comparison import Entry, Paired, compare_with_first, is_accuracy
+from mwtool.evaluation.comparison import Entry, Paired, compare_with_first, is_accuracy, is_number
+from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.numbers import figure, fine, short
 from mwtool.evaluation.task_mean import compared_means
 
@@ -20,7 +21,7 @@ SHOWN = 5
 
 def eval_report(entries: Sequence[Entry]) -> RenderableType:
     """A table with one line for each metric, compared with the first of its kind, followed by the answers."""
-    parts: list[RenderableType] = [_table([entry for entry in entries if not entry.measured.answers])]
+    parts: list[RenderableType] = [_table([entry for entry in entries if is_number(entry.measured)])]
     parts += _answers([entry for entry in entries if entry.measured.answers])
     return Group(*parts)
 
@@ -57,6 +58,8 @@ def _answers(entries: Sequence[Entry]) -> Iterator[RenderableType]:
     for task in dict.fromkeys(entry.measured.task for entry in entries):
         same = [entry for entry in entries if entry.measured.task == task]
         for entry in same:
+            if (unscored := _unscored(entry.measured)) is not None:
+                yield Text(f"\n{short(task)}, {_name(entry, same)}: {unscored}")
             if entry.measured.nonfinite:
                 yield Text(f"\n{short(task)}, {_name(entry, same)}: {entry.measured.nonfinite}")
         prompts = same[0].measured.setting["prompts"]
@@ -68,6 +71,14 @@ def _answers(entries: Sequence[Entry]) -> Iterator[RenderableType]:
             yield Group(Text(f"\n{short(task)}, prompt {at + 1}: {prompt}"), grid)
         if len(prompts) > SHOWN:
             yield Text(f"\n{len(prompts) - SHOWN} more prompts; -o FILE writes the answers to all of them")
+
+
+def _unscored(one: Measured) -> str | None:
+    """How many verdicts of a judge have no score, if some have none."""
+    refused, unreadable = one.setting.get("refused", 0), one.setting.get("unreadable", 0)
+    if not refused + unreadable:
+        return None
+    return f"{refused + unreadable} verdicts have no score ({refused} refused, {unreadable} unreadable)"
 
 
 def _name(entry: Entry, beside: Sequence[Entry]) -> str:

@@ -23,6 +23,7 @@ class Options(Strict):
     window: Annotated[int, Field(ge=2, le=LARGEST)] | None
     delimiter: str
     new_tokens: Positive
+    judge: str | None = None
 
 
 class Bos(Strict):
@@ -160,6 +161,7 @@ class Pair(Strict):
     value: float | None
     interval: Annotated[list[float | None], Field(min_length=2, max_length=2)] | None
     n: Count | None
+    tied: Count | None = None
 
 
 class ComparisonDocument(Envelope):

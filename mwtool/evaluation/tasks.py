@@ -130,6 +130,15 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(line for _, line in lines)
 
 
+def read_references(path: Path) -> tuple[str | None, ...]:
+    """The `reference` of each record that has one, a right answer to its prompt. Raises BadValue."""
+    if path.suffix != ".jsonl":
+        return (None,) * len(list(read_lines(path)))
+    return tuple(
+        _string(where, record, "reference") if "reference" in record else None for where, record in read_records(path)
+    )
+
+
 def _choice(where: str, record: dict[str, Any]) -> Choice:
     options = "context_options" if "context_options" in record else "choices"
     several, gold = _strings(where, record, options), record.get("gold")
@@ -192,6 +201,17 @@ def _prepare_prompts(loaded: Loaded, task: Task, options: Options) -> Prepared:
     return prepare_prompts(loaded, task, options)
 
 
+def _check_judged(task: Task) -> None:
+    read_prompts(Path(task.target))
+    read_references(Path(task.target))
+
+
+def _prepare_judged(loaded: Loaded, task: Task, options: Options) -> Prepared:
+    from mwtool.evaluation.judge import prepare_judged
+
+    return prepare_judged(loaded, task, options)
+
+
 def _check_harness(task: Task) -> None:
     from mwtool.evaluation.harness import check_name
 
@@ -209,6 +229,7 @@ KINDS: dict[str, Kind] = {
     "mc": Kind("mc:FILE.jsonl", _check_questions, _prepare_questions),
     "cloze": Kind("cloze:FILE.jsonl", _check_questions, _prepare_questions),
     "generate": Kind("generate:FILE", lambda task: read_prompts(Path(task.target)), _prepare_prompts),
+    "judge": Kind("judge:FILE", _check_judged, _prepare_judged),
     HARNESS: Kind("paper, or a task of lm-evaluation-harness", _check_harness, _prepare_harness),
 }
 """Every kind of task by the name before the colon. Functions import what they need when they are called."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mwtool.evaluation.comparison import Entry, Paired, paired
+from mwtool.evaluation.comparison import Entry, Paired, is_number, paired
 from mwtool.evaluation.document import entries_of
 from mwtool.evaluation.numbers import fine, short
 from mwtool.evaluation.plot import UNATTACKED, evaluations_of, named_models, plot_evaluation, reference_of
@@ -23,7 +23,7 @@ def evaluation_section(document: Document) -> Section:
     """One evaluation, or several that are compared."""
     several = len(evaluations_of(document)) > 1
     entries = entries_of(evaluations_of(document), named_models(document))
-    numbers = [one for one in entries if not one.measured.answers]
+    numbers = [one for one in entries if is_number(one.measured)]
     compared = [(one, reference) for one in numbers if (reference := reference_of(one, numbers)) is not None]
     changes = [(one, reference, paired(one.measured, reference.measured)) for one, reference in compared]
     said = [_sentence(*one) for one in changes if one[2] is not None]

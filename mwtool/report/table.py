@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mwtool.errors import BadValue
-from mwtool.evaluation.comparison import compare_with_first
+from mwtool.evaluation.comparison import compare_with_first, is_number
 from mwtool.evaluation.document import COMPARISON, entries_of
 from mwtool.evaluation.document import SCHEMA as EVALUATION
 from mwtool.evaluation.numbers import short
@@ -187,7 +187,7 @@ def _results(document: Document) -> Iterator[Row]:
     beside = {id(entry): found for entry, _, found in compare_with_first(entries)}
     for entry in entries:
         one, found = entry.measured, beside.get(id(entry))
-        if not one.answers:
+        if is_number(one):
             yield {
                 "model": entry.model,
                 "attack": entry.attack,
