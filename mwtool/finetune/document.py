@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ RECORD = "macdrop.json"
 """The document's name beside the adapter; where it is, the run has ended."""
 NAMED = 1000
 """Records that a document names at most, of those that were read and left out and of those that could not be read."""
+_FOLDERS = re.compile(r"(?<![\w.:/\\<])(?:[A-Za-z]:[/\\]|~?/)(?:[^\s/\\|`'\",;()]+[/\\])*(?=[^\s/\\])")
+"""The folders of an absolute path in a sentence; neither those of an address on the web nor the slash of `</s>`."""
 _LOGGED = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "macdrop_p")
 
 
@@ -233,10 +236,10 @@ def _is_local(name: str) -> bool:
 
 
 def _without_folders(text: str, *names: str) -> str:
-    """The text with the names that are paths of this machine cut down to their last part."""
+    """The text with the names that are paths of this machine, and all absolute paths, cut down to their last part."""
     for name in sorted(filter(_is_local, names), key=len, reverse=True):
         text = text.replace(name, Path(name).name)
-    return text
+    return _FOLDERS.sub("", text)
 
 
 def _place(one: RankedRows) -> dict[str, Any]:
