@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from mwtool.cli import waiting
+from mwtool.cli import formats, waiting
 from mwtool.cli.spelling import misspelled, respelled
 
 REQUIRED = "Required"
@@ -59,12 +59,21 @@ class _Helpful:
             unknown = misspelled(args, params, interspersed=interspersed)
             if unknown is not None:
                 ctx.fail(unknown)
+            args, wrong = formats.read(args, params)
+            if wrong is not None:
+                ctx.fail(wrong)
         rest: list[str] = super().parse_args(ctx, args)  # type: ignore[misc] # Typer's, next in line
         return rest
 
 
 class Command(_Helpful, TyperCommand):
     """One command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its options; one that answers in JSON has `--format` as well, if it has no option of that name."""
+        found: list[Any] = super().get_params(ctx)
+        names = {name for one in found for name in one.opts}
+        return [*found[:-1], formats.option(), found[-1]] if "--json" in names and "--format" not in names else found
 
     def invoke(self, ctx: Any) -> Any:
         """Run it; a line on the terminal says so until it writes something."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mwtool.cli import process, waiting
+from mwtool.cli import formats, process, waiting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,13 +35,21 @@ def report_console() -> Console:
     waiting.clear()
     terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed
     width = None if terminal or "COLUMNS" in os.environ else REDIRECTED
-    return Console(width=width, markup=False, emoji=False)
+    if formats.mode() == "agent":
+        return Console(width=width, markup=False, emoji=False, force_terminal=False, color_system=None)
+    return Console(width=width, markup=False, emoji=False, quiet=formats.mode() == "quiet")
+
+
+def progressing() -> bool:
+    """Whether bars are drawn: for people, on a terminal."""
+    return _stderr.is_terminal and formats.mode() in ("human", "json")
 
 
 def note(line: str) -> None:
     """Something decided on the user's behalf, or worth knowing."""
     waiting.clear()
-    _stderr.print(Text.assemble(("note: ", "dim"), line))
+    if formats.mode() != "quiet":
+        _stderr.print(Text.assemble(("note: ", "dim"), line))
 
 
 def note_all(lines: Iterable[str]) -> None:
@@ -53,7 +61,8 @@ def note_all(lines: Iterable[str]) -> None:
 def tell(shown: RenderableType) -> None:
     """Something that is not the result, such as a plan before it runs."""
     waiting.clear()
-    _stderr.print(shown)
+    if formats.mode() != "quiet":
+        _stderr.print(shown)
 
 
 def fail(line: str) -> None:
@@ -114,7 +123,7 @@ def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
         TimeElapsedColumn(),
     )
     waiting.clear()
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+    with Progress(*columns, console=_stderr, transient=True, disable=not progressing()) as progress:
         task = progress.add_task("scanning", total=None, read="0 MB")
 
         def on_layer(done: int, total: int, read: int) -> None:
@@ -134,14 +143,14 @@ def step_progress() -> Iterator[Callable[[Step], None]]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     waiting.clear()
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+    with Progress(*columns, console=_stderr, transient=True, disable=not progressing()) as progress:
         task = progress.add_task("training", total=1, said="")
 
         def on_step(at: Step) -> None:
             loss = "" if at.loss is None else f", loss {at.loss:.4f}"
             said = f"{loss}{'' if at.p is None else f', p {at.p:.3f}'}, {at.seconds:.3g} s a step"
             progress.update(task, completed=at.step, total=at.steps, said=said)
-            if at.logged and not _stderr.is_terminal:
+            if at.logged and not progressing() and formats.mode() != "quiet":
                 left = (at.steps - at.step) * at.mean
                 _stderr.print(f"step {at.step} of {at.steps}{said}, {left:,.0f} s left", highlight=False)
 
@@ -160,7 +169,7 @@ def run_progress() -> Iterator[Callable[[int, int, str], Callable[[int, int], No
         TimeRemainingColumn(),
     )
     waiting.clear()
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+    with Progress(*columns, console=_stderr, transient=True, disable=not progressing()) as progress:
         task = progress.add_task("measuring", total=None, run=0, runs="?")
 
         def on_run(done: int, total: int, name: str) -> Callable[[int, int], None]:
