@@ -13,8 +13,8 @@ from mwtool.files.figure import INK, MUTED, PALETTE, PAPER, plain_numbers
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HATCHES = ("", "//////", "......", "\\\\\\\\\\\\", "xxxxxx", "------")
-"""One for each colour, so that series also differ in grey."""
+HATCHES = ("", "//////", "||||||", "\\\\\\\\\\\\", "xxxxxx", "------")
+"""One for each colour, so that series also differ in grey. Of lines: each dot of a dotted one is a path of its own."""
 THICK, LINE, GAP = 0.16, 0.11, 0.11
 """Inches that a bar takes, a line of a row's name, and the space between two rows."""
 NAME = 25

@@ -162,6 +162,13 @@ def test_spellings_of_one_folder_are_one_model_and_two_sections_of_a_kind_are_to
     assert re.findall(r"<h2[^>]*>([^<]+)", page) == ["Evaluation", "Evaluation (2)"]
 
 
+def test_the_hatches_of_many_series_do_not_swell_the_page() -> None:
+    names = "abcdef"
+    page = page_of([compared(*(evaluated(name, none=[1.0, 0.0, 1.0, 0.0]) for name in names))])
+    assert page.count("<pattern") >= len(names) - 1
+    assert len(page.encode()) < 150_000
+
+
 def test_what_changes_is_said_with_its_interval(evaluation: dict[str, Any]) -> None:
     page = page_of([evaluation])
     assert "mc:x acc under zero:1, beside no attack: -66.7 points [-120.9 to -12.5]." in page
