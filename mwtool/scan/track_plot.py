@@ -109,7 +109,9 @@ def _caption(document: Mapping[str, Any]) -> str:
     said = (
         f"{model_name(document)}, {len(points)} checkpoints ({document['dtype']}), bos alone, layers before the last."
     )
+    limits = document["settings"]
+    rule = f"|h| above {limits['magnitude']:g} and {limits['ratio']:g} times the median"
     if first is None:
-        return f"{said} None has a massive layer."
+        return f"{said} None has a massive layer ({rule})."
     where = f"step {first['step']:,}" if first["step"] is not None else first["name"]
-    return f"{said} Filled: with a massive layer, first at {where} (layer {first['massive']['layer']})."
+    return f"{said} Filled: with a massive layer ({rule}), first at {where} (layer {first['massive']['layer']})."

@@ -26,6 +26,7 @@ from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 from mwtool.scan.track import Track, kurtosis, stages_in, stages_of, track
 from mwtool.scan.track_document import earlier_in, track_document
+from mwtool.scan.track_report import HEADING, track_line
 
 SETTINGS = Settings(bos="1")
 
@@ -206,6 +207,18 @@ def test_the_figure_marks_checkpoints_with_a_massive_layer_and_the_page_lists_al
     assert "first checkpoint with a massive layer is step 20, where it is layer 1" in page
     with pytest.raises(BadValue, match="track/1"):
         mwtool.plot_track({"schema": "mwtool.scan/2"})
+
+
+def test_the_run_in_the_documentation_is_that_of_the_document_beside_it() -> None:
+    """Training it takes too long for a test; its document is kept, and what the page shows is made of it."""
+    docs = Path(__file__).parents[2] / "docs"
+    found = earlier_in(docs / "examples" / "track.json", "run", Settings(thresholds=mwtool.Thresholds(ratio=20)))
+    assert found is not None
+    lines = "\n".join([HEADING, *map(track_line, found.checkpoints)])
+    page = (docs / "track.md").read_text(encoding="utf-8")
+    assert f"```text\n{lines}\n```" in page
+    assert all({17, 49, 174} <= set(one.massive.rows) for one in found.checkpoints[3:] if one.massive is not None)
+    assert f"largest ratio is {max(abs(one.hidden.value) / one.median for one in found.checkpoints):.0f}" in page
 
 
 @pytest.mark.parametrize(
