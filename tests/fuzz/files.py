@@ -1,10 +1,11 @@
 """Mutate the files a model and a result consist of and run commands on them: refused in one line, or right.
 
-    python tests/fuzz/files.py COUNT [SEED]
+    python tests/fuzz/files.py COUNT [SEED [KIND ...]]
 
 COUNT mutations of each kind: safetensors headers, indexes (safetensors and .bin), configurations, tokenizers' files,
-adapters' configurations, scan documents, result files. It prints what came of them and, for every failure, the seed
-and the number with which it is found again; the exit status is 1 if there were any. A few hundred take minutes.
+adapters' configurations, every kind of document, checkpoints of a run; or only of the kinds that are named. It prints
+what came of them and, for every failure, the seed and the number with which it is found again; the exit status is 1 if
+there were any. A few hundred take minutes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,16 @@ def prepare(work: Path) -> None:
     adapted.save_pretrained(work / "adapter")
     (work / "t.txt").write_text(" ".join(f"w{n % 40 + 3}" for n in range(200)))
     run("scan", model, "-o", work / "scan.json")
-    run("eval", model, "--task", f"ppl:{work / 't.txt'}", "--window", 32, "-o", work / "eval.json")
+    measured = ("--task", f"ppl:{work / 't.txt'}", "--window", 32)
+    run("eval", model, *measured, "-o", work / "eval.json")
+    run("ablate", model, *measured, "-k", 1, "--draws", 1, "-o", work / "ablation.json")
+    run("quantize-check", model, *measured, "-k", 1, "--bits", 4, "-o", work / "quantization.json")
+    (work / "d.jsonl").write_text('{"instruction": "w3", "output": "w4 w5"}\n' * 4)
+    run("finetune", model, *training(work), "-o", work / "tuned")
+
+
+def training(work: Path) -> tuple[object, ...]:
+    return "--data", work / "d.jsonl", "--batch-size", 2, "--effective-batch", 2, "--max-steps", 2, "--save-steps", 1
 
 
 def rewritten(file: str) -> Work:
@@ -92,18 +102,41 @@ KINDS: dict[str, tuple[str, Work]] = {
     "adapter_config.json": ("adapter", rewritten("adapter_config.json")),
     "scan document": (".", rewritten("scan.json")),
     "result file": (".", rewritten("eval.json")),
+    "ablation": (".", rewritten("ablation.json")),
+    "quantization check": (".", rewritten("quantization.json")),
+    "record of a run": (".", rewritten("tuned/macdrop.json")),
+    "mark of a checkpoint": (".", rewritten("tuned/checkpoint-2/mwtool_checkpoint.json")),
+    "state of a checkpoint": (".", rewritten("tuned/checkpoint-2/trainer_state.json")),
 }
 
 
 def used(kind: str, work: Path, folder: Path) -> list[Ran]:
     """What reads such a file."""
     measured = ("--task", f"ppl:{work / 't.txt'}", "--window", 32)
+    model, page = work / "single", work / "page.html"
+    resumed = ("finetune", model, *training(work), "-o", work / "tuned", "--resume")
     if kind == "scan document":
+        scan = work / "scan.json"
         return [
-            run("eval", work / "single", *measured, "--attack", "zero:1", "--massive", work / "scan.json", "--json")
+            run("eval", model, *measured, "--attack", "zero:1", "--massive", scan, "--json"),
+            run("ablate", model, *measured, "-k", 1, "--event", "all", "--massive", scan, "--no-controls", "--json"),
+            run("export", scan, "--to", "llama.cpp"),
+            run("compare", scan, scan),
+            run("report", scan, "-o", page),
         ]
     if kind == "result file":
-        return [run("eval", "--compare", work / "eval.json", "--json")]
+        result = work / "eval.json"
+        return [run("eval", "--compare", result, "--json"), run("report", result, "-o", page)]
+    if kind == "ablation":
+        ablation = work / "ablation.json"
+        again = run("ablate", model, *measured, "-k", 1, "--draws", 1, "-o", ablation, "--resume", "--json")
+        return [run("report", ablation, "-o", page), again]
+    if kind in ("quantization check", "record of a run"):
+        path = work / ("quantization.json" if kind.startswith("q") else "tuned/macdrop.json")
+        return [run("report", path, "-o", page), *([] if kind.startswith("q") else [run(*resumed)])]
+    if kind.endswith("checkpoint"):
+        (work / "tuned" / "macdrop.json").unlink()
+        return [run(*resumed, "--json")]
     return [run("scan", folder, "--json"), run("eval", folder, *measured, "--json")]
 
 
@@ -111,22 +144,25 @@ def fault_of(ran: Ran) -> str | None:
     """What is wrong with how a command ended."""
     lines = ran.err.splitlines()
     if ran.code == 0:
-        json.loads(ran.out)
+        if ran.out.startswith("{"):
+            json.loads(ran.out)
         return None
     if ran.code != 1 or ran.out or not lines or not lines[-1].startswith("error: "):
         return f"exit status {ran.code}, {len(lines)} lines on stderr, {len(ran.out)} characters on stdout"
     return None
 
 
-def main(count: int, seed: int) -> int:
+def main(count: int, seed: int, wanted: list[str]) -> int:
     """Run all kinds; the number of failures."""
     warnings.simplefilter("ignore")
     failures = 0
     with tempfile.TemporaryDirectory() as place:
-        intact = Path(place) / "intact"
-        intact.mkdir()
-        prepare(intact)
-        for kind, (part, act) in KINDS.items():
+        intact, first = Path(place) / "intact", Path(place) / "work"
+        first.mkdir()
+        prepare(first)  # where the copies will be: documents name their model by its path
+        first.rename(intact)
+        for kind in wanted or KINDS:
+            part, act = KINDS[kind]
             ended: Counter[str] = Counter()
             for number in range(count):
                 work = Path(shutil.copytree(intact, Path(place) / "work"))
@@ -153,4 +189,4 @@ def main(count: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0), 1))
+    sys.exit(min(main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, sys.argv[3:]), 1))

@@ -42,17 +42,21 @@ EXTRA = [
 
 
 def content(rng: random.Random) -> Any:
-    text = rng.choice(TEXTS[2:] if rng.random() < 0.9 else TEXTS)
-    if rng.random() < 0.7:
+    text = rng.choice(TEXTS[2:] if rng.random() < 0.97 else TEXTS)
+    if rng.random() < 0.85:
         return text
     parts = [{"type": "text", "text": text}]
-    return rng.choice([text, parts, parts, [{"type": "image", "text": None}], None, 7, [text]])
+    return parts if rng.random() < 0.8 else rng.choice([[{"type": "image", "text": None}], None, 7, [text]])
 
 
 def value(rng: random.Random, key: str) -> Any:
     if key in ("messages", "conversations") and rng.random() < 0.9:
         names = [("role", "content"), ("role", "content"), ("from", "value")]
-        return [message(rng, *rng.choice(names)) for _ in range(rng.randrange(5))] + (
+        keys = rng.choice(names)
+        if rng.random() < 0.6:  # a conversation as it should be: users and assistants in turn, the answer last or not
+            turns = ["user", "assistant"] * rng.randrange(1, 4) + ["user"] * rng.randrange(2)
+            return [{keys[0]: turn, keys[1]: content(rng)} for turn in turns]
+        return [message(rng, *keys) for _ in range(rng.randrange(5))] + (
             [{"role": "assistant", "content": "Yes"}] if rng.random() < 0.7 else []
         )
     if key == "history" and rng.random() < 0.7:
@@ -63,7 +67,7 @@ def value(rng: random.Random, key: str) -> Any:
 
 
 def message(rng: random.Random, role: str, text: str) -> Any:
-    made: dict[str, Any] = {role: rng.choice(ROLES[:5] if rng.random() < 0.8 else ROLES), text: content(rng)}
+    made: dict[str, Any] = {role: rng.choice(ROLES[:5] if rng.random() < 0.95 else ROLES), text: content(rng)}
     if rng.random() < 0.2:
         made["weight"] = rng.choice([0, 1, None, 0.5])
     if rng.random() < 0.1:
@@ -71,9 +75,12 @@ def message(rng: random.Random, role: str, text: str) -> Any:
     return made if rng.random() < 0.97 else rng.choice(TEXTS)
 
 
-def line(rng: random.Random) -> bytes:
-    form = rng.choice([["instruction", "output"], ["messages"], ["conversations"], ["text"], []])
-    made = {key: value(rng, key) for key in {*form, *rng.sample(KEYS, rng.randrange(3))}}
+FORMS = [["instruction", "output"], ["messages"], ["messages"], ["conversations"], ["text"]]
+
+
+def line(rng: random.Random, form: list[str]) -> bytes:
+    more = rng.sample(KEYS, rng.randrange(3)) if rng.random() < 0.3 else []
+    made = {key: value(rng, key) for key in sorted({*form, *more})}  # sorted: the order of a set differs between runs
     text = json.dumps(made, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     roll = rng.random()
     if roll < 0.05:
@@ -89,7 +96,7 @@ def template(rng: random.Random) -> str:
         return rng.choice(HEADS) + rng.choice(CONTENTS[:3] if rng.random() < 0.85 else CONTENTS)
 
     ends, first, prompt = rng.choice(["", "{{ eos_token }}", "\\n"]), rng.choice(HEADS[:6]), rng.choice(HEADS[:5])
-    extra = rng.choice(EXTRA) if rng.random() < 0.3 else ""
+    extra = rng.choice(EXTRA) if rng.random() < 0.15 else ""
     return (
         f"{first}{{% for m in messages %}}{extra}{{% if m.role == 'assistant' %}}{said()}{ends}{{% else %}}{said()}"
         f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
@@ -98,13 +105,14 @@ def template(rng: random.Random) -> str:
 
 def attempt(rng: random.Random, tokenizer: Any, path: Path) -> str:
     """One file and one template; what came of them in a word. Raises AssertionError if a rule is broken."""
-    lines = [line(rng) for _ in range(rng.randrange(1, 6))]
+    form = rng.choice(FORMS)  # of most records; a file of several forms is refused
+    lines = [line(rng, form if rng.random() < 0.97 else rng.choice([*FORMS, []])) for _ in range(rng.randrange(1, 6))]
     path.write_bytes(b"\n".join(lines))
     tokenizer.chat_template = template(rng) if rng.random() < 0.9 else None
     try:
         data = read_data(str(path), skip_bad=True)
         options = {"on_prompt": rng.random() < 0.2, "packing": rng.random() < 0.3}
-        found = encode(data, tokenizer, rng.choice([8, 64, 512]), skip_bad=True, **options)
+        found = encode(data, tokenizer, rng.choice([8, 64, 512, 512]), skip_bad=True, **options)
     except MwtoolError as fault:
         if "\n" in str(fault):
             raise ValueError("a message of several lines") from fault
