@@ -203,13 +203,20 @@ def _curricula(names: str | None) -> tuple[str, ...]:
     return given
 
 
-def _run(study: StudyConfig, dtype: DType, *, dry_run: bool, json: bool) -> None:
-    from dataclasses import replace
-
-    from mwtool.cli.terminal import command_line, note, quiet_libraries, say_once, step_progress
+def quiet() -> None:
+    """What libraries say to programmers is left out; in worker processes too."""
+    from mwtool.cli.terminal import quiet_libraries, say_once
 
     say_once()
     quiet_libraries()
+
+
+def _run(study: StudyConfig, dtype: DType, *, dry_run: bool, json: bool) -> None:
+    from dataclasses import replace
+
+    from mwtool.cli.terminal import command_line, note, step_progress
+
+    quiet()
     from mwtool.files.document import text_of
     from mwtool.reproduction.document import PAGE
     from mwtool.reproduction.study import Study
@@ -227,9 +234,7 @@ def _run(study: StudyConfig, dtype: DType, *, dry_run: bool, json: bool) -> None
         sys.stdout.write(text_of(plan) if json else "\n".join(lines_of(plan)) + "\n")
         return
     with step_progress() as on_step:
-        document = Study(
-            config=study, command=command_line(), on_note=note, on_step=on_step, in_worker=quiet_libraries
-        ).run()
+        document = Study(config=study, command=command_line(), on_note=note, on_step=on_step, in_worker=quiet).run()
     if json:
         sys.stdout.write(text_of(document))
     note(f"the page is {study.folder / PAGE}")

@@ -77,8 +77,8 @@ def rows_of(part: Part, config: StudyConfig) -> Iterator[Row]:
                 yield Row(f"{attack}, random rows", Key(None, attack), ORIGINAL, random=True)
     elif part == "table3":
         for run in study_of(part, config):
-            plain = _label(replace(run, schedule=PLAIN))
-            yield Row(_label(run), Key(run, "none"), ORIGINAL if run.schedule == PLAIN else plain)
+            plain = _label(replace(run, schedule=PLAIN), config)
+            yield Row(_label(run, config), Key(run, "none"), ORIGINAL if run.schedule == PLAIN else plain)
     elif part == "table4":
         yield Row(_attack(f"zero:{ZEROED}"), Key(None, f"zero:{ZEROED}"), ORIGINAL)
         yield from _robustness(part, config, [(k, on) for on in ("base", "merged") for k in ATTACKED])
@@ -103,9 +103,11 @@ def _robustness(part: Part, config: StudyConfig, attacks: Sequence[tuple[int, On
     runs = study_of(part, config)
     for run in runs:
         plain = replace(Run(lr=run.lr), peft=run.peft)
-        yield Row(_label(run), Key(run, "none"), _label(plain) if run != plain else ORIGINAL)
+        yield Row(_label(run, config), Key(run, "none"), _label(plain, config) if run != plain else ORIGINAL)
         for k, on in attacks:
-            yield Row(f"{_label(run)}, {_attack(f'zero:{k}', on)}", Key(run, f"zero:{k}", on), _label(run))
+            yield Row(
+                f"{_label(run, config)}, {_attack(f'zero:{k}', on)}", Key(run, f"zero:{k}", on), _label(run, config)
+            )
 
 
 def _with_and_without(config: StudyConfig) -> Iterator[Row]:
@@ -115,18 +117,19 @@ def _with_and_without(config: StudyConfig) -> Iterator[Row]:
         for on in places if run.schedule != PLAIN else ():
             attack = f"zero:{ZEROED}"
             said = _attack(attack, on)
-            beside = f"{_label(replace(run, schedule=PLAIN))}, {said}"
-            yield Row(f"{_label(run)}, {said}, beside none", Key(run, attack, on), beside)
+            beside = f"{_label(replace(run, schedule=PLAIN), config)}, {said}"
+            yield Row(f"{_label(run, config)}, {said}, beside none", Key(run, attack, on), beside)
 
 
-def _label(run: Run) -> str:
+def _label(run: Run, config: StudyConfig) -> str:
     parts = [{"lora": "LoRA", "dora": "DoRA"}[run.peft]]
     parts.append("without MacDrop" if run.schedule == PLAIN else run.schedule)
     parts += [run.scope] if run.scope != "massive" or run.schedule.startswith("constant") else []
     parts += ["a mask each micro-batch"] if run.resample != "step" else []
     parts += [f"micro-batches of {run.batch_size}"] if run.batch_size is not None else []
     parts += [f"k={run.k}"] if run.k != MASSIVE else []
-    return ", ".join([*parts, f"lr {run.lr:g}"])
+    parts += [f"lr {run.lr:g}"] if run.lr != config.training.lr else []
+    return ", ".join(parts)
 
 
 def _attack(attack: str, on: On = "base") -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from mwtool.errors import BadValue, MwtoolError, line_of
+from mwtool.errors import BadValue, line_of
 from mwtool.evaluation.evaluate import check
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.files.atomic_write import check_free, write
@@ -32,21 +34,7 @@ from mwtool.reproduction.document import DOCUMENT, PAGE, document_of, earlier
 from mwtool.reproduction.page import page_of
 from mwtool.reproduction.plot import save_figures
 from mwtool.reproduction.runs import Evaluation, Kind, Run, possible, wanted, with_tasks
-
-FORESEEN = (MwtoolError, ImportError, OSError, RuntimeError, ValueError)
-"""Failures of one step, out of memory among them, after which the others go on."""
-Work = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One step, or the steps of one fine-tuning run in their order.
-
-    name: as it is reported. steps: each with its command and what it does.
-    """
-
-    name: str
-    steps: tuple[tuple[str, Work], ...]
+from mwtool.reproduction.worker import Job, StepFailed, Work, begin, do
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,18 +150,21 @@ class Study:
         for number, job in enumerate(jobs, 1):
             self.on_note(f"{job.name} ({number} of {len(jobs)})")
             try:
-                _do(job)
-            except _StepFailed as fault:
+                do(job)
+            except StepFailed as fault:
                 self._failed(job, fault)
             self.save()
 
     def _side_by_side(self, jobs: Sequence[Job], at_once: int) -> list[Job]:
         """Each job in a process of its own, `at_once` of them at a time; what fails is returned, the others go on."""
         failed = []
+        context = get_context("spawn")
+        stop = context.Event()
         with ProcessPoolExecutor(
-            at_once, mp_context=get_context("spawn"), initializer=_begin, initargs=(self.in_worker,)
+            at_once, mp_context=context, initializer=begin, initargs=(self.in_worker, stop)
         ) as pool:
-            started: dict[Future[None], Job] = {pool.submit(_do, job): job for job in jobs}
+            with _ignored_by_children():
+                started: dict[Future[None], Job] = {pool.submit(do, job): job for job in jobs}
             try:
                 for number, future in enumerate(as_completed(started), 1):
                     fault = future.exception()
@@ -186,44 +177,26 @@ class Study:
                         failed.append(started[future])
                     self.save()
             except KeyboardInterrupt:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
         return failed
 
     def _failed(self, job: Job, fault: BaseException) -> None:
-        error = str(fault) if isinstance(fault, _StepFailed) else line_of(fault, whole=True)
-        command = fault.command if isinstance(fault, _StepFailed) else job.steps[0][0]
+        error = str(fault) if isinstance(fault, StepFailed) else line_of(fault, whole=True)
+        command = fault.command if isinstance(fault, StepFailed) else job.steps[0][0]
         self.failures.append({"step": job.name, "command": command, "error": error})
         self.on_note(f"{job.name} failed: {error}")
 
 
-class _StepFailed(Exception):
-    """A step that failed: its message and its command, which travel from a worker process."""
-
-    def __init__(self, message: str, command: str) -> None:
-        super().__init__(message, command)
-        self.command = command
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def _do(job: Job) -> None:
-    for command, work in job.steps:
-        try:
-            work()
-        except FORESEEN as fault:
-            steps.free()
-            raise _StepFailed(line_of(fault, whole=True), command) from fault
-
-
-def _begin(first: Work | None) -> None:
-    """In a worker process: those side by side share the CPU."""
-    import torch
-
-    torch.set_num_threads(1)
-    if first is not None:
-        first()
+@contextmanager
+def _ignored_by_children() -> Iterator[None]:
+    """Processes started inside the block ignore Ctrl-C, until `begin`: they would print where it hit an import."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _evaluation(config: StudyConfig, run: Run | None, one: Evaluation) -> tuple[str, Work]:

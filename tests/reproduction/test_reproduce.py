@@ -48,7 +48,7 @@ def line(document: dict[str, Any], table: str, label: str) -> dict[str, Any]:
 
 def test_every_cell_is_what_the_command_of_its_line_measures(study: Path, tmp_path: Path) -> None:
     document = document_in(study)
-    attacked = line(document, "table4", "DoRA, step:0.8, lr 0.0001, zero:3")
+    attacked = line(document, "table4", "DoRA, step:0.8, zero:3")
     command = next(one for one in attacked["commands"] if "base.texts.json" in one).split()[1:]
     command[command.index("-o") + 1] = str(tmp_path / "again.json")
     assert run(*command).code == 0
@@ -60,7 +60,7 @@ def test_every_cell_is_what_the_command_of_its_line_measures(study: Path, tmp_pa
 
 
 def test_the_adapter_is_the_one_that_finetune_trains_bit_for_bit(study: Path, tmp_path: Path) -> None:
-    trained = line(document_in(study), "table3", "LoRA, step:0.8, lr 0.0001")["commands"][0].split()[1:]
+    trained = line(document_in(study), "table3", "LoRA, step:0.8")["commands"][0].split()[1:]
     name = Path(trained[trained.index("-o") + 1]).name
     trained[trained.index("-o") + 1] = str(tmp_path / "again")
     assert run(*trained).code == 0
@@ -73,7 +73,7 @@ def test_a_finished_study_is_not_measured_again_and_seeds_may_be_added(folder: P
     ran = reproduce(folder, study, "--only", "table3", "--device", "cpu", "--seeds", 2)
     assert ran.code == 0, ran.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    cell = line(document_in(study), "table3", "LoRA, step:0.8, lr 0.0001")["cells"]["words"]
+    cell = line(document_in(study), "table3", "LoRA, step:0.8")["cells"]["words"]
     assert (cell["seeds"], cell["over"], len(cell["values"])) == ([0, 1], "seeds", 2)
     low, high = cell["interval"]
     assert low < min(cell["values"]) <= cell["value"] <= max(cell["values"]) < high
@@ -101,7 +101,7 @@ def test_every_key_of_the_document_is_described(study: Path) -> None:
         re.findall(r"`([a-z0-9_]+)`", text.split("\n## ")[1] + text.partition("## `mwtool.reproduction/1`")[2])
     )
     document = document_in(study)
-    attacked = line(document, "table4", "DoRA, step:0.8, lr 0.0001, zero:3")
+    attacked = line(document, "table4", "DoRA, step:0.8, zero:3")
     cell = attacked["cells"]["words"]
     names = {*document, *document["tables"][0], *document["tables"][0]["columns"][0], *attacked, *cell, *cell["change"]}
     assert names - described == set()
@@ -109,9 +109,9 @@ def test_every_key_of_the_document_is_described(study: Path) -> None:
 
 def test_what_macdrop_changes_stands_beside_training_without_it(study: Path) -> None:
     document = document_in(study)
-    one = line(document, "table4", "DoRA, step:0.8, lr 0.0001, zero:3 merged, beside none")
+    one = line(document, "table4", "DoRA, step:0.8, zero:3 merged, beside none")
     values = [
-        line(document, "table4", f"DoRA, {name}, lr 0.0001, zero:3 merged")["cells"]["words"]["value"]
+        line(document, "table4", f"DoRA, {name}, zero:3 merged")["cells"]["words"]["value"]
         for name in ("step:0.8", "without MacDrop")
     ]
     assert one["cells"]["words"]["change"]["value"] == pytest.approx(values[0] / values[1])
@@ -158,7 +158,7 @@ def test_a_model_without_massive_weights_gives_a_page_that_says_so(tmp_path: Pat
     page = (tmp_path / "study" / "reproduction.md").read_text()
     assert "The scan found no massive weights" in page
     labels = [one["label"] for table in document_in(tmp_path / "study")["tables"] for one in table["lines"]]
-    assert set(labels) == {"original", "LoRA, without MacDrop, lr 0.0001", "DoRA, without MacDrop, lr 0.0001"}
+    assert set(labels) == {"original", "LoRA, without MacDrop", "DoRA, without MacDrop"}
 
 
 def test_a_run_that_fails_is_named_with_its_command_and_the_others_go_on(
@@ -181,7 +181,7 @@ def test_a_run_that_fails_is_named_with_its_command_and_the_others_go_on(
     assert [one["error"] for one in failures] == ["out of memory"] * 2
     assert all("mwtool finetune" in one["command"] and "--peft dora" in one["command"] for one in failures)
     assert "out of memory" in (tmp_path / "study" / "reproduction.md").read_text()
-    assert line(document_in(tmp_path / "study"), "table3", "LoRA, step:0.8, lr 0.0001")["cells"]["words"]["value"]
+    assert line(document_in(tmp_path / "study"), "table3", "LoRA, step:0.8")["cells"]["words"]["value"]
     monkeypatch.undo()
     assert reproduce(folder, tmp_path / "study", "--only", "table3", "--device", "cpu").code == 0
     assert document_in(tmp_path / "study")["failures"] == []
