@@ -61,10 +61,15 @@ def shards(plain: Path, folder: Path, *, legacy: bool, **index: Any) -> Path:
     return folder
 
 
-def figures(folder: Path) -> tuple[Any, ...]:
-    scan = scan_checkpoint(str(folder))
-    assert scan.massive is not None
-    return scan.massive, [state.hidden.tolist() for state in scan.states]
+def assert_scanned_alike(folder: Path, plain: Path) -> None:
+    """The same rows, and states within 1e-5: on some processors the last bits of a matrix product depend on where a
+    file's tensors lie in memory, and formats align them differently. Weights themselves are compared bit for bit."""
+    found, expected = scan_checkpoint(str(folder)), scan_checkpoint(str(plain))
+    assert found.massive is not None
+    assert expected.massive is not None
+    assert (found.massive.layer, found.massive.indices) == (expected.massive.layer, expected.massive.indices)
+    for one, other in zip(found.states, expected.states, strict=True):
+        torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("index", [{}, {"metadata": {}}, {"metadata": {"dtype": "nonsense"}}], ids=str)
@@ -76,7 +81,7 @@ def test_the_index_decides_which_shard_a_tensor_is_read_from(
     folder = shards(plain, tmp_path / "model", legacy=legacy, **index)
     found = load(str(folder))
     assert digest(found.base) == digest(load(str(plain)).base)
-    assert figures(folder) == figures(plain)
+    assert_scanned_alike(folder, plain)
     suffix = "bin" if legacy else "safetensors"
     said = f"is stored in a.{suffix} and in z.{suffix}, and 17 more tensors likewise; {INDEX[legacy]} decides"
     assert [note for note in found.notes if said in note], found.notes
@@ -117,7 +122,7 @@ def test_a_million_names_in_an_index_are_sorted_out_before_any_is_renamed(plain:
     absurd = {f"model.layers.{number}.mlp.up_proj.weights": "a.safetensors" for number in range(100_000)}
     path.write_text(json.dumps({"weight_map": {**absurd, **files}}))
     assert set(open_checkpoint(locate(str(folder))).files) == set(files)
-    assert figures(folder) == figures(plain)
+    assert_scanned_alike(folder, plain)
 
 
 def test_where_there_are_several_checkpoints_all_commands_take_the_same(plain: Path, tmp_path: Path) -> None:
@@ -139,7 +144,7 @@ def test_where_there_are_several_checkpoints_all_commands_take_the_same(plain: P
             assert open_checkpoint(locate(str(folder))).shards == ("named.safetensors",)
             continue
         assert digest(load(str(folder)).base) == expected
-        assert figures(folder) == figures(plain)
+        assert_scanned_alike(folder, plain)
     files = dict.fromkeys(other, "model.safetensors") | {"model.norm.weight": "model-00001-of-00001.safetensors"}
     folder = tmp_path / "model-00001-of-00001.safetensors"
     (folder / INDEX[False]).write_text(json.dumps({"weight_map": files}))
@@ -223,7 +228,7 @@ def test_an_adapter_beside_a_whole_model_is_never_applied_and_a_note_says_so(
         assert digest(found.base) == digest(load(str(plain)).base)
         assert found.on is None
         assert any(said in note and "the model is used without the adapter" in note for note in found.notes)
-    assert figures(folder) == figures(plain)
+    assert_scanned_alike(folder, plain)
     assert any(said in note for note in scan_checkpoint(str(folder)).notes)
     save_attacked(found, [Edit(found.layers[1].ffns[0], (17,))], Attack("zero", 1), tmp_path / "saved")
     assert list((tmp_path / "saved").glob("adapter*")) == []
@@ -237,7 +242,7 @@ def test_an_adapter_with_its_base_s_configuration_beside_it_is_an_adapter(
     found, expected = load(str(folder), on="merged"), load(str(adapter), on="merged")
     assert digest(found.base) == digest(expected.base) != digest(load(str(plain)).base)
     assert found.source.adapter == str(folder)
-    assert figures(folder) == figures(plain)
+    assert_scanned_alike(folder, plain)
     trained = run("finetune", folder, "--data", tmp_path / "none.jsonl", "-o", tmp_path / "out")
     assert "is a PEFT adapter, and training begins with a new one" in trained.fault
 
