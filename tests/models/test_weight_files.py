@@ -62,8 +62,11 @@ def shards(plain: Path, folder: Path, *, legacy: bool, **index: Any) -> Path:
 
 
 def assert_scanned_alike(folder: Path, plain: Path) -> None:
-    """The same rows, and states within 1e-5: on some processors the last bits of a matrix product depend on where a
-    file's tensors lie in memory, and formats align them differently. Weights themselves are compared bit for bit."""
+    """The same rows, and states within 1e-5.
+
+    On some processors the last bits of a matrix product depend on where a file's tensors lie in memory, and formats
+    align them differently. Weights themselves are compared bit for bit.
+    """
     found, expected = scan_checkpoint(str(folder)), scan_checkpoint(str(plain))
     assert found.massive is not None
     assert expected.massive is not None
