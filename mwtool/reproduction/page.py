@@ -74,7 +74,8 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     if change is not None:
         sign = "x" if change["kind"] == "ratio" else "+" if change["value"] >= 0 else ""
         text += f"<br>{sign}{_number(change['value'])}{_interval(change['interval'])}"
-    return text + (f"<br>{len(cell['seeds'])} seeds" if len(cell["seeds"]) > 1 else "")
+    kind = "draws" if cell["over"] == "draws" else "seeds"
+    return text + (f"<br>{len(cell['seeds'])} {kind}" if len(cell["seeds"]) > 1 else "")
 
 
 def _interval(interval: Sequence[float] | None) -> str:
