@@ -244,8 +244,9 @@ def scan(
     _refuse(triggers is not None and text is None, "--triggers writes what --text finds; add --text FILE")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
-    if check is not None:
-        _refuse(Path(check).is_dir(), f"--check takes a text, and {check} is a folder; write MODEL before --check")
+    for name, given in (("--check", check), ("--sinks", sinks), ("--text", text)):
+        if given is not None:
+            _refuse(Path(given).is_dir(), f"{name} takes a text, and {given} is a folder; write MODEL before {name}")
     outputs = Outputs(output, plot, report, table)
     outputs.check()
     if triggers is not None:

@@ -104,3 +104,10 @@ def test_a_model_without_events_or_without_a_tokenizer_is_one_line(tmp_path: Pat
 def test_wrong_usage_is_exit_2(folder: Path, arguments: tuple[object, ...]) -> None:
     ran = run("scan", folder, *arguments)
     assert (ran.code, ran.out) == (2, "")
+
+
+@pytest.mark.parametrize("option", ["--check", "--sinks", "--text"])
+def test_an_option_that_took_the_model_for_its_text_says_so(folder: Path, option: str) -> None:
+    ran = run("scan", option, folder)
+    assert ran.code == 2
+    assert f"write MODEL before {option}" in " ".join(ran.err.split())
