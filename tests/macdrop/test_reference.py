@@ -113,7 +113,6 @@ def test_a_reference_that_keeps_a_graph_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's, without a GPU
 def test_trls_dpo_compares_with_the_pre_trained_model(tmp_path: Path) -> None:
     """What its reference computes inside the training steps is what a clean copy computes of the same inputs."""
-    pytest.importorskip("trl", minversion="1.0", reason="with transformers 5, older ones import mergekit for DPO")
     from trl import DPOConfig, DPOTrainer
 
     loaded = planted(tmp_path / "model", num_hidden_layers=4)
