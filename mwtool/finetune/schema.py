@@ -109,7 +109,7 @@ class Settings(Strict):
     packing: bool
     on_prompt: bool
     gradient_checkpointing: bool | None
-    padding_free: bool | None
+    padding_free: bool | None = None  # absent from the first documents of this schema
     quantize: Quantize | None
     eval_share: Share
     seed: Seed
