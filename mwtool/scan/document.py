@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mwtool.files.document import envelope
 from mwtool.massive import SCHEMA
 from mwtool.scan.capture import SuperWeight
 from mwtool.scan.definitions import Event, Trace, Write, median
@@ -12,7 +11,7 @@ from mwtool.scan.protect import Protected
 from mwtool.scan.published import published
 from mwtool.scan.ranking import Router
 from mwtool.scan.scanner import Scan
-from mwtool.scan.states_document import states_of
+from mwtool.scan.states_document import envelope_of, states_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,15 +27,7 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
 
     one, bos, limits = scan.identity, scan.bos, scan.settings.thresholds
     document = {
-        **envelope(
-            SCHEMA,
-            model=one.model,
-            revision=one.revision,
-            model_type=one.model_type,
-            dtype=scan.dtype,
-            device=scan.device,
-            command=command,
-        ),
+        **envelope_of(SCHEMA, scan, command),
         "shape": one.shape,
         "parameters": scan.parameters,
         "thresholds": {

@@ -19,6 +19,20 @@ TOKENS = 50
 """Tokens that a scan document lists; a document of triggers has them all."""
 
 
+def envelope_of(schema: str, scan: Scan, command: str | None) -> dict[str, Any]:
+    """The first keys of a document made from a scan."""
+    one = scan.identity
+    return envelope(
+        schema,
+        model=one.model,
+        revision=one.revision,
+        model_type=one.model_type,
+        dtype=scan.dtype,
+        device=scan.device,
+        command=command,
+    )
+
+
 def states_of(scan: Scan) -> dict[str, Any]:
     """The keys of a scan document on whole texts, and how bos is routed in every layer."""
     return {
@@ -44,17 +58,9 @@ def trigger_document(scan: Scan, command: str | None = None) -> dict[str, Any]:
 
     if scan.triggers is None:
         raise ValueError("the scan was made without a text to search for triggers")
-    one, limits = scan.identity, scan.settings.thresholds
+    limits = scan.settings.thresholds
     document = {
-        **envelope(
-            TRIGGERS,
-            model=one.model,
-            revision=one.revision,
-            model_type=one.model_type,
-            dtype=scan.dtype,
-            device=scan.device,
-            command=command,
-        ),
+        **envelope_of(TRIGGERS, scan, command),
         "magnitude": limits.magnitude,
         "ratio": limits.ratio,
         "bos": None if scan.bos.how == "none" else scan.bos.id,
