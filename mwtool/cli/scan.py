@@ -11,11 +11,11 @@ import typer
 
 from mwtool.ablation.config import CheckConfig
 from mwtool.cli import options
-from mwtool.cli.command import Command
+from mwtool.cli.command import MODEL, Command
 from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.cli.startup import rarely_collecting, without_scipy
-from mwtool.models.load_options import DType, LoadOptions
+from mwtool.models.load_options import Download, DType, LoadOptions
 from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ BY_HAND, TABLES, CHECK = "Choosing another event or other rows", "More tables", 
 WHOLE = "Whole texts"
 """Panels of `--help`."""
 DEFAULTS = Settings()
+DOWNLOAD: Download = "auto"
 LIMITS, LOADING, CHECKING = DEFAULTS.thresholds, LoadOptions(), CheckConfig()
 EXAMPLES = """\
 mwtool scan                              # the bundled model
@@ -218,6 +219,13 @@ def scan(
     ] = None,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
+    download: Annotated[
+        Download,
+        typer.Option(
+            help="Of weights on the Hub that are not in the cache: fetch the tensors read by ranges, or files whole.",
+            rich_help_panel=MODEL,
+        ),
+    ] = DOWNLOAD,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
@@ -261,7 +269,9 @@ def scan(
         by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
         texts=_texts(positions, attention, sinks, text, limit, window),
     )
-    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file)
+    if check is not None and download == "auto":
+        download = "whole"  # the model is loaded whole afterwards
+    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download)
     from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
 
     note_all(found.notes)
@@ -351,6 +361,7 @@ def _scan(
     device: str,
     trust: bool,
     gguf_file: str | None,
+    download: Download,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
@@ -364,6 +375,7 @@ def _scan(
             device=device,
             trust_remote_code=trust,
             gguf_file=gguf_file,
+            download=download,
             on_layer=on_layer,
         )
 

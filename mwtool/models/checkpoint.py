@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from mwtool.errors import BadCheckpoint, line_of
+from mwtool.errors import BadCheckpoint, UnsupportedModel, line_of
 from mwtool.files.text import shown
 from mwtool.models.gguf_checkpoint import lazy_tensors
 from mwtool.models.gguf_header import LFS_POINTER
+from mwtool.models.hub_ranges import NoRanges
+from mwtool.models.load_options import Download
+from mwtool.models.remote_tensors import RemoteTensors, open_remote
 from mwtool.models.source import Source
 from mwtool.models.weight_files import LEGACY, LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX, WeightFiles, find_weights
 
@@ -49,6 +52,7 @@ class Checkpoint:
     legacy: dict[str, Tensor] | None = None
     as_transformers: bool = True
     notes: list[str] = field(default_factory=list)
+    _remote: dict[str, RemoteTensors] = field(default_factory=dict)
 
     @contextmanager
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -90,10 +94,14 @@ class Checkpoint:
         return name if self.source.gguf is None else self.source.gguf.conversion.tensors[name].tensor
 
     def _open(self, file: str) -> Any:
-        path = self.source.path(file)
-        if path is None:
+        if file in self._remote:
+            return self._remote[file]
+        handle = _opened(self.source, file, self.source.download)
+        if handle is None:
             raise BadCheckpoint(f"{self.source.name}: {self.index} names {file}, which is not there; get it again")
-        return open_safetensors(path)
+        if isinstance(handle, RemoteTensors):
+            self._remote[file] = handle
+        return handle
 
     def look_inside(self) -> None:
         """Leave out names of the index that no file has; note tensors that lie in a second file too."""
@@ -122,6 +130,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     Raises BadCheckpoint if there are none, the index is damaged or a file cannot be read.
     """
     if source.gguf is not None:
+        if source.download == "ranges" and source.repo is not None:
+            raise UnsupportedModel(f"{source.name} is a GGUF file, which is fetched whole; leave out --download ranges")
         entries = source.gguf.header.tensors
         files = {name: entries[one.tensor].file.name for name, one in source.gguf.conversion.tensors.items()}
         return Checkpoint(source=source, files=files, shards=tuple(sorted(set(files.values()))))
@@ -144,6 +154,19 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if source.repo is None:  # a Hub's files are fetched when they are first read
         checkpoint.look_inside()
     return checkpoint
+
+
+def _opened(source: Source, file: str, download: Download) -> Any:
+    """A safetensors file, to be read in place or from the Hub by ranges; None where there is no such file."""
+    if download != "whole" and source.repo is not None and not (source.folder / file).exists():
+        assert source.revision is not None
+        try:
+            return open_remote(source.repo, file, source.revision)
+        except NoRanges:
+            if download == "ranges":
+                raise
+    path = source.path(file)
+    return None if path is None else open_safetensors(path)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -170,10 +193,10 @@ def _is_pointer(path: Path) -> bool:
 
 def _single(source: Source, found: WeightFiles) -> Checkpoint:
     (file,) = found.shards
-    path = source.path(file)
-    if path is None:
+    handle = _opened(source, file, source.download)
+    if handle is None:
         raise BadCheckpoint(f"{source.name} has no {file}; get it again")
-    with open_safetensors(path) as handle:
+    with handle:
         files = dict.fromkeys(handle.keys(), file)
     return Checkpoint(source=source, files=files, shards=found.shards, notes=list(found.notes))
 
@@ -181,6 +204,8 @@ def _single(source: Source, found: WeightFiles) -> Checkpoint:
 def _legacy(source: Source, found: WeightFiles) -> Checkpoint:
     import torch
 
+    if source.download == "ranges" and source.repo is not None:
+        raise UnsupportedModel(f"{source.name} has .bin files, which are read whole; leave out --download ranges")
     held: dict[str, Mapping[str, Any]] = {}
     for file in found.shards:
         path = source.path(file)

@@ -21,7 +21,7 @@ def fetch_small(repo: str, revision: str | None, patterns: Sequence[str]) -> Pat
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # a dozen small files; the weights show their own progress
-    found = _asking(repo, revision, lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    found = asking(repo, revision, lambda: snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     return Path(found)
 
 
@@ -40,7 +40,7 @@ def fetch(repo: str, file: str, revision: str | None) -> Path | None:
             return None
 
     enable_progress_bars()
-    path = _asking(repo, revision, download)
+    path = asking(repo, revision, download)
     return None if path is None else Path(path)
 
 
@@ -52,7 +52,7 @@ def holds(repo: str, file: str, revision: str | None) -> bool:
         return True
     if constants.is_offline_mode():
         return False
-    return _asking(repo, revision, lambda: HfApi().file_exists(repo, file, revision=revision))
+    return asking(repo, revision, lambda: HfApi().file_exists(repo, file, revision=revision))
 
 
 def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
@@ -61,7 +61,7 @@ def files_of(repo: str, revision: str | None, folder: Path) -> list[str]:
 
     if constants.is_offline_mode():
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    return _asking(repo, revision, lambda: HfApi().list_repo_files(repo, revision=revision))
+    return asking(repo, revision, lambda: HfApi().list_repo_files(repo, revision=revision))
 
 
 WAITS = (2.0,)
@@ -71,8 +71,8 @@ FOREIGN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 """What huggingface_hub raises, beside its own errors, over answers that are not those of a Hub."""
 
 
-def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """Call the Hub, once more where it fails for a moment, and turn its errors into one-line messages."""
+def asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
+    """Call the Hub, once more where it fails for a moment, and turn its errors into one line. Raises ModelNotFound."""
     from huggingface_hub import constants, errors
 
     at = f" at revision {revision}" if revision else ""
@@ -91,7 +91,7 @@ def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
             f"(if it is private: `hf auth login`)"
         ) from fault
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as fault:
-        status = _status(fault)
+        status = status_of(fault)
         why = f"{constants.ENDPOINT} cannot be reached" if status is None else _refusal(status)
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else why
         here = "" if "/" in repo else f"there is no folder {repo} here, "
@@ -100,7 +100,7 @@ def _asking(repo: str, revision: str | None, ask: Callable[[], T]) -> T:
             f"give a local folder instead, such as one made by `hf download {repo} --local-dir DIR`"
         ) from fault
     except errors.HTTPError as fault:
-        status = _status(fault)
+        status = status_of(fault)
         why = f"{constants.ENDPOINT} failed: {line_of(fault)}" if status is None else _refusal(status)
         raise ModelNotFound(f"{repo}{at} could not be fetched: {why}") from fault
     except json.JSONDecodeError as fault:
@@ -122,7 +122,7 @@ def _repeated(ask: Callable[[], T]) -> T:
         try:
             return ask()
         except (OSError, HTTPError) as fault:
-            if _status(fault) not in PASSING:
+            if status_of(fault) not in PASSING:
                 raise
             time.sleep(wait)
     return ask()
@@ -143,7 +143,7 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _status(fault: BaseException) -> int | None:
+def status_of(fault: BaseException) -> int | None:
     """The HTTP status behind an exception, which may be that of an exception it was raised for."""
     seen: set[int] = set()
     one: BaseException | None = fault

@@ -78,6 +78,15 @@ class Rows:
         return self.tensor.get_dtype() if hasattr(self.tensor, "get_dtype") else self.tensor.dtype
 
 
+def fetch(tensor: Any) -> None:
+    """Have a lazy tensor on this machine before it is read: of the Hub's, what is not in the cache is fetched."""
+    if isinstance(tensor, Rows):
+        if hasattr(tensor.tensor, "fetch"):
+            tensor.tensor.fetch(list(tensor.rows))
+    elif hasattr(tensor, "fetch"):
+        tensor.fetch()
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMap:
     """The checkpoint names of a model's weights.

@@ -11,6 +11,8 @@ On = Literal["base", "merged"]
 """Where attacks act on a PEFT adapter folder's model: on the base model below the adapter, or on the sum of both."""
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How accelerate distributes a model over the devices."""
+Download = Literal["auto", "whole", "ranges"]
+"""What a scan fetches from the Hub: files that are not in the cache by ranges where they can be, or files whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

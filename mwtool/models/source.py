@@ -23,6 +23,7 @@ from mwtool.files.text import link_fault, read_json, shown
 from mwtool.models.gguf_header import is_gguf
 from mwtool.models.gguf_model import GGUFModel, Vocabulary, models_among, open_gguf
 from mwtool.models.hub import fetch, fetch_small, files_of
+from mwtool.models.load_options import Download
 from mwtool.models.weight_files import find_weights, present
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Source:
     adapter: folder of the PEFT adapter that was asked for, where this is its base model.
     notes: what was decided on the user's behalf, one sentence each.
     gguf: the model's GGUF file, where it is one; then `folder` need not hold anything else.
+    download: whether weight files of the Hub are fetched whole, or of those not in the cache only what is read.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Source:
     adapter: str | None = None
     notes: tuple[str, ...] = ()
     gguf: GGUFModel | None = None
+    download: Download = "whole"
 
     @property
     def reference(self) -> str:

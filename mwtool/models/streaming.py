@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint, open_checkpoint
-from mwtool.models.key_mapping import ExpertTensors, Rows, absent, tensor_map
+from mwtool.models.key_mapping import ExpertTensors, Rows, absent, fetch, tensor_map
 from mwtool.models.meta_model import build
 from mwtool.models.quantization import refuse_unscaled
 
@@ -222,6 +222,8 @@ class Stream:
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
             }
+            for tensor in lazy.values():
+                fetch(tensor)  # here, where it can be interrupted and its errors are not those of a conversion
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, self.load_config)
         for name, found, expected in sorted(info.mismatched_keys):
             raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")

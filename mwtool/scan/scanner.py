@@ -8,7 +8,7 @@ intermediate state, w_l what the FFN adds to the stream, all for bos at the firs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.layout import Adapter
@@ -17,6 +17,7 @@ from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.bos import Bos
 from mwtool.models.identity import identity_of
+from mwtool.models.load_options import Download
 from mwtool.models.source import Source, locate
 from mwtool.scan.by_hand import ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
@@ -137,6 +138,7 @@ def scan_checkpoint(
     device: str = "cpu",
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    download: Download = "auto",
     on_layer: OnLayer | None = None,
 ) -> Scan:
     """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
@@ -144,13 +146,17 @@ def scan_checkpoint(
     model: Hub id, folder, PEFT adapter folder (its base model is scanned), GGUF file or ``demo``.
     dtype: ``auto`` (as stored; bfloat16 for quantized GGUF), ``float32``, ``bfloat16`` or ``float16``.
     gguf_file: which GGUF file of a folder or Hub repository that holds several.
+    download: of weight files on the Hub that are not in the cache, ``ranges`` fetches only what is read, ``whole`` each
+    that is needed, and ``auto`` ranges where the server gives them.
     Raises MwtoolError, saying what was found and expected.
     """
     settings = settings or Settings()
     source = (
         model
         if isinstance(model, Source)
-        else locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
+        else replace(
+            locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file), download=download
+        )
     )
     return _scan(streamed(source, settings, dtype, device), settings, on_layer)
 

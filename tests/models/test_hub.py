@@ -50,7 +50,7 @@ def shards(names: list[str]) -> set[str]:
 
 
 def test_a_model_is_scanned_by_id_and_only_the_shards_it_needs_are_fetched(models: hub.Hub, folder: Path) -> None:
-    found = run("scan", "some/model", "--layers", "0-5", "--json")
+    found = run("scan", "some/model", "--layers", "0-5", "--download", "whole", "--json")
     assert found.code == 0, found.err
     local = run("scan", folder, "--layers", "0-5", "--json").document
     assert found.document["partial"]

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+Mood = Literal["drop", "short", "none", "long", "ignore", "etag", "size", "shift"] | int
+"""How a range is not what it should be; a number is a status."""
 
 
 @dataclass
@@ -36,8 +40,35 @@ class Hub:
     """What every request gets: a portal before a network, a server that is down."""
     listed: list[dict[str, object]] = field(default_factory=list)
     """Further files a repository says it has."""
+    parts: list[tuple[str, int, int]] = field(default_factory=list)
+    """File, first byte and the one behind the last, of each range that was asked for, in order."""
+    moods: list[Mood] = field(default_factory=list)
+    """What becomes of requests for ranges, in order, each once; afterwards they are answered well."""
+    elsewhere: str | None = None
+    """Where requests for weights are redirected to: another host, as a CDN."""
+    tokens: list[str] = field(default_factory=list)
+    """Every Authorization header that arrived."""
     versions: dict[str, tuple[str, Path]] = field(default_factory=dict)
     """Revision -> its commit and folder, for those that differ from the repository's own."""
+
+    def part(
+        self, path: str, wanted: str, answer: tuple[int, dict[str, str], bytes]
+    ) -> tuple[int, dict[str, str], bytes, int]:
+        """The answer to a request for a range, and how much of its body is sent before the connection drops."""
+        status, headers, content = answer
+        first, last = (int(one) for one in wanted.removeprefix("bytes=").split("-"))
+        self.parts.append((path.rpartition("/")[2], first, last + 1))
+        mood = self.moods.pop(0) if self.moods else None
+        if isinstance(mood, int):
+            return mood, {}, b"", 0
+        if mood == "ignore":
+            return status, headers, content, len(content)
+        end = {"short": (first + last + 1) // 2, "none": first}.get(str(mood), last + 1)
+        body, size = content[first:end] + b"more" * (mood == "long"), len(content) + (mood == "size")
+        headers = {**headers, "Content-Range": f"bytes {first + (mood == 'shift')}-{last}/{size}"}
+        if mood == "etag":
+            headers["ETag"] = '"another"'
+        return 206, headers, body, len(body) // 2 if mood == "drop" else len(body)
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body for a request."""
@@ -82,7 +113,11 @@ class Hub:
         if len(name) > 255 or not path.is_file():  # more is no file name here
             return _refusal(404, "EntryNotFound", "Entry not found")
         content = path.read_bytes()
-        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}, content
+        etag = hashlib.sha1(content).hexdigest()
+        if self.elsewhere is not None and path.suffix == ".safetensors":
+            there = {"Location": f"{self.elsewhere}/{repo}/resolve/{commit}/{name}", "X-Linked-Size": str(len(content))}
+            return 302, {**there, "X-Linked-ETag": f'"{etag}"', "X-Repo-Commit": commit}, b""
+        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, content
 
 
 def _refusal(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
@@ -94,6 +129,7 @@ def use(endpoint: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(cache.with_name(f"{cache.name}-assets")))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
@@ -114,6 +150,10 @@ def serving() -> Iterator[Hub]:
 
         def _respond(self, *, body: bool) -> None:
             status, headers, content = hub.answer(self.path)
+            hub.tokens += self.headers.get_all("Authorization", [])
+            sent = len(content)
+            if body and status == 200 and "Range" in self.headers:
+                status, headers, content, sent = hub.part(self.path, self.headers["Range"], (status, headers, content))
             if body and status == 200 and "/resolve/" in self.path:
                 hub.sent.append(self.path.rpartition("/")[2])
             self.send_response(status)
@@ -121,7 +161,8 @@ def serving() -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if body:
-                self.wfile.write(content)
+                self.wfile.write(content[:sent])
+                self.close_connection = self.close_connection or sent < len(content)
 
         def log_message(self, *_: object) -> None:
             """Nothing on stderr."""

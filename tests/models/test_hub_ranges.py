@@ -1,0 +1,218 @@
+"""Scans of models on the Hub by ranges: only what is read is fetched, and never a number that is wrong."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hub
+import pytest
+import tiny
+import torch
+from command import run
+from huggingface_hub import constants, utils
+
+from mwtool.models import remote_tensors
+
+SHARD = "model-00002-of-00009.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8 layers in 9 shards, massive in layer 1."""
+    model = tiny.model("llama", torch.bfloat16)
+    tiny.plant(model)
+    return tiny.saved(tmp_path_factory.mktemp("model"), model, max_shard_size="20KB")
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """The same model in one file."""
+    model = tiny.model("llama", torch.bfloat16)
+    tiny.plant(model)
+    return tiny.saved(tmp_path_factory.mktemp("single"), model)
+
+
+@pytest.fixture
+def models(folder: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]:
+    """A Hub with the model in shards and in one file, in the place of the real one, and an empty cache."""
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    with hub.serving() as served:
+        served.repos |= {"some/model": folder, "some/single": single}
+        hub.use(served.endpoint, tmp_path / "cache", monkeypatch)
+        yield served
+    utils.close_session()
+
+
+def scanned(model: object, *options: str) -> dict[str, Any]:
+    """The document of a scan, without what tells one model's name and commit from another's."""
+    ran = run("scan", model, "--json", *options)
+    assert (ran.code, ran.err) == (0, "")
+    return {key: value for key, value in ran.document.items() if key not in ("model", "revision", "command")}
+
+
+def tensors(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a file begin, and its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return 8 + length, json.loads(file.read(length))
+
+
+def read(models: hub.Hub, folder: Path) -> dict[str, int]:
+    """Tensor name -> bytes of it that were asked for."""
+    found: dict[str, int] = {}
+    for file, first, end in models.parts:
+        begin, header = tensors(folder / file)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (begin + one for one in entry["data_offsets"])
+                if overlap := max(0, min(end, stop) - max(first, start)):
+                    found[name] = found.get(name, 0) + overlap
+    return found
+
+
+@pytest.mark.parametrize("name", ["some/model", "some/single"])
+def test_a_scan_by_ranges_is_that_of_the_folder_and_reads_nothing_of_layers_not_walked(
+    models: hub.Hub, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tensors, "FIRST", 8)  # more would bring tensors of these small files along
+    folder = models.repos[name]
+    assert scanned(name, "--layers", "0-2") == scanned(folder, "--layers", "0-2")
+    assert [file for file in models.sent if file.endswith(".safetensors")] == []
+    asked = read(models, folder)
+    layers = {int(one.split(".")[2]) for one in asked if one.startswith("model.layers.")}
+    assert layers == {0, 1, 2}
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    assert asked.pop("model.embed_tokens.weight") == 2 * width  # one row of bfloat16
+    assert all(one.startswith("model.layers.") for one in asked)
+    held = {one: entry for path in folder.glob("*.safetensors") for one, entry in tensors(path)[1].items()}
+    whole = {one: held[one]["data_offsets"][1] - held[one]["data_offsets"][0] for one in asked}
+    assert asked == whole  # each tensor of these layers once, also those that are read again to rank rows
+
+
+def test_all_layers_by_ranges_are_those_of_the_folder(models: hub.Hub, folder: Path) -> None:
+    assert scanned("some/model", "--download", "ranges") == scanned(folder)
+
+
+def test_what_was_read_is_kept_and_needs_no_hub(models: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = scanned("some/model")
+    models.parts.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert scanned("some/model") == first
+    assert models.parts == []
+
+
+def test_shards_in_the_cache_are_used_as_they_are(models: hub.Hub) -> None:
+    whole = scanned("some/model", "--download", "whole")
+    assert scanned("some/model", "--download", "ranges") == whole
+    assert models.parts == []
+
+
+@pytest.mark.parametrize("mood", ["drop", "short", "none", 429, 500, 503])
+@pytest.mark.parametrize("where", ["header", "tensor"])
+def test_what_breaks_off_is_gone_on_with(models: hub.Hub, folder: Path, mood: hub.Mood, where: str) -> None:
+    models.moods = [mood]
+    if where == "tensor":
+        scanned("some/single", "--layers", "0-0")
+        models.moods = [mood, mood, mood]
+    assert scanned("some/single") == scanned(folder)
+    assert models.moods == []
+
+
+def test_bytes_that_arrived_are_not_asked_for_again(models: hub.Hub) -> None:
+    scanned("some/single", "--layers", "0-0")
+    models.parts.clear()
+    models.moods = ["drop"]
+    scanned("some/single", "--layers", "0-1")
+    (_, first, end), (_, again, stop) = models.parts[:2]
+    assert first < again < end == stop
+
+
+def test_an_interrupted_range_is_gone_on_with_by_the_next_run(models: hub.Hub, folder: Path) -> None:
+    scanned("some/single", "--layers", "0-0")
+    models.parts.clear()
+    models.moods = ["drop", 403]
+    assert "answered 403" in run("scan", "some/single").fault
+    before = models.parts[-1]
+    assert scanned("some/single") == scanned(folder)
+    assert models.parts[2] == before  # not from where the tensor begins
+
+
+REFUSED: dict[hub.Mood, str] = {
+    401: "answered 401 Unauthorized (log in with `hf auth login`",
+    403: "answered 403 Forbidden",
+    416: "answered 416",
+    "etag": "changed while it was read",
+    "size": "changed while it was read",
+    "shift": "were asked for, the answer says",
+    "long": "more bytes than were asked for",
+}
+
+
+@pytest.mark.parametrize("mood", REFUSED)
+@pytest.mark.parametrize("where", ["header", "tensor"])
+def test_what_cannot_be_right_is_refused_in_one_line(models: hub.Hub, mood: hub.Mood, where: str) -> None:
+    if where == "tensor":
+        scanned("some/single", "--layers", "0-0")
+    models.moods = [mood]
+    assert REFUSED[mood] in run("scan", "some/single").fault
+
+
+@pytest.mark.parametrize(("mood", "words"), [("none", "no more bytes arrive"), (429, "answered 429"), (503, "503")])
+def test_a_server_that_stays_so_is_told_in_one_line(models: hub.Hub, mood: hub.Mood, words: str) -> None:
+    scanned("some/single", "--layers", "0-0")
+    models.moods = [mood] * 99
+    assert words in run("scan", "some/single").fault
+
+
+def test_a_server_without_ranges_has_its_shards_fetched_whole_or_is_refused(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tensors, "FIRST", 8)  # else these small files are asked for whole
+    models.moods = ["ignore"] * 99
+    assert "does not give parts of model.safetensors" in run("scan", "some/single", "--download", "ranges").fault
+    assert scanned("some/model") == scanned(folder)
+
+
+def test_a_token_goes_to_the_hub_and_not_to_where_it_redirects(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with hub.serving() as cdn:
+        cdn.repos["some/model"] = folder
+        models.elsewhere = cdn.endpoint
+        assert scanned("some/model") == scanned(folder)
+        assert set(models.tokens) == {"Bearer hf_secret"}
+        assert cdn.tokens == []
+        assert len(cdn.parts) > 9
+        assert models.parts == []
+
+
+def test_a_file_that_changes_on_the_other_host_is_refused(models: hub.Hub, folder: Path) -> None:
+    with hub.serving() as cdn:
+        cdn.repos["some/model"] = folder
+        models.elsewhere = cdn.endpoint
+        cdn.moods = ["short", "etag"]
+        assert "changed while it was read" in run("scan", "some/model").fault
+
+
+def test_files_that_are_no_safetensors_are_refused(models: hub.Hub, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    models.repos["some/model"] = copy
+    content = (copy / SHARD).read_bytes()
+    for bad, words in (
+        (content[:-1], "cut short"),
+        (b"", "cut short"),
+        (b"\xff" * 100, "not safetensors"),
+        (struct.pack("<Q", 4) + b"[]  ", "no usable safetensors header"),
+        (struct.pack("<Q", 12) + b'{"a":{"x":1}', "no usable safetensors header"),
+    ):
+        (copy / SHARD).write_bytes(bad)
+        assert words in run("scan", "some/model").fault
