@@ -12,7 +12,7 @@ from mwtool.cli import options, process
 from mwtool.cli.command import MODEL, REQUIRED, Command
 from mwtool.cli.commands import single
 from mwtool.cli.curricula import curricula_of, only, show_curricula
-from mwtool.cli.finetune_run import Run, batch_of, drawn, needed, pushing, without_layers
+from mwtool.cli.finetune_run import Run, batch_of, drawn, locating, needed, pushing, without_layers
 from mwtool.finetune.config import LENGTH, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Resample, Scope
 from mwtool.models.load_options import DType
@@ -225,6 +225,16 @@ def finetune(
             show_default="on a GPU, if a trial shows that they do not",
         ),
     ] = DEFAULTS.padding_free,
+    group_by_length: Annotated[
+        bool,
+        _of_training("--group-by-length", help="Batches of sequences of similar length: less padding."),
+    ] = DEFAULTS.group_by_length,
+    torch_compile: Annotated[
+        bool, _of_training("--torch-compile", help="Compile the model (torch.compile).")
+    ] = DEFAULTS.torch_compile,
+    use_liger_kernel: Annotated[
+        bool, _of_training("--use-liger-kernel", help="Use Liger's kernels; needs a GPU and the package liger_kernel.")
+    ] = DEFAULTS.use_liger_kernel,
     seed: Annotated[
         int,
         _of_training(
@@ -279,10 +289,7 @@ def finetune(
     if show_curriculum:
         show_curricula(curricula, max_steps, epochs, plot)
         return
-    curriculum, data = only(curricula), needed(data, output, dry_run=dry_run)
-    from mwtool.models.source import locate
-
-    place = process.training_device(device)
+    curriculum, data, place = only(curricula), needed(data, output, dry_run=dry_run), process.training_device(device)
     recipe = Recipe(
         curriculum=curriculum,
         peft=peft,
@@ -301,6 +308,9 @@ def finetune(
         on_prompt=train_on_prompt,
         gradient_checkpointing=gradient_checkpointing,
         padding_free=padding_free,
+        group_by_length=group_by_length,
+        torch_compile=torch_compile,
+        use_liger_kernel=use_liger_kernel,
         quantize=quantize,
         eval_share=eval_share,
         seed=seed,
@@ -308,7 +318,7 @@ def finetune(
     )
     choice = options.chosen(massive=massive, event=event, layer=layer, expert=expert, indices=indices)
     Run(
-        locating=partial(locate, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
+        locating=partial(locating, model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file),
         recipe=recipe,
         asked=Asked(
             data=data,

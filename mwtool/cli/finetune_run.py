@@ -66,7 +66,9 @@ class Run:
 
     def _planned(self, recipe: Recipe, asked: Asked) -> Plan:
         from mwtool.finetune.batch_size import without_trial
+        from mwtool.finetune.kernels import refuse_on
 
+        refuse_on(self.device, recipe)
         plan = _planned(self.locating(), recipe, asked)
         if self.device.startswith("cuda"):
             return plan
@@ -115,6 +117,13 @@ class Run:
             if self.push is not None:
                 _push(folder, self.push)
             note(f"measure it with: {measuring(folder, plan)}")
+
+
+def locating(name: str, revision: str | None, **options: Any) -> Source:
+    """As `mwtool.models.source.locate`, which imports what `--help` does without."""
+    from mwtool.models.source import locate
+
+    return locate(name, revision, **options)
 
 
 def pushing(repo: str | None, *, private: bool, dry_run: bool) -> Destination | None:

@@ -21,6 +21,7 @@ from typing import Any
 from mwtool.errors import BadValue, OutputError
 from mwtool.files.atomic_write import hold, let_go, permissions
 from mwtool.files.document import text_of
+from mwtool.finetune.config import ADDED
 
 MARK = "mwtool_checkpoint.json"
 LOCK = ".mwtool.lock"
@@ -175,7 +176,8 @@ def _read(folder: Path) -> Checkpoint | None:
 
 def _refuse_other(found: Checkpoint, settings: Mapping[str, Any]) -> None:
     ours = json.loads(json.dumps(settings))
-    for name, value, other in _differences(found.settings, ours):
+    theirs = {**{name: False for name in ADDED if name in ours}, **found.settings}
+    for name, value, other in _differences(theirs, ours):
         raise BadValue(
             f"{found.folder} was made with {name} {_shown(value)}, and {name} is now {_shown(other)}: use what it "
             f"was made with, or train into another folder (-o)"

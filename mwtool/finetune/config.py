@@ -22,6 +22,8 @@ AUTO: Literal["auto"] = "auto"
 """A batch size that is still to be found: the largest that fits into memory."""
 FOUND = ("batch_size", "gradient_checkpointing", "padding_free")
 """Settings that a run finds by trials where they are not given."""
+ADDED = ("group_by_length", "torch_compile", "use_liger_kernel")
+"""Settings that were not set in a run of before they existed."""
 PAPER_STEPS = 579
 """Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
 FEW = 20
@@ -59,7 +61,9 @@ class Recipe:
     batch_size: sequences a device takes at once, `auto`: the largest number that fits; effective_batch: those of one
     optimizer step over all devices, reached by accumulation. gradient_checkpointing: recompute activations; None: only
     if nothing fits without. padding_free: put the sequences of a micro-batch behind each other in one row, without
-    padding; None: on a GPU, if a trial shows that they do not see each other. max_length: tokens of a sequence; None:
+    padding; None: on a GPU, if a trial shows that they do not see each other, and neither of the next two is set.
+    group_by_length: take sequences of similar length together. torch_compile: compile the model. use_liger_kernel:
+    replace parts of the model by Liger's kernels. max_length: tokens of a sequence; None:
     1024, or what the model has. max_steps: instead of epochs.
     warmup: share of the steps. target_modules: names of layers; empty: all linear layers but embeddings and head.
     eval_share: part of the sequences that is held out. dtype: what is computed in, a torch dtype's name.
@@ -82,6 +86,9 @@ class Recipe:
     on_prompt: bool = False
     gradient_checkpointing: bool | None = None
     padding_free: bool | None = None
+    group_by_length: bool = False
+    torch_compile: bool = False
+    use_liger_kernel: bool = False
     quantize: Quantize | None = None
     eval_share: float = 0.05
     seed: int = 0
@@ -109,6 +116,15 @@ class Recipe:
                 f"{processes} device{'s' if processes > 1 else ''}: change --effective-batch or --batch-size"
             )
         return self.effective_batch // at_once
+
+    @property
+    def wants_batches(self) -> bool:
+        """Whether a setting is of use for padded batches only.
+
+        Sequences of similar length have little padding to begin with, and a compiled model would be compiled again
+        for rows of other lengths, with attention that changes between training and evaluation.
+        """
+        return self.group_by_length or self.torch_compile
 
     @property
     def at_once(self) -> int:

@@ -52,7 +52,9 @@ def chosen(model: Any, recipe: Recipe) -> Any:
 
     Raises UnsupportedModel if the recipe wants the latter and sequences see each other then.
     """
-    if recipe.padding_free is False or (recipe.padding_free is None and not _has_kernel(model, recipe.dtype)):
+    if recipe.padding_free is None and (recipe.wants_batches or not _has_kernel(model, recipe.dtype)):
+        return collate
+    if recipe.padding_free is False:
         return collate
     with rows(model, recipe.dtype):
         apart = sees_itself_alone(model, recipe.dtype)

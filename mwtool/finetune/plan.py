@@ -13,6 +13,7 @@ from mwtool.architecture.validate import decoder_layers
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.finetune.config import FEW, LENGTH, Asked, Recipe
 from mwtool.finetune.data import Data, read_data
+from mwtool.finetune.kernels import refuse_together
 from mwtool.finetune.sequences import REASONS, Encoded, LeftOut, split
 from mwtool.finetune.tokenize import encode, named
 from mwtool.massive import RankedRows, load_massive
@@ -188,6 +189,7 @@ def _check_possible(source: Source, recipe: Recipe, processes: int) -> None:
     if source.gguf is not None:
         source.gguf.refuse_rotary_fault()
     recipe.accumulation(processes)
+    refuse_together(recipe, processes)
     if recipe.quantize and recipe.peft == "dora" and not recipe.curriculum.idle:
         raise UnsupportedModel(
             "DoRA's norm reads the rows, which are packed under --quantize, and MacDrop cannot drop from them there: "

@@ -110,6 +110,9 @@ class Settings(Strict):
     on_prompt: bool
     gradient_checkpointing: bool | None
     padding_free: bool | None = None  # absent from the first documents of this schema
+    group_by_length: bool = False
+    torch_compile: bool = False
+    use_liger_kernel: bool = False
     quantize: Quantize | None
     eval_share: Share
     seed: Seed

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from mwtool.finetune.loss import TrainedHead
 from mwtool.finetune.padding_free import padded
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 Collate = Callable[[Sequence[dict[str, Tensor]]], dict[str, Any]]
+
+
+class GroupedByLength(LengthGroupedSampler):
+    """Sequences of similar length together; the order follows from seed and epoch, which accelerate announces."""
+
+    def __init__(self, batch_size: int, *, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch. epoch: from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=self.generator))
 
 
 class TokenTrainer(Trainer):
@@ -41,6 +59,13 @@ class TokenTrainer(Trainer):
             compute_metrics=_token_mean,
             **options,
         )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As Trainer's; by length, in an order of each epoch that does not depend on where a run was resumed."""
+        made = super()._get_train_sampler(train_dataset)
+        if isinstance(made, LengthGroupedSampler):
+            return GroupedByLength(made.batch_size, lengths=made.lengths, seed=self.args.seed)
+        return made
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """As Trainer's, with the head at the trained positions alone."""

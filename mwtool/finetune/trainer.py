@@ -101,7 +101,7 @@ def train(
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
     with guard(trainer), stop.listening(), explained(recipe, folder, watch):
-        if trainer.trained_head is not None:
+        if trainer.trained_head is not None and not recipe.torch_compile:  # a compiled model does not see the hook
             trainer.trained_head.narrow_if_same()
         with suppress(NothingLeft), rows(model, recipe.dtype) if recipe.padding_free else nullcontext():
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
@@ -283,6 +283,9 @@ def _arguments(
         use_cpu=device == "cpu",
         dataloader_pin_memory=device != "cpu",
         ddp_find_unused_parameters=False,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        torch_compile=recipe.torch_compile,
+        use_liger_kernel=recipe.use_liger_kernel,
         **_checkpointing(recipe),
     )
     made._n_gpu = min(made.n_gpu, 1)  # noqa: SLF001 - several cards are several processes; never DataParallel
