@@ -226,6 +226,10 @@ def scan(
             rich_help_panel=MODEL,
         ),
     ] = DOWNLOAD,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show layers, tensors and bytes to be read, and stop.", rich_help_panel=MODEL),
+    ] = False,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
@@ -241,7 +245,7 @@ def scan(
     """Find the massive weights of a model, one decoder layer in memory at a time."""
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all
-    from mwtool.files.atomic_write import check_writable, write
+    from mwtool.files.atomic_write import check_writable
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
 
@@ -255,6 +259,8 @@ def scan(
     for name, given in (("--check", check), ("--sinks", sinks), ("--text", text)):
         if given is not None:
             _refuse(Path(given).is_dir(), f"{name} takes a text, and {given} is a folder; write MODEL before {name}")
+    others = (check, positions, sinks, text, triggers, output, plot, report, table, push_to_hub)
+    _refuse(dry_run and (json or any(one is not None for one in others)), PLAN_ALONE)
     outputs = Outputs(output, plot, report, table)
     outputs.check()
     if triggers is not None:
@@ -269,8 +275,10 @@ def scan(
         by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
         texts=_texts(positions, attention, sinks, text, limit, window),
     )
-    if check is not None and download == "auto":
-        download = "whole"  # the model is loaded whole afterwards
+    if dry_run:
+        _plan(model, settings, revision, trust_remote_code, gguf_file)
+        return
+    download = "whole" if check is not None and download == "auto" else download  # the model is loaded afterwards
     found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download)
     from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
 
@@ -280,9 +288,7 @@ def scan(
     document = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     outputs.keep(document)
     if triggers is not None:
-        from mwtool.scan.states_document import trigger_document
-
-        write(triggers, text_of(trigger_document(found, command_line())))
+        _write_triggers(found, triggers)
     if json:
         typer.echo(document, nl=False)
     else:
@@ -292,6 +298,28 @@ def scan(
         _draw_beside(document, plot)
     if destination is not None:
         _push(document, destination)
+
+
+def _write_triggers(found: Scan, triggers: Path) -> None:
+    from mwtool.cli.terminal import command_line
+    from mwtool.files.atomic_write import write
+    from mwtool.files.document import text_of
+    from mwtool.scan.states_document import trigger_document
+
+    write(triggers, text_of(trigger_document(found, command_line())))
+
+
+PLAN_ALONE = "--dry-run shows what a scan of bos reads and makes no results; leave out texts, --check and --json, files"
+
+
+def _plan(model: str, settings: Settings, revision: str | None, trust: bool, gguf_file: str | None) -> None:
+    """Show what would be read."""
+    from mwtool.cli.terminal import report_console
+    from mwtool.scan.plan import plan_scan
+    from mwtool.scan.tables import plan_table
+
+    plan = plan_scan(model, settings, revision=revision, trust_remote_code=trust, gguf_file=gguf_file)
+    report_console().print(plan_table(plan))
 
 
 def _push(document: str, destination: Destination) -> None:

@@ -189,7 +189,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _scan(subject: Subject, settings: Settings, on_layer: OnLayer | None = None) -> Scan:
     model, thresholds, total = subject.model, settings.thresholds, len(subject.layers)
-    _check(settings, subject)
+    check(settings, subject)
     states = _walked(subject, settings, on_layer)
     ranker = Ranker(
         model=model, layers=subject.layers, stream=subject.stream, parameters=subject.parameters, k=settings.k
@@ -239,8 +239,8 @@ def _shown_layer(massive: MassiveWeights | None, states: Sequence[LayerState]) -
     return max(before_last, key=lambda state: float(state.hidden.abs().max())).layer
 
 
-def _check(settings: Settings, subject: Subject) -> None:
-    """Refuse what can be refused before the walk."""
+def check(settings: Settings, subject: Subject) -> None:
+    """Refuse what can be refused before the walk. Raises BadValue."""
     total, last = len(subject.layers), settings.last_layer
     largest = max(ffn.width(subject.model) for ffn in kinds(subject.layers))
     if not 1 <= settings.k <= largest:

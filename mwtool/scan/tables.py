@@ -13,6 +13,7 @@ from mwtool.scan.definitions import median
 
 if TYPE_CHECKING:
     from mwtool.scan.capture import LayerState
+    from mwtool.scan.plan import Part, ScanPlan
     from mwtool.scan.protect import Protected
     from mwtool.scan.scanner import Scan
 
@@ -25,6 +26,43 @@ that of the layer before, is shown on its own line."""
 
 LEAST = 3
 """Fewer neighbours than this are not folded."""
+
+
+def plan_table(plan: ScanPlan) -> RenderableType:
+    """What a scan will read: a line a run of layers that are alike, and what it comes to."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part", no_wrap=True)
+    for name in ("tensors", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in _alike(plan.parts):
+        first, last = run[0], run[-1]
+        name = first.name if first is last else f"layers {first.name.split()[-1]} to {last.name.split()[-1]}, each"
+        table.add_row(name, f"{first.tensors:,}", f"{first.size:,}")
+    table.add_row("in all", f"{sum(part.tensors for part in plan.parts):,}", f"{plan.size:,}", style="bold")
+    walked = len(plan.parts) - 1
+    lines = [
+        f"{walked} of {plan.layers} layers are walked. Weights in memory at a time: {plan.largest:,} bytes, as stored.",
+        f"Files that hold these tensors: {plan.files}, with {plan.whole:,} bytes of weights, "
+        + ("on this machine." if plan.cached else "on the Hub; by ranges, only what is listed is fetched."),
+    ]
+    if plan.experts is not None:
+        lines.append(f"Of each layer's routed experts {plan.experts} are counted, those of one token.")
+    return Group(Text(f"{plan.model}: what a scan reads", "bold"), table, *map(Text, lines))
+
+
+def _alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """Runs of layers with as many tensors and bytes each."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        if (
+            runs
+            and part.name.startswith("layer ")
+            and (part.tensors, part.size) == (runs[-1][0].tensors, runs[-1][0].size)
+        ):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    return runs
 
 
 def states_table(scan: Scan, width: int, *, every: bool = False) -> RenderableType:

@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import tiny
 import torch
 from command import run
 from huggingface_hub import constants, utils
+from safetensors import safe_open
 
 from mwtool.models import remote_tensors
+from mwtool.scan.plan import plan_scan
+from mwtool.scan.settings import Settings
 
 SHARD = "model-00002-of-00009.safetensors"
 
@@ -216,3 +220,75 @@ def test_files_that_are_no_safetensors_are_refused(models: hub.Hub, folder: Path
     ):
         (copy / SHARD).write_bytes(bad)
         assert words in run("scan", "some/model").fault
+
+
+def test_a_slow_server_is_waited_for_and_asked_again(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    scanned("some/single", "--layers", "0-0")
+    models.moods = ["slow"]
+    assert scanned("some/single", "--layers", "0-2") == scanned(folder, "--layers", "0-2")
+    models.moods = ["slow"] * 99
+    assert "no more bytes" in (fault := run("scan", "some/single").fault) or "timed out" in fault
+
+
+def test_several_readers_at_once_fetch_a_tensor_once(models: hub.Hub, single: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    with safe_open(single / "model.safetensors", framework="pt") as handle:
+        expected = handle.get_tensor(name)
+
+    def one(_: int) -> torch.Tensor:
+        opened = remote_tensors.open_remote("some/single", "model.safetensors", hub.COMMIT)
+        assert opened is not None
+        return opened.get_slice(name)[...]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(one, range(8)))
+    assert all(torch.equal(each, expected) for each in found)
+    assert len([part for part in models.parts if part[1] > 0]) == 1
+
+
+def test_rows_by_range_are_the_rows(models: hub.Hub, single: Path) -> None:
+    opened = remote_tensors.open_remote("some/single", "model.safetensors", hub.COMMIT)
+    assert opened is not None
+    with safe_open(single / "model.safetensors", framework="pt") as handle:
+        for name in opened.keys():  # noqa: SIM118 - as of safe_open, not a mapping
+            whole, lazy = handle.get_tensor(name), opened.get_slice(name)
+            assert (lazy.get_shape(), lazy.get_dtype()) == (list(whole.shape), "BF16")
+            for index in (..., slice(None), slice(3, 5), slice(1, 1), slice(-2, None), slice(0, 9, 2), 4):
+                assert torch.equal(lazy[index], whole[index])
+
+
+def test_the_cache_stays_within_its_limit(models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_tensors, "LIMIT", 20_000)
+    assert scanned("some/single") == scanned(folder)
+    kept = [path.stat().st_size for path in Path(constants.HF_ASSETS_CACHE).rglob("*.safetensors")]
+    assert 0 < sum(kept) <= 20_000 + max(kept)
+    assert sum(end - first for _, first, end in models.parts) > sum(kept)
+
+
+@pytest.mark.parametrize("name", ["some/single", "some/model", "some/mixture"])
+def test_a_dry_run_reads_headers_and_says_what_the_scan_then_asks_for(
+    models: hub.Hub, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tensors, "FIRST", 8)
+    models.repos["some/mixture"] = tiny.saved(tmp_path / "mixture", tiny.model("mixtral", torch.bfloat16))
+    plan = plan_scan(name, Settings(last_layer=1))
+    assert read(models, models.repos[name]) == {}
+    ran = run("scan", name, "--layers", "0-1", "--dry-run")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"{plan.size:,}" in ran.out
+    assert read(models, models.repos[name]) == {}
+    scanned(name, "--layers", "0-1")
+    asked = read(models, models.repos[name])
+    assert (len(asked), sum(asked.values())) == (sum(part.tensors for part in plan.parts), plan.size)
+
+
+@pytest.mark.parametrize(
+    "options", [["--json"], ["-o", "scan.json"], ["--check"], ["--sinks"], ["--push-to-hub", "a/b"]]
+)
+def test_a_dry_run_makes_no_results(options: list[str]) -> None:
+    ran = run("scan", "demo", "--dry-run", *options)
+    assert ran.code == 2
+    assert "--dry-run shows what a scan of bos reads" in " ".join(ran.err.split())

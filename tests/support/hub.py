@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -20,7 +20,7 @@ from huggingface_hub import constants
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-Mood = Literal["drop", "short", "none", "long", "ignore", "etag", "size", "shift"] | int
+Mood = Literal["drop", "short", "none", "long", "ignore", "etag", "size", "shift", "slow"] | int
 """How a range is not what it should be; a number is a status."""
 
 
@@ -61,6 +61,8 @@ class Hub:
         mood = self.moods.pop(0) if self.moods else None
         if isinstance(mood, int):
             return mood, {}, b"", 0
+        if mood == "slow":
+            Event().wait(0.5)
         if mood == "ignore":
             return status, headers, content, len(content)
         end = {"short": (first + last + 1) // 2, "none": first}.get(str(mood), last + 1)
