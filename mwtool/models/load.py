@@ -24,7 +24,7 @@ from mwtool.models.identity import identity_of
 from mwtool.models.key_mapping import absent
 from mwtool.models.load_options import On
 from mwtool.models.meta_model import empty_model, resolved_dtype
-from mwtool.models.quantization import refuse_unscaled_weights
+from mwtool.models.quantization import refuse_fp8_fault, refuse_unscaled_weights
 from mwtool.models.source import ADAPTER_CONFIG, ADAPTER_FILES, Source, locate, unusable
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tu
     from safetensors import SafetensorError
 
     checkpoint = open_checkpoint(source)
+    refuse_fp8_fault(source, config)
     faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, SafetensorError)
     stored_plain = getattr(config, "quantization_config", None) is None
     try:
@@ -157,19 +158,27 @@ def _filled(source: Source, config: Any, checkpoint: Checkpoint, options: dict[s
         place = source.reference
     with checkpoint.whole() as tensors:
         if plain and len(set(_places(options["device_map"]))) > 1:
-            loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-                place,
-                revision=source.revision or "main",
-                local_files_only=source.repo is None,
-                adapter_kwargs={"subfolder": "no adapter"},  # where there is none, whatever lies beside the model
-                **common,
-            )
-            return loaded
-        model, info = kind.from_pretrained(None, state_dict=tensors, **common)
-    if model.can_generate() and source.gguf is None:
-        model.generation_config = _generation(source)
+            root, files = _where(source)
+            model, info = kind.from_pretrained(root, **files, **common)
+        else:
+            model, info = kind.from_pretrained(None, state_dict=tensors, **common)
+            if model.can_generate() and source.gguf is None:
+                model.generation_config = _generation(source)
     model.config.name_or_path = model.name_or_path = place  # which PEFT writes down as the base model
     return model, info
+
+
+def _where(source: Source) -> tuple[str, dict[str, Any]]:
+    """What transformers is told of a model's files so that it finds them and no adapter, whatever lies beside them.
+
+    Up to 5.19 it looks for an adapter in the local folder that it is given, not in the subfolder: so that is the root.
+    """
+    elsewhere = {"adapter_kwargs": {"subfolder": "no adapter"}}
+    if source.repo is not None:
+        return source.repo, {"revision": source.revision or "main", **elsewhere}
+    folder = source.folder.absolute()
+    inside = str(folder.relative_to(folder.anchor))
+    return folder.anchor, {"subfolder": inside, "local_files_only": True, **elsewhere}
 
 
 def _places(device_map: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadCheckpoint, UnsupportedModel
@@ -32,10 +33,20 @@ def _method(config: PretrainedConfig) -> str | None:
     return str(stated.get("quant_method", "unknown") if isinstance(stated, dict) else stated.quant_method)
 
 
+def refuse_fp8_fault(source: Source, config: PretrainedConfig) -> None:
+    """Raise UnsupportedModel for FP8 before transformers 5.17, which fails over the tensor-parallel plans of models."""
+    release = tuple(int(part) for part in version("transformers").split(".")[:2])
+    if _method(config) == "fp8" and release < (5, 17):
+        raise UnsupportedModel(
+            f"{source.name} is stored in FP8, which transformers {version('transformers')} cannot read; expected "
+            f"5.17 or later: pip install -U transformers"
+        )
+
+
 def dequantizer(source: Source, config: PretrainedConfig) -> Any:
     """The transformers quantizer that dequantizes the checkpoint; None if it is not quantized.
 
-    Raises UnsupportedModel for a method that cannot be dequantized.
+    Raises UnsupportedModel for a method that cannot be dequantized, or not by this transformers.
     """
     from transformers.quantizers.auto import get_hf_quantizer
 
@@ -47,6 +58,7 @@ def dequantizer(source: Source, config: PretrainedConfig) -> Any:
             f"{source.name} is quantized with {method}, which mwtool cannot dequantize (it can "
             f"{' and '.join(DEQUANTIZABLE)}); scan the original model, whose massive rows are the same"
         )
+    refuse_fp8_fault(source, config)
     if isinstance(config.quantization_config, dict):
         config.quantization_config["dequantize"] = True
     quantizer, _, _ = get_hf_quantizer(config, None, {"": "cpu"}, weights_only=True, user_agent={})
