@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.models.checkpoint import Checkpoint
+from mwtool.models.dequantize import dequantized
 from mwtool.models.key_mapping import tensor_map
+from mwtool.models.packed_formats import FORMATS, format_of
 from mwtool.models.source import Source
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64
 
 def dequantizable(config: PretrainedConfig) -> bool:
     """Whether a checkpoint of this configuration is quantized by a method that can be dequantized."""
-    return _method(config) in DEQUANTIZABLE
+    return _method(config) in (*DEQUANTIZABLE, *FORMATS)
 
 
 def _method(config: PretrainedConfig) -> str | None:
@@ -43,20 +45,39 @@ def refuse_fp8_fault(source: Source, config: PretrainedConfig) -> None:
         )
 
 
+def as_plain(checkpoint: Checkpoint, config: PretrainedConfig) -> Checkpoint:
+    """The checkpoint as one of plain weights, where their format is undone here; a note says what was dequantized.
+
+    Raises UnsupportedModel where a library for that is missing, BadCheckpoint where the weights are not as stated.
+    """
+    method = _method(config)
+    if method is None:
+        return checkpoint
+    stated: Any = config.quantization_config
+    form = format_of(checkpoint.source.name, method, stated if isinstance(stated, dict) else stated.to_dict())
+    if form is None:
+        if method in DEQUANTIZABLE:
+            checkpoint.notes.append(f"weights were dequantized from {method}")
+        return checkpoint
+    plain = dequantized(checkpoint, form)
+    plain.notes.append(f"{len(plain.packed)} weights were dequantized from {form.title}")
+    return plain
+
+
 def dequantizer(source: Source, config: PretrainedConfig) -> Any:
-    """The transformers quantizer that dequantizes the checkpoint; None if it is not quantized.
+    """The transformers quantizer that dequantizes the checkpoint; None if it is not quantized, or undone by `as_plain`.
 
     Raises UnsupportedModel for a method that cannot be dequantized, or not by this transformers.
     """
     from transformers.quantizers.auto import get_hf_quantizer
 
     method = _method(config)
-    if method is None:
+    if method is None or method in FORMATS:
         return None
     if method not in DEQUANTIZABLE:
         raise UnsupportedModel(
             f"{source.name} is quantized with {method}, which mwtool cannot dequantize (it can "
-            f"{' and '.join(DEQUANTIZABLE)}); scan the original model, whose massive rows are the same"
+            f"{', '.join((*DEQUANTIZABLE, *FORMATS))}); scan the original model, whose massive rows are the same"
         )
     refuse_fp8_fault(source, config)
     if isinstance(config.quantization_config, dict):

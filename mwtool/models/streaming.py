@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint, open_checkpoint
+from mwtool.models.dequantize import DequantizedCheckpoint
 from mwtool.models.key_mapping import ExpertTensors, Rows, absent, fetch, tensor_map
 from mwtool.models.meta_model import build
-from mwtool.models.quantization import refuse_unscaled
+from mwtool.models.quantization import as_plain, refuse_unscaled
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -273,9 +274,11 @@ def open_stream(
     check: called with the model before tensors are looked up in the checkpoint; raises if the paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint if weights are absent.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = as_plain(open_checkpoint(source), config)
     built = build(source, config, checkpoint, dtype, device, check=check)
     tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
+    if isinstance(checkpoint, DequantizedCheckpoint):
+        checkpoint.transpose_for(built.model, tensors.names)
     place = torch.device(device)
     return Stream(
         model=built.model,

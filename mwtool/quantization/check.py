@@ -111,8 +111,8 @@ def quantize_check(
     UnsupportedModel where weights are quantized already or offloaded.
     """
     plan, options = plan or QuantizeConfig(), options or Options()
+    weights = linear_weights(loaded.base, loaded.layers)  # first: the rows of packed weights cannot be named
     protections = tuple(protections_for(loaded, scan, plan))
-    weights = linear_weights(loaded.base, loaded.layers)
     ready = prepare(loaded, tasks, options)
     runs: list[tuple[Scheme, Protection | None]] = [
         (scheme, one) for scheme in plan.schemes for one in (None, *protections)

@@ -161,7 +161,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), ["with awq", "fp8"]),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ["with bitsandbytes", "fp8"],
+        ["says bitsandbytes", "no tensor is packed so"],
     ),
     # weight files
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights", "model.safetensors"]),

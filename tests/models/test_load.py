@@ -251,14 +251,13 @@ def test_the_width_of_packed_rows_is_known(tmp_path: Path) -> None:
 
 
 def packed(folder: Path, model_type: str, **options: Any) -> Loaded:
-    """A checkpoint in 4 bits, saved and loaded as its owner would."""
+    """A model packed into 4 bits as it is loaded, so that no file holds its weights."""
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import BitsAndBytesConfig
 
     made = tiny.model(model_type, num_hidden_layers=2, hidden_size=64)
     options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **options)}
-    AutoModelForCausalLM.from_pretrained(tiny.saved(folder / "plain", made), **options).save_pretrained(folder / "4bit")
-    return load(str(folder / "4bit"))
+    return load(str(tiny.saved(folder / "plain", made)), model_options=options)
 
 
 @pytest.mark.parametrize("stored", ["uint8", "bfloat16", "float32"])
@@ -289,6 +288,16 @@ def test_a_model_packed_in_part_is_not_scanned_either(tmp_path: Path, model_type
         massive_for(loaded)
     with pytest.raises(UnsupportedModel, match=rf"quantized \(packed {stored}\) in layer \d and cannot be scanned"):
         scan_model(loaded.base)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_checkpoint_stored_in_4_bits_is_scanned_from_its_files(tmp_path: Path, model_type: str) -> None:
+    loaded = packed(tmp_path, model_type)
+    loaded.base.save_pretrained(tmp_path / "4bit")
+    stored = load(str(tmp_path / "4bit"))
+    scan = scan_checkpoint(str(tmp_path / "4bit"))
+    assert massive_for(stored) == (scan.massive, scan.notes)
+    assert "were dequantized from bitsandbytes" in scan.notes[0]
 
 
 @pytest.mark.parametrize("on", ["base", "merged"])

@@ -1,0 +1,110 @@
+"""Formats of packed weights: the tensors each stores for a weight, and how they are undone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mwtool.errors import BadCheckpoint, UnsupportedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Packed(Protocol):
+    """One packed weight, not read yet."""
+
+    def shape(self) -> list[int]:
+        """(out, in) of the weight."""
+
+    def weight(self) -> Tensor:
+        """Read and dequantized, (out, in), in the dtype the format gives it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """What a module's tensors are called, after its path.
+
+    method: as config.json calls it. title: in a sentence. parts: every tensor that belongs to a packed weight.
+    marks: those of which one is there if the weight is packed. needed: those it cannot be undone without.
+    holds: the one with the packed numbers. open: from a weight's name and its parts, lazy.
+    """
+
+    method: str
+    title: str
+    parts: tuple[str, ...]
+    marks: tuple[str, ...]
+    needed: tuple[str, ...]
+    holds: str
+    open: Callable[[str, Mapping[str, Any]], Packed]
+
+
+STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+"""What else bitsandbytes knows of a weight of 4 bits: its shape, dtype and block sizes, as JSON in bytes."""
+FOUR_BITS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *STATES)
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits:
+    """A weight of 4 bits as bitsandbytes stores it: NF4 or FP4, its scales quantized in turn or not."""
+
+    name: str
+    parts: Mapping[str, Any]
+
+    def shape(self) -> list[int]:
+        """(out, in), as stated in the packed state. Raises BadCheckpoint."""
+        state = next(self.parts[key] for key in STATES if key in self.parts)
+        try:
+            return [int(size) for size in json.loads(bytes(state[...].tolist()))["shape"]]
+        except (ValueError, KeyError, TypeError) as fault:
+            raise BadCheckpoint(f"{self.name} has a state of bitsandbytes without its shape; get it again") from fault
+
+    def weight(self) -> Tensor:
+        """(out, in), by bitsandbytes, in the dtype that was quantized. Raises BadCheckpoint."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        stored = {part: tensor[...] for part, tensor in self.parts.items()}
+        packed = stored.pop("weight")
+        try:
+            state = QuantState.from_dict(stored, device=packed.device)
+            found: Tensor = dequantize_4bit(packed, state)
+        except (AssertionError, KeyError, ValueError, RuntimeError, AttributeError) as fault:
+            line = " ".join(f"{type(fault).__name__} {fault}".split())
+            raise BadCheckpoint(f"{self.name} cannot be undone by bitsandbytes: {line}; get it again") from fault
+        return found
+
+
+def format_of(name: str, method: str, stated: Mapping[str, Any]) -> Format | None:
+    """The format of a checkpoint; None if it is none of those here. stated: quantization_config.
+
+    name: the model's. Raises UnsupportedModel for one that needs a library which is missing, or a kind not read here.
+    """
+    return FORMATS[method](name, stated) if method in FORMATS else None
+
+
+def _bitsandbytes(name: str, stated: Mapping[str, Any]) -> Format:
+    if stated.get("load_in_8bit") or stated.get("_load_in_8bit"):
+        raise UnsupportedModel(
+            f"{name} is quantized with bitsandbytes in 8 bits, which mwtool cannot dequantize; scan the original "
+            f"model, whose massive rows are the same"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UnsupportedModel(
+            f"{name} is quantized with bitsandbytes, which undoes it and is not installed; `pip install bitsandbytes`"
+        )
+    return Format(
+        method="bitsandbytes",
+        title=f"bitsandbytes, {stated.get('bnb_4bit_quant_type', '4 bit')}",
+        parts=FOUR_BITS,
+        marks=STATES,
+        needed=("weight", "weight.absmax", "weight.quant_map"),
+        holds="weight",
+        open=FourBits,
+    )
+
+
+FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Format]] = {"bitsandbytes": _bitsandbytes}
+"""What reads a method's quantization_config, by the name of the method."""

@@ -1,0 +1,129 @@
+"""Checkpoints of quantization libraries, made by the library itself where it runs here, scanned by layers.
+
+Against the same library's dequantized model: its weights in a plain model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mwtool import scan_checkpoint, scan_model
+from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.models import packed_formats
+from mwtool.models.load import load
+from mwtool.quantization.check import quantize_check
+
+
+def planted(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
+    """A tiny model with a massive row, wide enough for blocks of 64 values."""
+    made = tiny.model(model_type, torch.bfloat16, **changes)
+    tiny.plant(made)
+    return made
+
+
+def assert_alike(folder: Path, plain: PreTrainedModel) -> tuple[str, ...]:
+    """A scan of the folder equals that of the plain model in memory; returns its notes."""
+    streamed, whole = scan_checkpoint(str(folder)), scan_model(plain.eval())
+    for ours, theirs in zip(streamed.states, whole.states, strict=True):
+        for name in ("hidden", "intermediate", "added"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), f"{name} of layer {ours.layer}"
+    assert streamed.massive == whole.massive
+    assert streamed.events == whole.events
+    assert streamed.parameters == whole.parameters
+    return streamed.notes
+
+
+def in_bitsandbytes(folder: Path, made: PreTrainedModel, **options: Any) -> tuple[Path, PreTrainedModel]:
+    """Quantized and saved by bitsandbytes, through transformers; and what it dequantizes from those files."""
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    from transformers import BitsAndBytesConfig
+
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tiny.saved(folder / "plain", made), quantization_config=BitsAndBytesConfig(**options), dtype=torch.bfloat16
+    )
+    quantized.save_pretrained(folder / "packed")
+    again: Any = AutoModelForCausalLM.from_pretrained(folder / "packed", dtype=torch.bfloat16)
+    return folder / "packed", again.dequantize(torch.bfloat16)
+
+
+@pytest.mark.parametrize("stored", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_scan_of_4_bit_bitsandbytes_equals_that_of_its_dequantized_model(
+    tmp_path: Path, kind: str, *, nested: bool, stored: str
+) -> None:
+    options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested, "bnb_4bit_quant_storage": stored}
+    folder, plain = in_bitsandbytes(tmp_path, planted(), load_in_4bit=True, **options)
+    notes = assert_alike(folder, plain)
+    packed = [name for name in load_file(folder / "model.safetensors") if name.endswith(f"bitsandbytes__{kind}")]
+    assert notes[0] == f"{len(packed)} weights were dequantized from bitsandbytes, {kind}"
+    nested_scales = [name for name in load_file(folder / "model.safetensors") if name.endswith("nested_absmax")]
+    assert bool(nested_scales) is nested
+
+
+def test_a_module_that_stores_its_weight_the_other_way_round_is_scanned_as_the_library_has_it(tmp_path: Path) -> None:
+    """GPT-2's matrices are (in, out), and packed as (out, in): a square one would fit both ways."""
+    folder, linear = in_bitsandbytes(tmp_path, planted("gpt2"), load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plain = planted("gpt2")
+    for path, module in plain.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found = linear.get_parameter(f"{path}.{name}").data
+            parameter.data.copy_(found.T if isinstance(module, Conv1D) and found.ndim == 2 else found)
+    assert_alike(folder, plain)
+
+
+def test_a_format_whose_library_is_missing_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny.saved(tmp_path, planted())
+    said(folder, quant_method="bitsandbytes", load_in_4bit=True)
+    monkeypatch.setattr(packed_formats, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedModel, match="not installed; `pip install bitsandbytes`"):
+        scan_checkpoint(str(folder))
+
+
+def test_weights_that_are_not_packed_as_the_configuration_says_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    folder = tiny.saved(tmp_path, planted())
+    said(folder, quant_method="bitsandbytes", load_in_4bit=True)
+    with pytest.raises(BadCheckpoint, match="says bitsandbytes, and no tensor is packed so"):
+        scan_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "expected"),
+    [
+        ("absmax", None, r"layers.1.mlp.up_proj of .* is packed and has no .*weight.absmax; get it again"),
+        ("quant_state.bitsandbytes__nf4", torch.zeros(8, dtype=torch.uint8), "up_proj.weight"),
+    ],
+)
+def test_a_damaged_part_of_a_4_bit_weight_is_named(tmp_path: Path, part: str, value: Any, expected: str) -> None:
+    folder, _ = in_bitsandbytes(tmp_path, planted(), load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.mlp.up_proj.weight.{part}"
+    tensors.pop(name)
+    save_file(tensors if value is None else {**tensors, name: value}, folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=expected):
+        scan_checkpoint(str(folder))
+
+
+def test_a_packed_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
+    folder, _ = in_bitsandbytes(tmp_path, planted(), load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    scan = scan_checkpoint(str(folder))
+    with pytest.raises(UnsupportedModel, match="is quantized already"):
+        quantize_check(load(str(folder)), scan, [])
+
+
+def said(folder: Path, **method: Any) -> None:
+    """Write a quantization_config into a saved model's configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
