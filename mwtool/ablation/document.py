@@ -11,7 +11,7 @@ from mwtool.ablation.measuring import Measurements
 from mwtool.ablation.resume import measurements_document
 from mwtool.ablation.sweep import Ablation, Run
 from mwtool.ablation.verdict import Verdict
-from mwtool.evaluation.comparison import Ratio, named, points_of, ratio_of
+from mwtool.evaluation.comparison import Ratio, named, paired, points_of, ratio_of
 from mwtool.evaluation.measurement import Measured
 from mwtool.evaluation.task_mean import mean_document, task_means
 from mwtool.files.document import finite
@@ -127,8 +127,18 @@ def _run(run: Run, baseline: dict[str, Measured]) -> dict[str, Any]:
         "ratio": {name: None if ratio is None else finite(ratio.value) for name, ratio in ratios.items()},
         "interval": {name: _interval(ratio) for name, ratio in ratios.items()},
         "delta": {name: None if points is None else finite(points) for name, points in changes.items()},
+        "delta_interval": {name: _points_interval(one, baseline[name]) for name, one in results.items()},
         "nonfinite": _nonfinite(results),
     }
+
+
+def _points_interval(one: Measured, plain: Measured) -> list[float] | None:
+    """The interval of the difference in points, paired by questions; None for a perplexity, or with too few."""
+    found = paired(one, plain)
+    if found is None or found.kind == "ratio" or found.low is None or found.high is None:
+        return None
+    scale, change = 1 if found.kind == "points" else 100, 100 * (one.value - plain.value)
+    return [min(scale * found.low, change), max(scale * found.high, change)]  # where they differ by rounding alone
 
 
 def _means(found: Ablation) -> Iterator[dict[str, Any]]:

@@ -106,6 +106,12 @@ def effect(run: Mapping[str, Any], task: str) -> float | None:
     return value
 
 
+def _interval(run: Mapping[str, Any], task: str) -> list[float | None] | None:
+    """The interval of the effect; None if there is none, or if an older document has none of differences."""
+    found: list[float | None] | None = run["interval"][task] or run.get("delta_interval", {}).get(task)
+    return found
+
+
 def _place(run: Mapping[str, Any]) -> str:
     return "+".join(str(one["layer"]) for one in run["places"])
 
@@ -144,7 +150,7 @@ def _ranked(runs: Sequence[Mapping[str, Any]], task: str, *, layered: bool) -> d
     for run in runs:
         value = effect(run, task)
         if run["control"] is None and value is not None:
-            low, high = run["interval"][task] or (None, None)
+            low, high = _interval(run, task) or (None, None)
             below, above = 0.0 if low is None else value - low, 0.0 if high is None else high - value
             found[_key(run, layered=layered)] = value, below, above
     return found
@@ -221,7 +227,7 @@ def _caption(document: Mapping[str, Any]) -> str:
         expert = "" if run is None or run["expert"] is None else f", expert {run['expert']}"
         said += f", layer{'s' if '+' in places[0] else ''} {places[0].replace('+', ' and ')}{expert}"
     said += ". " + "; ".join(_measured(one) for one in document["tasks"]) + "."
-    if any(interval for one in document["runs"] for interval in one["interval"].values()):
+    if any(_interval(run, task) for run in document["runs"] for task in run["interval"]):
         said += " Bars: 95\N{NO-BREAK SPACE}% confidence intervals."
     draws = {one["control"] for one in document["runs"] if (one["control"] or "").startswith("random")}
     if draws:

@@ -111,6 +111,9 @@ class Run(Strict):
     ratio: dict[str, Magnitude | None]
     interval: dict[str, Interval | None]
     delta: dict[str, float | None]
+    delta_interval: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)] | None] = Field(
+        default_factory=dict
+    )
     nonfinite: dict[str, str]
 
     @field_validator("mode")
@@ -125,13 +128,15 @@ class Run(Strict):
                 raise ValueError(f"results.{name} is null and nonfinite does not say why")
         for name, interval in self.interval.items():
             _in_order(self.ratio.get(name), interval)
+        for name, span in self.delta_interval.items():
+            _in_order(self.delta.get(name), None if span is None else [*span])
         return self
 
     def measures(self, names: set[str]) -> None:
         """Raise ValueError where something else was measured than these tasks."""
-        for key in ("results", "ratio", "interval", "delta"):
+        for key in ("results", "ratio", "interval", "delta", "delta_interval"):
             found = set(getattr(self, key))
-            if found != names:
+            if found != names and (found or key != "delta_interval"):  # which older documents do not have
                 raise ValueError(f"{key} is of {shown(sorted(found))}; expected the tasks, {shown(sorted(names))}")
 
 

@@ -67,7 +67,8 @@ def _run(key: tuple[str, str, str], runs: Sequence[Document], task: Document) ->
     name, accuracy = task["name"], task["metric"] != "perplexity"
     values = [run["delta" if accuracy else "ratio"][name] for run in runs]
     known = [value for value in values if value is not None]
-    spread = runs[0]["interval"][name] if rows != "random" else [min(known), max(known)] if known else None
+    span = runs[0]["interval"][name] or runs[0].get("delta_interval", {}).get(name)
+    spread = span if rows != "random" else [min(known), max(known)] if known else None
     kinds = {"ranked": "ranked", "norm": "largest norm", "random": f"random, {len(runs)} draw{'s' * (len(runs) > 1)}"}
     found = [run["results"][name] for run in runs if run["results"][name] is not None]
     return {

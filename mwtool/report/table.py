@@ -122,7 +122,7 @@ def _runs(document: Document) -> Iterator[Row]:
                     "task": short(name),
                     "value": run["results"][name],
                     **_interval("ratio", ratio, run["interval"][name]),
-                    "points": points,
+                    **_interval("points", points, run.get("delta_interval", {}).get(name)),
                     **_controls(beside),
                 }
     yield from _mean_runs(document.get("means", ()))

@@ -22,6 +22,7 @@ from mwtool.ablation.document import ablate_document
 from mwtool.ablation.head import head_of
 from mwtool.ablation.plot import draw_task, plot_ablation
 from mwtool.ablation.report import ablate_report
+from mwtool.ablation.schema import AblateDocument
 from mwtool.ablation.sweep import Ablation, Run, Sweep
 from mwtool.errors import BadValue
 from mwtool.evaluation.measurement import Measured
@@ -183,6 +184,26 @@ def test_the_curves_are_the_ratios_over_k_with_their_intervals(loaded: Loaded) -
     ends = [(low, high) for (_, low), (_, high) in bars.lines[2][0].get_segments()]
     runs = [run for run in found.to_dict()["runs"] if run["control"] is None]
     assert ends == [pytest.approx(tuple(next(iter(run["interval"].values())))) for run in runs]
+
+
+def test_a_change_of_accuracy_is_drawn_with_its_interval_paired_by_questions(loaded: Loaded) -> None:
+    """By hand: d = (-1, 0, -1, 0), mean -0.5, s = 0.577, t of 3 degrees of freedom 3.182: -50 -+ 91.9 points."""
+    found = made_up(loaded)
+    given = {"n": 4, "digest": "same"}
+    plain = replace(accuracy(1.0), samples=(1.0, 1.0, 1.0, 1.0), **given)
+    after = replace(accuracy(0.5), samples=(0.0, 1.0, 0.0, 1.0), **given)
+    runs = tuple(replace(run, measured=(run.measured[0], after)) for run in found.runs)
+    document = ablate_document(loaded, replace(found, baseline=(found.baseline[0], plain), runs=runs))
+    one = document["runs"][0]
+    assert one["delta_interval"]["mc:x.jsonl"] == pytest.approx([-50 - 91.87, -50 + 91.87], rel=5e-3)
+    assert [value for name, value in one["delta_interval"].items() if name != "mc:x.jsonl"] == [None]
+    panel = next(ax for ax in plot_ablation(document).axes if ax.get_ylabel() == "change of acc, points")
+    (bars,) = [one for one in panel.containers if isinstance(one, ErrorbarContainer)]
+    ((low, high),) = [(low, high) for (_, low), (_, high) in bars.lines[2][0].get_segments()]
+    assert [low, high] == pytest.approx(one["delta_interval"]["mc:x.jsonl"])
+    older = {**document, "runs": [{k: v for k, v in run.items() if k != "delta_interval"} for run in document["runs"]]}
+    AblateDocument.model_validate(older)
+    assert plot_ablation(older).axes
 
 
 def test_the_caption_names_model_layer_and_text(loaded: Loaded) -> None:
