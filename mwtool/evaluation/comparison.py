@@ -57,12 +57,17 @@ def _difference(one: Measured, other: Measured) -> Paired:
 def is_accuracy(one: Measured) -> bool:
     """Whether the metric is a share of examples, each right or wrong."""
     shares = one.weights is None and bool(one.samples) and all(value in (0, 1) for value in one.samples)
-    return shares and "judge" not in one.setting  # all of whose scores may be 1
+    return shares and not _scored(one)  # all of whose scores may be 1
 
 
 def is_number(one: Measured) -> bool:
-    """Whether a metric belongs in a table; of answers that nobody judged only the length is measured."""
-    return not one.answers or "judge" in one.setting
+    """Whether a metric belongs in a table; of answers that nobody scored only the length is measured."""
+    return not one.answers or _scored(one)
+
+
+def _scored(one: Measured) -> bool:
+    """Whether answers were scored, by a judge or beside right ones."""
+    return "judge" in one.setting or "longbench" in one.setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def parse_task(text: str) -> Task:
     """
     kind, colon, target = text.partition(":")
     kinds = [known for known in KINDS if known != HARNESS]
-    if not colon and text and text not in kinds:
+    if not colon and text and (text not in kinds or text == "longbench"):  # also a group of the harness
         return Task(HARNESS, text)
     if kind not in kinds:
         advice = nearest(kind, kinds, f"expected {expected()}", shown=lambda near: f"{near}:{target}")
@@ -212,6 +212,18 @@ def _prepare_judged(loaded: Loaded, task: Task, options: Options) -> Prepared:
     return prepare_judged(loaded, task, options)
 
 
+def _check_longbench(task: Task) -> None:
+    from mwtool.evaluation.longbench import read_longbench
+
+    read_longbench(Path(task.target))
+
+
+def _prepare_longbench(loaded: Loaded, task: Task, options: Options) -> Prepared:
+    from mwtool.evaluation.longbench import prepare_longbench
+
+    return prepare_longbench(loaded, task, options)
+
+
 def _check_harness(task: Task) -> None:
     from mwtool.evaluation.harness import check_name
 
@@ -230,6 +242,7 @@ KINDS: dict[str, Kind] = {
     "cloze": Kind("cloze:FILE.jsonl", _check_questions, _prepare_questions),
     "generate": Kind("generate:FILE", lambda task: read_prompts(Path(task.target)), _prepare_prompts),
     "judge": Kind("judge:FILE", _check_judged, _prepare_judged),
+    "longbench": Kind("longbench:FILE.jsonl", _check_longbench, _prepare_longbench),
     HARNESS: Kind("paper, or a task of lm-evaluation-harness", _check_harness, _prepare_harness),
 }
 """Every kind of task by the name before the colon. Functions import what they need when they are called."""
