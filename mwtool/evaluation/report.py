@@ -55,20 +55,21 @@ def _table(entries: Sequence[Entry]) -> RenderableType:
 
 def _answers(entries: Sequence[Entry]) -> Iterator[RenderableType]:
     """The answers of each variant to each of the first prompts, side by side."""
-    for task in dict.fromkeys(entry.measured.task for entry in entries):
-        same = [entry for entry in entries if entry.measured.task == task]
+    for key in dict.fromkeys(entry.key for entry in entries):
+        same = [entry for entry in entries if entry.key == key]
+        task = " ".join(filter(None, (short(key[0]), key[1])))
         for entry in same:
             if (unscored := _unscored(entry.measured)) is not None:
-                yield Text(f"\n{short(task)}, {_name(entry, same)}: {unscored}")
+                yield Text(f"\n{task}, {_name(entry, same)}: {unscored}")
             if entry.measured.nonfinite:
-                yield Text(f"\n{short(task)}, {_name(entry, same)}: {entry.measured.nonfinite}")
+                yield Text(f"\n{task}, {_name(entry, same)}: {entry.measured.nonfinite}")
         prompts = same[0].measured.setting["prompts"]
         for at, prompt in enumerate(prompts[:SHOWN]):
             grid = Table.grid(expand=True, padding=(0, 1))
             for _ in same:
                 grid.add_column(ratio=1)
             grid.add_row(*(Panel(Text(entry.measured.answers[at]), title=Text(_name(entry, same))) for entry in same))
-            yield Group(Text(f"\n{short(task)}, prompt {at + 1}: {prompt}"), grid)
+            yield Group(Text(f"\n{task}, prompt {at + 1}: {prompt}"), grid)
         if len(prompts) > SHOWN:
             yield Text(f"\n{len(prompts) - SHOWN} more prompts; -o FILE writes the answers to all of them")
 

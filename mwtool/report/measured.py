@@ -122,8 +122,9 @@ def _sentence(entry: Entry, reference: Entry, found: Paired | None) -> str:
 def _answers(entries: Sequence[Entry]) -> Iterator[Table]:
     """The answers to the first prompts of each task, a line a prompt and variant."""
     answered = [one for one in entries if one.measured.answers]
-    for task in dict.fromkeys(one.measured.task for one in answered):
-        same = [one for one in answered if one.measured.task == task]
+    for key in dict.fromkeys(one.key for one in answered):
+        same = [one for one in answered if one.key == key]
+        task = " ".join(filter(None, (short(key[0]), key[1])))
         prompts = same[0].measured.setting.get("prompts", ())
         lines = [
             {"prompt": prompt, "model": one.model, "attack": one.attack, "answer": one.measured.answers[at]}
@@ -132,7 +133,7 @@ def _answers(entries: Sequence[Entry]) -> Iterator[Table]:
             if at < len(one.measured.answers)
         ]
         more = f", the first {PROMPTS} of {len(prompts)}" if len(prompts) > PROMPTS else ""
-        yield f"Answers to {short(task)}{more}", lines
+        yield f"Answers to {task}{more}", lines
 
 
 def _facts(document: Document) -> dict[str, Any]:

@@ -108,6 +108,20 @@ def test_the_command_scores_each_dataset_under_attack_and_keeps_answers(tmp_path
     assert {one["digest"] for one in found if one["part"] == "hotpotqa"} == {found[0]["digest"]}
 
 
+def test_answers_are_shown_below_the_questions_of_their_own_dataset(tmp_path: Path) -> None:
+    file = written(tmp_path, QA, QA, {**QA, "dataset": "passage_count", "input": "How many?", "answers": ["2"]})
+    page = tmp_path / "page.html"
+    ran = run("eval", "--task", f"longbench:{file}", "--window", "8", "--device", "cpu", "--report", page)
+    assert ran.code == 0
+    shown = [line for line in ran.out.splitlines() if ", prompt " in line]
+    assert [line.partition(".jsonl ")[2] for line in shown] == [
+        "hotpotqa, prompt 1: Did it rain?",
+        "hotpotqa, prompt 2: Did it rain?",
+        "passage_count, prompt 1: How many?",
+    ]
+    assert "passage_count" in page.read_text(encoding="utf-8")
+
+
 def test_a_missing_file_is_one_line_before_a_model_is_opened(tmp_path: Path) -> None:
     assert (
         "absent.jsonl" in run("eval", tmp_path / "no-model", "--task", f"longbench:{tmp_path / 'absent.jsonl'}").fault
