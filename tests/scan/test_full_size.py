@@ -1,0 +1,110 @@
+"""Models of 70 and 405 billion parameters, by their published shapes: what a scan of them reads and holds.
+
+The checkpoints have true headers and no data: files made long by `truncate`, which take no space where nothing is
+written. What is not read costs nothing, so that a test takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from mwtool.scan.plan import plan_scan
+from mwtool.scan.settings import Settings
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="truncate writes zeros there")
+
+SHAPES = {
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+"""As the configurations of Llama-3.1-70B and Llama-3.1-405B have them."""
+SHARED = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072, "bos_token_id": 128000}
+WHOLE = {"70B": 141_107_412_992, "405B": 811_706_777_600}
+"""Bytes of the weights: 2 for each of the 70,553,706,496 and 405,853,388,800 parameters they are published with."""
+
+
+def layer_tensors(shape: dict[str, int]) -> dict[str, list[int]]:
+    """The tensors of a Llama layer."""
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    heads = width // shape["num_attention_heads"] * SHARED["num_key_value_heads"]
+    return {
+        "input_layernorm": [width],
+        "mlp.down_proj": [width, inner],
+        "mlp.gate_proj": [inner, width],
+        "mlp.up_proj": [inner, width],
+        "post_attention_layernorm": [width],
+        "self_attn.k_proj": [heads, width],
+        "self_attn.o_proj": [width, width],
+        "self_attn.q_proj": [width, width],
+        "self_attn.v_proj": [heads, width],
+    }
+
+
+def write_file(path: Path, tensors: dict[str, list[int]]) -> None:
+    """A safetensors file of bfloat16 zeros that are not written."""
+    header, at = {}, 0
+    for name, shape in tensors.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+def sparse(folder: Path, size: str) -> Path:
+    """A checkpoint of this size, a file a layer."""
+    shape = SHAPES[size]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **SHARED, **shape}
+    (folder / "config.json").write_text(json.dumps(config))
+    table = [SHARED["vocab_size"], shape["hidden_size"]]
+    files = {
+        "first.safetensors": {"model.embed_tokens.weight": table},
+        "last.safetensors": {"model.norm.weight": table[1:], "lm_head.weight": table},
+    }
+    for layer in range(shape["num_hidden_layers"]):
+        names = {f"model.layers.{layer}.{name}.weight": one for name, one in layer_tensors(shape).items()}
+        files[f"layer-{layer:03}.safetensors"] = names
+    for file, tensors in files.items():
+        write_file(folder / file, tensors)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_a_plan_counts_the_published_parameters_and_reads_headers_alone(tmp_path: Path, size: str) -> None:
+    folder = sparse(tmp_path, size)
+    layer = 2 * sum(prod(shape) for shape in layer_tensors(SHAPES[size]).values())
+    row = 2 * SHAPES[size]["hidden_size"]
+    every = plan_scan(str(folder))
+    table = SHARED["vocab_size"] * row
+    assert every.size - row + 2 * table + row == WHOLE[size]  # both tables, and the last norm
+    assert (every.size, every.largest) == (row + SHAPES[size]["num_hidden_layers"] * layer, layer)
+    some = plan_scan(str(folder), Settings(last_layer=15))
+    assert some.size == row + 16 * layer
+    assert some.size < 105e9
+    assert some.largest < 10e9
+
+
+def test_a_scan_of_70_billion_parameters_never_holds_two_layers(tmp_path: Path) -> None:
+    folder = sparse(tmp_path, "70B")
+    assert sum(path.stat().st_blocks for path in folder.iterdir()) * 512 < 10e6  # on the disk it is next to nothing
+    layer = 2 * sum(prod(shape) for shape in layer_tensors(SHAPES["70B"]).values())
+    command = [sys.executable, "-m", "mwtool", "scan", str(folder), "--layers", "0-1", "-o", str(tmp_path / "scan")]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(running.pid, 0)
+    running.returncode = os.waitstatus_to_exitcode(status)
+    assert running.returncode == 0
+    assert json.loads((tmp_path / "scan").read_text())["layers_walked"] == 2
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert layer < peak < 1.5 * layer  # 1.7 GB a layer, and what Python and torch take
