@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mwtool.errors import BadCheckpoint, UnsupportedModel
+from mwtool.models.packed_integers import CompressedTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,5 +107,37 @@ def _bitsandbytes(name: str, stated: Mapping[str, Any]) -> Format:
     )
 
 
-FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Format]] = {"bitsandbytes": _bitsandbytes}
+COMPRESSED = ("pack-quantized", "int-quantized")
+"""Formats of compressed-tensors that are read."""
+
+
+def _compressed_tensors(name: str, stated: Mapping[str, Any]) -> Format:
+    groups = stated.get("config_groups") or {}
+    found = {group.get("format") or stated.get("format") for group in groups.values()} or {stated.get("format")}
+    weights = [group.get("weights") or {} for group in groups.values()]
+    others = sorted(map(str, found - set(COMPRESSED)))
+    strategies = sorted({str(one.get("strategy")) for one in weights} - {"None", "tensor", "channel", "group"})
+    if others or strategies or stated.get("transform_config"):
+        raise UnsupportedModel(
+            f"{name} is stored by compressed-tensors as {', '.join([*others, *strategies]) or 'transformed weights'}; "
+            f"mwtool reads {' and '.join(COMPRESSED)}, by tensor, channel or group; scan the original model, whose "
+            f"massive rows are the same"
+        )
+    bits = sorted({f"int{one['num_bits']}" for one in weights if "num_bits" in one})
+    packed = "pack-quantized" in found
+    return Format(
+        method="compressed-tensors",
+        title=" ".join(["compressed-tensors,", *sorted(map(str, found)), *bits]),
+        parts=("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        marks=("weight_packed",) if packed else ("weight_scale",),
+        needed=("weight_packed", "weight_scale", "weight_shape") if packed else ("weight", "weight_scale"),
+        holds="weight_packed" if packed else "weight",
+        open=CompressedTensors,
+    )
+
+
+FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Format]] = {
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed_tensors,
+}
 """What reads a method's quantization_config, by the name of the method."""

@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import UnsupportedModel
+from mwtool.models.dequantize import DequantizedWeight
 from mwtool.models.source import locate
 from mwtool.scan.scanner import check
 from mwtool.scan.settings import Settings
@@ -128,6 +129,8 @@ def _size(stream: Stream, reads: Mapping[str, list[int] | None]) -> int:
 
 
 def _bytes(tensor: Any, rows: list[int] | None) -> int:
+    if isinstance(tensor, DequantizedWeight):  # read whole, all it is stored in
+        return sum(_bytes(part, None) for part in tensor.parts.values())
     shape = list(tensor.get_shape())
     bits = re.search("[0-9]+", tensor.get_dtype())  # BF16, F8_E4M3, I32; a BOOL has a byte
     count = prod(shape if rows is None else [len(rows), *shape[1:]])

@@ -20,7 +20,9 @@ from mwtool import scan_checkpoint, scan_model
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.models import packed_formats
 from mwtool.models.load import load
+from mwtool.models.packed_integers import CompressedTensors
 from mwtool.quantization.check import quantize_check
+from mwtool.scan.plan import plan_scan
 
 
 def planted(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -70,6 +72,14 @@ def test_a_scan_of_4_bit_bitsandbytes_equals_that_of_its_dequantized_model(
     assert bool(nested_scales) is nested
 
 
+def test_a_dry_run_counts_packed_weights_as_they_are_stored(tmp_path: Path) -> None:
+    folder, _ = in_bitsandbytes(tmp_path, planted(), load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plan = plan_scan(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    layers = sum(tensor.nbytes for name, tensor in tensors.items() if ".layers." in name)
+    assert sum(part.size for part in plan.parts if part.name.startswith("layer ")) == layers
+
+
 def test_a_module_that_stores_its_weight_the_other_way_round_is_scanned_as_the_library_has_it(tmp_path: Path) -> None:
     """GPT-2's matrices are (in, out), and packed as (out, in): a square one would fit both ways."""
     folder, linear = in_bitsandbytes(tmp_path, planted("gpt2"), load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -113,6 +123,101 @@ def test_a_damaged_part_of_a_4_bit_weight_is_named(tmp_path: Path, part: str, va
     tensors.pop(name)
     save_file(tensors if value is None else {**tensors, name: value}, folder / "model.safetensors")
     with pytest.raises(BadCheckpoint, match=expected):
+        scan_checkpoint(str(folder))
+
+
+def in_compressed_tensors(folder: Path, made: PreTrainedModel, form: str, **weights: Any) -> Path:
+    """Compressed by the library, module by module; `made` is given what the library decompresses from that."""
+    library = pytest.importorskip("compressed_tensors", reason="an optional library")
+    scheme = library.quantization.QuantizationScheme(
+        targets=["Linear"], weights=library.quantization.QuantizationArgs(type="int", **weights), format=form
+    )
+    compressor = library.compressors.base.BaseCompressor.get_value_from_registry(form)
+    tensors = load_file(tiny.saved(folder, made) / "model.safetensors")
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        path, weight = name.removesuffix("weight"), tensors.pop(name)
+        groups = weight.shape[1] // weights["group_size"] if weights["strategy"] == "group" else 1
+        grouped = weight.float().unflatten(1, (groups, -1))
+        levels = 2 ** weights["num_bits"] - 1
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        scale = (
+            (high - low) / levels if not weights["symmetric"] else grouped.abs().amax(-1) / (levels // 2)
+        ).bfloat16()
+        stored = {"weight": weight, "weight_scale": scale}
+        if not weights["symmetric"]:
+            least = -(levels + 1) // 2
+            stored["weight_zero_point"] = (least - low / scale.float()).round().clamp(least, -least - 1).to(torch.int8)
+        packed = compressor.compress(stored, scheme)
+        tensors |= {path + part: value.contiguous() for part, value in packed.items()}
+        made.get_parameter(name).data.copy_(compressor.decompress(packed, scheme)["weight"])
+    save_file(tensors, folder / "model.safetensors")
+    method = library.quantization.QuantizationConfig(config_groups={"group_0": scheme}, format=form, ignore=["lm_head"])
+    said(folder, **{**method.model_dump(mode="json"), "quant_method": "compressed-tensors"})
+    return folder
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 16}),
+        ("pack-quantized", {"num_bits": 8, "strategy": "group", "group_size": 16}),
+        ("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    ],
+)
+def test_a_scan_of_compressed_tensors_equals_that_of_its_decompressed_model(
+    tmp_path: Path, form: str, options: dict[str, Any], *, symmetric: bool
+) -> None:
+    plain = planted()
+    folder = in_compressed_tensors(tmp_path, plain, form, symmetric=symmetric, **options)
+    assert assert_alike(folder, plain)[0].endswith(
+        f"dequantized from compressed-tensors, {form} int{options['num_bits']}"
+    )
+    found = scan_checkpoint(str(folder)).protect[0].checkpoint_name
+    assert found == f"model.layers.1.mlp.up_proj.weight{'_packed' if form == 'pack-quantized' else ''}"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_integers_are_those_of_a_plain_loop(bits: int) -> None:
+    """Weights of 3 x 13 in words of 32 bits, the last of which is not full; zero points are packed along the output."""
+    half, each = 2 ** (bits - 1), 32 // bits
+    made = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-half, half, (3, 13), generator=made)
+    zeros = torch.randint(-half, half, (3, 1), generator=made)
+    scale = torch.rand(3, 1, generator=made)
+
+    def word(values: list[int]) -> int:
+        whole = sum((value + half) << (bits * place) for place, value in enumerate(values))
+        return whole - 2**32 if whole >= 2**31 else whole
+
+    rows = [[word(row[i : i + each]) for i in range(0, 13, each)] for row in numbers.tolist()]
+    parts = {
+        "weight_packed": torch.tensor(rows, dtype=torch.int32),
+        "weight_scale": scale,
+        "weight_zero_point": torch.tensor([[word(zeros[:, 0].tolist())]], dtype=torch.int32),
+        "weight_shape": torch.tensor([3, 13]),
+    }
+    assert torch.equal(CompressedTensors("w", parts).weight(), (numbers.float() - zeros) * scale)
+
+
+@pytest.mark.parametrize(
+    ("group", "form", "expected"),
+    [
+        (
+            {"weights": {"num_bits": 4, "type": "float"}},
+            "nvfp4-pack-quantized",
+            "as nvfp4-pack-quantized; mwtool reads",
+        ),
+        ({"weights": {"num_bits": 8, "strategy": "block"}}, "int-quantized", "as block; mwtool reads"),
+    ],
+)
+def test_other_kinds_of_compressed_tensors_are_refused_by_name(
+    tmp_path: Path, group: dict[str, Any], form: str, expected: str
+) -> None:
+    folder = tiny.saved(tmp_path, planted())
+    said(folder, quant_method="compressed-tensors", format=form, config_groups={"group_0": group})
+    with pytest.raises(UnsupportedModel, match=expected):
         scan_checkpoint(str(folder))
 
 
