@@ -78,6 +78,33 @@ class FourBits:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class EightBits:
+    """A weight of 8 bits as bitsandbytes stores it: integers, and the largest absolute value of each row."""
+
+    name: str
+    parts: Mapping[str, Any]
+
+    def shape(self) -> list[int]:
+        """(out, in)."""
+        return list(self.parts["weight"].get_shape())
+
+    def weight(self) -> Tensor:
+        """(out, in), by bitsandbytes, in float32. Raises BadCheckpoint."""
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        numbers, largest = self.parts["weight"][...], self.parts["SCB"][...]
+        if largest.shape != numbers.shape[:1] or numbers.element_size() != 1:
+            raise BadCheckpoint(
+                f"{self.name} holds {numbers.dtype} {list(numbers.shape)} and scales {list(largest.shape)}; expected "
+                f"int8, and one scale a row"
+            )
+        if "weight_format" in self.parts and self.parts["weight_format"][...].item():
+            raise BadCheckpoint(f"{self.name} is stored in the order of a kernel; expected it by rows")
+        found: Tensor = int8_vectorwise_dequant(numbers, largest)
+        return found
+
+
 def format_of(name: str, method: str, stated: Mapping[str, Any]) -> Format | None:
     """The format of a checkpoint; None if it is none of those here. stated: quantization_config.
 
@@ -87,14 +114,19 @@ def format_of(name: str, method: str, stated: Mapping[str, Any]) -> Format | Non
 
 
 def _bitsandbytes(name: str, stated: Mapping[str, Any]) -> Format:
-    if stated.get("load_in_8bit") or stated.get("_load_in_8bit"):
-        raise UnsupportedModel(
-            f"{name} is quantized with bitsandbytes in 8 bits, which mwtool cannot dequantize; scan the original "
-            f"model, whose massive rows are the same"
-        )
     if find_spec("bitsandbytes") is None:
         raise UnsupportedModel(
             f"{name} is quantized with bitsandbytes, which undoes it and is not installed; `pip install bitsandbytes`"
+        )
+    if stated.get("load_in_8bit") or stated.get("_load_in_8bit"):
+        return Format(
+            method="bitsandbytes",
+            title="bitsandbytes, 8 bit",
+            parts=("weight", "SCB", "weight_format"),
+            marks=("SCB",),
+            needed=("weight", "SCB"),
+            holds="weight",
+            open=EightBits,
         )
     return Format(
         method="bitsandbytes",

@@ -72,6 +72,20 @@ def test_a_scan_of_4_bit_bitsandbytes_equals_that_of_its_dequantized_model(
     assert bool(nested_scales) is nested
 
 
+def test_a_scan_of_8_bit_bitsandbytes_equals_that_of_its_dequantized_model(tmp_path: Path) -> None:
+    folder, plain = in_bitsandbytes(tmp_path, planted(), load_in_8bit=True)
+    packed = [name for name in load_file(folder / "model.safetensors") if name.endswith(".SCB")]
+    assert assert_alike(folder, plain)[0] == f"{len(packed)} weights were dequantized from bitsandbytes, 8 bit"
+
+
+def test_an_8_bit_weight_whose_scales_do_not_fit_is_named(tmp_path: Path) -> None:
+    folder, _ = in_bitsandbytes(tmp_path, planted(), load_in_8bit=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.1.mlp.up_proj.SCB": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"layers.1.mlp.up_proj.weight holds torch.int8 .* and one scale a row"):
+        scan_checkpoint(str(folder))
+
+
 def test_a_dry_run_counts_packed_weights_as_they_are_stored(tmp_path: Path) -> None:
     folder, _ = in_bitsandbytes(tmp_path, planted(), load_in_4bit=True, bnb_4bit_quant_type="nf4")
     plan = plan_scan(str(folder))
