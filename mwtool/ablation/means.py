@@ -38,17 +38,36 @@ def means_for(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequ
 
     Raises BadValue if there is no perplexity task.
     """
-    if all(mode.mode != "mean" for mode in sweep.modes):
-        return {}
-    windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]
+    windows = _windows_for(sweep, tasks)
     if not windows:
-        raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
+        return {}
     return {
         (target.layer, target.ffn.expert): mean_state(
             loaded.model, loaded.base, target.ffn, loaded.layers[target.layer].path, windows
         )
         for target in dict.fromkeys(target for group in groups for target in group)
     }
+
+
+def untaken_means(loaded: Loaded, groups: Sequence[Group], sweep: Sweep, tasks: Sequence[Prepared]) -> Means:
+    """Zeros in the place of what `means_for` gives, for a trial of what attacks take. Raises BadValue likewise."""
+    if not _windows_for(sweep, tasks):
+        return {}
+    return {
+        (target.layer, target.ffn.expert): torch.zeros(target.ffn.width(loaded.base), dtype=torch.float64)
+        for group in groups
+        for target in group
+    }
+
+
+def _windows_for(sweep: Sweep, tasks: Sequence[Prepared]) -> list[Tensor]:
+    """Those over which means are taken; none where no mode needs any."""
+    if all(mode.mode != "mean" for mode in sweep.modes):
+        return []
+    windows = [ids for one in tasks if isinstance(one, PerplexityTask) for ids in one.windows.ids]
+    if not windows:
+        raise BadValue("mean needs windows to take the rows' mean values over; add a perplexity task, such as ppl:FILE")
+    return windows
 
 
 def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Tensor]) -> Tensor:

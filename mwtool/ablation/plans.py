@@ -44,6 +44,15 @@ class Plan:
         return f"{several} {'+'.join(str(one.layer) for one in self.targets)}, {self.attack}{beside}"
 
 
+def distinct_of(plans: Sequence[Plan]) -> list[Plan]:
+    """Those that are measured: plans that change something, of equal ones the first."""
+    found: dict[Key, Plan] = {}
+    for plan in plans:
+        if not plan.attack.idle:
+            found.setdefault(plan.same, plan)
+    return list(found.values())
+
+
 def plans_of(loaded: Loaded, group: Group, sweep: Sweep) -> Iterator[Plan]:
     """The attacks of a sweep on a group of places, each followed by its controls."""
     wanted = sweep.draws > 0 and max(sweep.ks) > 0

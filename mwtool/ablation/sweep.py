@@ -11,7 +11,7 @@ from mwtool.ablation.config import AblateConfig
 from mwtool.ablation.head import Head, head_of
 from mwtool.ablation.means import mean_state, means_for
 from mwtool.ablation.measuring import Measurements, Measuring, OnRun
-from mwtool.ablation.plans import Key, Plan, notes_of, plans_of
+from mwtool.ablation.plans import Key, Plan, distinct_of, notes_of, plans_of
 from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
@@ -142,13 +142,9 @@ def ablate(
     plans = [plan for group in groups for plan in plans_of(loaded, group, sweep)]
     measurements = Measurements() if resumed is None else resumed(plans, ready)
     means = means_for(loaded, groups, sweep, ready)
-    distinct: dict[Key, Plan] = {}
-    for plan in plans:
-        if not plan.attack.idle:
-            distinct.setdefault(plan.same, plan)
     measuring = Measuring(
         loaded=loaded,
-        plans=list(distinct.values()),
+        plans=distinct_of(plans),
         means=means,
         tasks=ready,
         options=options,

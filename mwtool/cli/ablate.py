@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mwtool.ablation.config import AblateConfig
+from mwtool.cli import dry_run as forecasts
 from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
@@ -101,6 +102,7 @@ def ablate(
     device: options.Device = LOADING.device,
     device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
+    dry_run: forecasts.DryRun = False,
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
@@ -114,13 +116,10 @@ def ablate(
     )
     given = choice.indices
     wanted = options.numbers(k, "-k") if k is not None else (len(given),) if given else DEFAULTS.ks
-    if each_layer and generate is not None:
-        raise options.WrongUsage("--generate shows one layer; leave out --each-layer, or name a --layer")
     modes = list(dict.fromkeys(mode or DEFAULTS.modes))
-    if save is not None and (len(modes), len(wanted), each_layer) != (1, 1, False):
-        raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
-    if resume and output is None:
-        raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")
+    _one_layer(generate, each_layer=each_layer)
+    _one_attack(save, (len(modes), len(wanted)), each_layer=each_layer)
+    options.resumable(output, resume=resume)
     from mwtool.ablation.continuation import prompt_ids
     from mwtool.ablation.resume import read_earlier
     from mwtool.ablation.sweep import Sweep
@@ -139,9 +138,10 @@ def ablate(
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
     outputs = Outputs(output, plot, report, table)
-    _check(outputs, save)
+    _check(outputs, save, dry_run=dry_run, resume=resume, generate=generate)
     earlier = read_earlier(output) if resume and output is not None and output.exists() else None
-    opening = LoadOptions(
+    loaded = load(
+        model,
         on=on,
         revision=revision,
         dtype=dtype,
@@ -150,7 +150,6 @@ def ablate(
         trust_remote_code=trust_remote_code,
         gguf_file=gguf_file,
     )
-    loaded = load(model, **asdict(opening))
     if save is not None:
         check_savable(loaded, sweep.modes[0])
     if generate is not None:
@@ -158,16 +157,41 @@ def ablate(
     measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
     groups, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
     note_all((*loaded.notes, *notes))
+    if dry_run:
+        _foretell(loaded, groups, tasks, sweep, measuring, json=json)
+        return
     keeping = _Keeping(loaded, notes, output, earlier)
     found = _measured(groups, tasks, sweep, measuring, keeping)
     note_all(found.notes)
-    found = keeping.noted(found)
     said = _said(loaded, groups, tasks, sweep, measuring, generate)
-    _give(loaded, found, groups[0], said, seed=seed, save=save, outputs=outputs, json=json)
+    _give(loaded, keeping.noted(found), groups[0], said, seed=seed, save=save, outputs=outputs, json=json)
 
 
-def _check(outputs: Outputs, save: Path | None) -> None:
-    """Raise OutputError if something that is to be written could not be, before the work begins."""
+def _one_layer(generate: str | None, *, each_layer: bool) -> None:
+    if each_layer and generate is not None:
+        raise options.WrongUsage("--generate shows one layer; leave out --each-layer, or name a --layer")
+
+
+def _one_attack(save: Path | None, counts: tuple[int, int], *, each_layer: bool) -> None:
+    """Raise WrongUsage where what is to be saved is not one attack. counts: of modes, and of numbers of rows."""
+    if save is not None and (*counts, each_layer) != (1, 1, False):
+        raise options.WrongUsage("--save writes one attack; give one --mode and one -k, without --each-layer")
+
+
+def _foretell(
+    loaded: Loaded, groups: tuple[Group, ...], tasks: Any, sweep: Sweep, measuring: Any, *, json: bool
+) -> None:
+    from mwtool.ablation.forecast import forecast_sweep
+
+    forecasts.show([forecast_sweep(loaded, groups, tasks, sweep, measuring)], json=json)
+
+
+def _check(outputs: Outputs, save: Path | None, *, dry_run: bool, resume: bool, generate: str | None) -> None:
+    """Raise OutputError if something to be written could not be, before the work begins; a dry run writes nothing."""
+    if dry_run:
+        drawn = {"plot": outputs.plot, "report": outputs.report, "table": outputs.table}
+        forecasts.refuse_beside(**drawn, resume=resume, save=save, generate=generate)
+        return
     outputs.check()
     if save is not None:
         from mwtool.files.atomic_write import check_free

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mwtool.cli import dry_run as forecasts
 from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
@@ -17,6 +18,9 @@ from mwtool.evaluation.config import EvalConfig, Options
 from mwtool.evaluation.tasks import expected
 from mwtool.evaluation.windows import PROTOCOLS, protocol_named
 from mwtool.models.load_options import LoadOptions, On
+
+if TYPE_CHECKING:
+    from mwtool.evaluation.run import Evaluations
 
 CONFIG = EvalConfig()
 MEASURING = CONFIG.measuring
@@ -129,6 +133,7 @@ def evaluate(
     device: options.Device = CONFIG.loading.device,
     device_map: options.Spread = None,
     trust_remote_code: options.Trust = False,
+    dry_run: forecasts.DryRun = False,
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
@@ -140,14 +145,15 @@ def evaluate(
     models = list(dict.fromkeys(model or ["demo"]))
     _usage(models, compare=compare, resume=resume, output=output, of_one=(revision, gguf_file, massive))
     from mwtool.cli.outputs import Outputs
-    from mwtool.cli.terminal import command_line, note, report_console, run_progress, say_once
-    from mwtool.evaluation.document import text_of_results
-    from mwtool.evaluation.report import eval_report
+    from mwtool.cli.terminal import command_line, note, run_progress, say_once
     from mwtool.evaluation.run import evaluate_models
 
     say_once()
     outputs = Outputs(output, plot, report, table)
-    outputs.check()
+    if dry_run:
+        forecasts.refuse_beside(plot=plot, report=report, table=table, resume=resume)
+    else:
+        outputs.check()
     wanted = EvalConfig(
         tasks=tuple(task or CONFIG.tasks),
         attacks=tuple(attack or CONFIG.attacks),
@@ -173,6 +179,11 @@ def evaluate(
             gguf_file=gguf_file,
         ),
     )
+    if dry_run:
+        from mwtool.evaluation.forecast_models import forecast_models
+
+        forecasts.show(forecast_models(models, wanted, compare=compare, on_note=note), json=json)
+        return
     with run_progress() as on_task:
         found = evaluate_models(
             models,
@@ -184,12 +195,21 @@ def evaluate(
             on_note=note,
             on_task=on_task,
         )
-    text = text_of_results(found.compared(command_line()) if compare else found.documents[0])
+    outputs.draw(_shown(found, found.compared(command_line()) if compare else found.documents[0], json=json))
+
+
+def _shown(found: Evaluations, document: dict[str, Any], *, json: bool) -> str:
+    """The text of the document, which is printed, or the table of it."""
+    from mwtool.cli.terminal import report_console
+    from mwtool.evaluation.document import text_of_results
+    from mwtool.evaluation.report import eval_report
+
+    text = text_of_results(document)
     if json:
         sys.stdout.write(text)
     else:
         report_console().print(eval_report(found.entries))
-    outputs.draw(text)
+    return text
 
 
 def _usage(
@@ -208,8 +228,7 @@ def _usage(
         raise options.WrongUsage(
             "--revision, --gguf-file and --massive belong to one MODEL; evaluate each with -o FILE, then compare"
         )
-    if resume and output is None:
-        raise options.WrongUsage("--resume continues the file given with -o; add -o FILE")
+    options.resumable(output, resume=resume)
 
 
 app = single()

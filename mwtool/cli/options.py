@@ -52,6 +52,12 @@ def usable(device: str) -> str:
     return device
 
 
+def resumable(output: Path | None, *, resume: bool) -> None:
+    """Raise WrongUsage where there is no file to go on from."""
+    if resume and output is None:
+        raise WrongUsage("--resume continues the file given with -o; add -o FILE")
+
+
 def finite(value: float) -> float:
     """A threshold that can be written down in JSON."""
     if not math.isfinite(value):

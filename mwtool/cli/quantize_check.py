@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mwtool.cli import dry_run as forecasts
 from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
@@ -67,6 +68,7 @@ def quantize_check(
     device_map: options.Spread = None,
     gguf_file: options.GGUFFile = None,
     trust_remote_code: options.Trust = False,
+    dry_run: forecasts.DryRun = False,
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
@@ -78,6 +80,8 @@ def quantize_check(
     ks = numbers(k, "-k")
     if 0 in ks:
         raise options.WrongUsage("-k 0 keeps no column; nothing kept is always measured")
+    if dry_run:
+        forecasts.refuse_beside(plot=plot, report=report, table=table)
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all, run_progress, say_once
     from mwtool.evaluation.evaluate import check
@@ -93,7 +97,8 @@ def quantize_check(
     tasks = parse_tasks(task or DEFAULTS.tasks)
     check(tasks)
     outputs = Outputs(output, plot, report, table)
-    outputs.check()
+    if not dry_run:
+        outputs.check()
     loaded = load(
         model,
         revision=revision,
@@ -106,6 +111,11 @@ def quantize_check(
     scan = scan_loaded(loaded, Settings(k=max(ks), bos=bos))
     note_all((*loaded.notes, *scan.notes))
     measuring = Options(batch_size=batch_size, limit=limit, window=window, bos=bos, seed=seed)
+    if dry_run:
+        from mwtool.quantization.forecast import forecast_check
+
+        forecasts.show([forecast_check(loaded, scan, tasks, plan, measuring)], json=json)
+        return
     with run_progress() as on_run:
         found = check_quantized(loaded, scan, tasks, plan, measuring, on_run=on_run)
     note_all(found.notes)

@@ -74,7 +74,7 @@ def evaluate(
     left = [(attack, task) for attack in attacks for task in tasks if (str(attack), str(task)) not in done]
     wanted = dict.fromkeys(attack for attack, _ in left)
     for attack in wanted:
-        with _attacking(loaded, massive, attack, groups or {}):  # raises now, not after hours of measuring
+        with attacking(loaded, massive, attack, groups or {}):  # raises now, not after hours of measuring
             pass
     needed = dict.fromkeys(task for _, task in left)
     ready = dict(zip(needed, prepare(loaded, list(needed), options), strict=True))
@@ -84,7 +84,7 @@ def evaluate(
     results: list[Result] = []
     over = 0
     for attack in wanted:
-        with _attacking(loaded, massive, attack, groups or {}):
+        with attacking(loaded, massive, attack, groups or {}):
             for task in (task for other, task in left if other == attack):
                 on_progress = None if on_task is None else on_task(over, len(left), f"{attack}, {task}")
                 over += 1
@@ -178,9 +178,10 @@ def prepare_text(loaded: Loaded, task: Task, options: Options) -> PerplexityTask
     return PerplexityTask(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
 
 
-def _attacking(
+def attacking(
     loaded: Loaded, massive: MassiveWeights | None, attack: Attack, groups: Mapping[tuple[int, ...], Group]
 ) -> AbstractContextManager[None]:
+    """The model under an attack of an evaluation. groups: as `evaluate` takes them. Raises BadValue without rows."""
     if attack.idle:
         return nullcontext()
     if attack.mode == "mean":

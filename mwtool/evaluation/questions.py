@@ -91,6 +91,25 @@ class Questions:
         shared |= {"seconds": time.perf_counter() - start, "setting": self.setting}
         return [Measured(**shared, **one) for one in metrics]
 
+    def first_batch(self, size: int) -> FirstBatch:
+        """What runs first: the `size` longest requests."""
+        return FirstBatch(self.task, tuple(self.requests[at] for at in _longest_first(self.requests)[:size]), self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstBatch:
+    """Some requests of a file, to be run for the time and memory they take."""
+
+    task: Task
+    requests: tuple[Request, ...]
+    most: int
+    notes: tuple[str, ...] = ()
+
+    def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
+        """Run them as one batch; nothing is measured by them."""
+        _answers(loaded, self.requests, self.most, options.batch_size or len(self.requests), on_progress)
+        return []
+
 
 def prepare_questions(loaded: Loaded, task: Task, options: Options) -> Questions:
     """Read and tokenize a file of questions. Raises BadValue for a bad line, or a question that is too long."""
@@ -112,7 +131,7 @@ def prepare_questions(loaded: Loaded, task: Task, options: Options) -> Questions
     longest = max(len(one.ids) for one in requests)
     setting = {
         "bos": first,
-        "batch_size": options.batch_size or _at_once(loaded, longest),
+        "batch_size": options.batch_size or requests_at_once(loaded, longest),
         "delimiter": options.delimiter,
         "shortened": shortened,
     }
@@ -167,9 +186,13 @@ def _shortened(context: list[int], room: int, bos: int | None) -> list[int]:
     return kept + context[len(context) - room + len(kept) :]
 
 
-def _at_once(loaded: Loaded, longest: int) -> int:
-    """Requests per batch where none is given."""
+def requests_at_once(loaded: Loaded, longest: int) -> int:
+    """Requests per batch where none is given. longest: tokens of the longest."""
     return max(BATCH, tokens_at_once(_embedding(loaded)) // longest)
+
+
+def _longest_first(requests: Sequence[Request]) -> list[int]:
+    return sorted(range(len(requests)), key=lambda at: -len(requests[at].ids))
 
 
 def _embedding(loaded: Loaded) -> Tensor:
@@ -183,8 +206,8 @@ def _answers(
 ) -> list[Answer]:
     """Of each request, in their order: ln p of its continuation, and whether each token of it is the likeliest one."""
     device = _embedding(loaded).device
-    order = sorted(range(len(requests)), key=lambda at: -len(requests[at].ids))
-    size = size or _at_once(loaded, len(requests[order[0]].ids))
+    order = _longest_first(requests)
+    size = size or requests_at_once(loaded, len(requests[order[0]].ids))
     found: dict[int, Answer] = {}
     with torch.inference_mode():
         head = head_of(loaded.model, requests[order[0]].ids[None].to(device))

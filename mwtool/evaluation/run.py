@@ -108,7 +108,7 @@ def evaluate_models(
     a model cannot be opened. Everything that can be checked is checked before the first model is opened.
     """
     config = config or EvalConfig()
-    _check_models(models, config, compare=compare)
+    check_models(models, config, compare=compare)
     if resume and output is None:
         raise BadValue("resume needs an output file, which holds the results to continue from")
     attacks = tuple(dict.fromkeys(map(parse_attack, config.attacks)))
@@ -137,7 +137,8 @@ def evaluate_models(
     return Evaluations(tuple(run.documents), tuple(run.names))
 
 
-def _check_models(models: Sequence[str], config: EvalConfig, *, compare: bool) -> None:
+def check_models(models: Sequence[str], config: EvalConfig, *, compare: bool) -> None:
+    """Raises BadValue where there are too many or too few models for what is asked."""
     if not models:
         raise BadValue("no model is given; expected one, or several with compare")
     if len(models) > 1 and not compare:
@@ -151,6 +152,32 @@ def _check_models(models: Sequence[str], config: EvalConfig, *, compare: bool) -
 
 def _ignored(_: str) -> None:
     pass
+
+
+def rows_for(
+    loaded: Loaded, attacks: Sequence[Attack], config: EvalConfig
+) -> tuple[MassiveWeights | None, Groups, list[str]]:
+    """The massive weights, where an attack needs them, and the rows of layers that are named; one scan for all.
+
+    And what the user should know about them. Raises MwtoolError where rows do not fit the model.
+    """
+    wanted: dict[tuple[int, ...], int] = {}
+    for attack in attacks:
+        if not attack.idle:
+            wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
+    settings = Settings(k=max(wanted.values(), default=1), bos=config.measuring.bos)
+    massive: MassiveWeights | None = None
+    notes: dict[str, None] = {}
+    groups: Groups = {}
+    scanned = cache(partial(scan_loaded, loaded))
+    for layers, k in wanted.items():
+        if not layers and config.choice == Choice(file=config.choice.file):
+            massive, said = massive_for(loaded, config.choice.file, settings)
+        else:
+            choice = Choice(layers=layers) if layers else config.choice
+            (groups[layers],), said = find_targets(loaded, choice, k, settings, scanned=scanned)
+        notes |= dict.fromkeys(said)
+    return massive, groups, list(notes)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,7 +204,7 @@ class _Run:
     def evaluate(self, model: str, saved: Sequence[dict[str, Any]]) -> None:
         """Measure one model; `saved` may hold earlier results of it, which are kept."""
         loaded = load(model, **asdict(self.config.loading))
-        massive, groups, notes = self._rows(loaded)
+        massive, groups, notes = rows_for(loaded, self.attacks, self.config)
         for line in dict.fromkeys((*loaded.notes, *notes)):
             self.on_note(line)
         before = []
@@ -219,26 +246,6 @@ class _Run:
         so_far = Evaluations(tuple(self.documents), tuple(self.names))
         document = so_far.compared(self.command) if self.compare else self.documents[0]
         write(self.output, text_of_results(document))
-
-    def _rows(self, loaded: Loaded) -> tuple[MassiveWeights | None, Groups, list[str]]:
-        """The massive weights, where an attack needs them, and the rows of layers that are named; one scan for all."""
-        wanted: dict[tuple[int, ...], int] = {}
-        for attack in self.attacks:
-            if not attack.idle:
-                wanted[attack.layers] = max(attack.k, 1, wanted.get(attack.layers, 0))
-        settings = Settings(k=max(wanted.values(), default=1), bos=self.config.measuring.bos)
-        massive: MassiveWeights | None = None
-        notes: dict[str, None] = {}
-        groups: Groups = {}
-        scanned = cache(partial(scan_loaded, loaded))
-        for layers, k in wanted.items():
-            if not layers and self.config.choice == Choice(file=self.config.choice.file):
-                massive, said = massive_for(loaded, self.config.choice.file, settings)
-            else:
-                choice = Choice(layers=layers) if layers else self.config.choice
-                (groups[layers],), said = find_targets(loaded, choice, k, settings, scanned=scanned)
-            notes |= dict.fromkeys(said)
-        return massive, groups, list(notes)
 
     def _document(
         self,
