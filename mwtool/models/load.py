@@ -24,7 +24,7 @@ from mwtool.models.identity import identity_of
 from mwtool.models.key_mapping import absent
 from mwtool.models.load_options import On
 from mwtool.models.meta_model import empty_model, resolved_dtype
-from mwtool.models.quantization import refuse_fp8_fault, refuse_unscaled_weights
+from mwtool.models.quantization import refuse_fp8_fault, refuse_unpacked, refuse_unscaled_weights
 from mwtool.models.source import ADAPTER_CONFIG, ADAPTER_FILES, Source, locate, unusable
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tu
 
     checkpoint = open_checkpoint(source)
     refuse_fp8_fault(source, config)
+    refuse_unpacked(checkpoint, config)
     faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, SafetensorError)
     stored_plain = getattr(config, "quantization_config", None) is None
     try:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEQUANTIZABLE = ("fp8", "mxfp4")
 """Quantization methods whose checkpoints transformers can dequantize on any device."""
+PACKED = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB")
+"""How names end that bitsandbytes stores beside the weights it packed, in 4 bits and in 8."""
 PLAIN = ("F16", "BF16", "F32", "F64", "FLOAT16", "BFLOAT16", "FLOAT32", "FLOAT64")
 """Dtypes of weights that need no scale, as named by safetensors, then by torch."""
 
@@ -42,6 +44,15 @@ def refuse_fp8_fault(source: Source, config: PretrainedConfig) -> None:
         raise UnsupportedModel(
             f"{source.name} is stored in FP8, which transformers {version('transformers')} cannot read; expected "
             f"5.17 or later: pip install -U transformers"
+        )
+
+
+def refuse_unpacked(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
+    """Raise BadCheckpoint where bitsandbytes is stated and the weights are not packed: it would fail in the forward."""
+    if _method(config) == "bitsandbytes" and not any(name.endswith(PACKED) for name in checkpoint.files):
+        raise BadCheckpoint(
+            f"{checkpoint.source.name} has plain weights, and its config.json says that bitsandbytes packed them; "
+            "remove quantization_config from config.json"
         )
 
 

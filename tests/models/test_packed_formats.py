@@ -246,3 +246,15 @@ def said(folder: Path, **method: Any) -> None:
     """Write a quantization_config into a saved model's configuration."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+
+
+@pytest.mark.parametrize("stated", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_plain_weights_that_are_said_to_be_packed_by_bitsandbytes_are_refused_before_they_run(
+    tmp_path: Path, stated: dict[str, bool]
+) -> None:
+    folder = tiny.saved(tmp_path / "model", planted())
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", **stated}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadCheckpoint, match="has plain weights, and its config"):
+        load(str(folder))
