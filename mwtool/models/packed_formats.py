@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mwtool.errors import BadCheckpoint, UnsupportedModel
-from mwtool.models.packed_integers import CompressedTensors
+from mwtool.models.packed_integers import CompressedTensors, Transposed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,8 +168,52 @@ def _compressed_tensors(name: str, stated: Mapping[str, Any]) -> Format:
     )
 
 
+def _gptq(name: str, stated: Mapping[str, Any]) -> Format:
+    layout = str(stated.get("checkpoint_format") or "gptq")
+    bits = stated.get("bits")
+    others = {one.get("bits", bits) for one in (stated.get("dynamic") or {}).values() if isinstance(one, dict)} - {bits}
+    if layout not in ("gptq", "gptq_v2") or bits not in (4, 8) or others:
+        raise UnsupportedModel(
+            f"{name} is quantized with gptq, {layout}, in {', '.join(map(str, [bits, *others]))} bits; mwtool reads "
+            f"the layouts gptq and gptq_v2 in 4 or 8 bits throughout; scan the original model, whose massive rows are "
+            f"the same"
+        )
+    offset = int(layout == "gptq")  # whose writers subtract 1
+    return _transposed(
+        "gptq",
+        f"GPTQ, {bits} bit",
+        lambda weight, parts: Transposed(name=weight, parts=parts, bits=bits, offset=offset),
+    )
+
+
+def _awq(name: str, stated: Mapping[str, Any]) -> Format:
+    layout, bits = str(stated.get("version") or "gemm").lower(), stated.get("bits", stated.get("w_bit"))
+    if layout != "gemm" or bits != 4:  # noqa: PLR2004 - the only width AWQ's own kernels have
+        raise UnsupportedModel(
+            f"{name} is quantized with awq, {layout}, in {bits} bits; mwtool reads the layout gemm in 4 bits; scan the "
+            f"original model, whose massive rows are the same"
+        )
+    return _transposed(
+        "awq", "AWQ, 4 bit", lambda weight, parts: Transposed(name=weight, parts=parts, bits=4, awq=True)
+    )
+
+
+def _transposed(method: str, title: str, opened: Callable[[str, Mapping[str, Any]], Packed]) -> Format:
+    return Format(
+        method=method,
+        title=title,
+        parts=("qweight", "qzeros", "scales", "g_idx"),
+        marks=("qweight",),
+        needed=("qweight", "qzeros", "scales"),
+        holds="qweight",
+        open=opened,
+    )
+
+
 FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Format]] = {
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
 }
 """What reads a method's quantization_config, by the name of the method."""

@@ -1,4 +1,4 @@
-"""Integers of 4 and 8 bits packed into words of 32, as compressed-tensors stores weights.
+"""Integers of 4 and 8 bits packed into words of 32, as compressed-tensors, GPTQ and AWQ store weights.
 
 A weight is scale * (q - zero point), both by group of input columns, in the dtype of the scales.
 """
@@ -79,3 +79,55 @@ class CompressedTensors:
         if columns % groups:
             raise BadCheckpoint(f"{self.name} has {groups} groups of scales for {columns} columns; expected a divisor")
         return torch.arange(columns, device=like.device) // (columns // groups)
+
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which of the eight numbers in a word is the first, second and so on, in the layout of AWQ's matrix kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transposed:
+    """A weight as GPTQ and AWQ store it, (in, out).
+
+    bits: of a number. awq: AWQ's layout, packed along the output, in its order; else GPTQ's, packed along the input.
+    offset: what is added to each stored zero point, 1 in GPTQ's first layout.
+    """
+
+    name: str
+    parts: Mapping[str, Any]
+    bits: int
+    awq: bool = False
+    offset: int = 0
+
+    def shape(self) -> list[int]:
+        """(out, in)."""
+        rows, columns = self.parts["qweight"].get_shape()
+        each = WORD // self.bits
+        return [columns * each, rows] if self.awq else [columns, rows * each]
+
+    def weight(self) -> Tensor:
+        """(out, in), in the dtype of its scales. Raises BadCheckpoint where the parts do not fit one another."""
+        words, zeros, scale = (self.parts[part][...] for part in ("qweight", "qzeros", "scales"))
+        numbers = self._in_order(words) if self.awq else unpacked(words.T, self.bits).T  # (in, out)
+        one = sum(1 << place for place in range(0, WORD, self.bits))  # in words: a number that overflows carries
+        zeros = self._in_order(zeros) if self.awq else unpacked(zeros + one * self.offset, self.bits)
+        zeros = zeros[:, : scale.shape[1]]
+        if numbers.shape[1] != scale.shape[1] or zeros.shape != scale.shape or numbers.shape[0] % scale.shape[0]:
+            raise BadCheckpoint(
+                f"{self.name} has {self.bits}-bit numbers {list(numbers.shape)}, zero points {list(zeros.shape)} and "
+                f"scales {list(scale.shape)}; expected the last two alike, by group of the first"
+            )
+        group = self._groups(numbers.shape[0], scale)
+        weight: Tensor = (numbers - zeros[group]).to(scale.dtype) * scale[group]
+        return weight.T
+
+    def _groups(self, rows: int, scale: Tensor) -> Tensor:
+        import torch
+
+        if "g_idx" in self.parts and not self.awq:
+            return self.parts["g_idx"][...].long()  # type: ignore[no-any-return] # a lazy tensor
+        return torch.arange(rows, device=scale.device) // (rows // scale.shape[0])
+
+    def _in_order(self, words: Tensor) -> Tensor:
+        numbers = unpacked(words, self.bits)
+        return numbers.reshape(*numbers.shape[:-1], -1, len(AWQ_ORDER))[..., list(AWQ_ORDER)].flatten(-2)

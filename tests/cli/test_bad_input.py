@@ -157,8 +157,11 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "an encoder": (config(model_type="clip"), ["is a clip", "not a causal language model"]),
     "a sequence-to-sequence model": (config(model_type="t5"), ["is a t5", "not a causal language model"]),
     # quantization that is not undone
-    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}), ["with gptq", "fp8"]),
-    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), ["with awq", "fp8"]),
+    "gptq": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        ["says gptq", "no tensor is packed so"],
+    ),
+    "awq": (config(quantization_config={"quant_method": "awq", "bits": 4}), ["says awq", "no tensor is packed so"]),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         ["says bitsandbytes", "no tensor is packed so"],

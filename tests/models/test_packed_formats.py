@@ -20,7 +20,7 @@ from mwtool import scan_checkpoint, scan_model
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.models import packed_formats
 from mwtool.models.load import load
-from mwtool.models.packed_integers import CompressedTensors
+from mwtool.models.packed_integers import CompressedTensors, Transposed
 from mwtool.quantization.check import quantize_check
 from mwtool.scan.plan import plan_scan
 
@@ -213,6 +213,118 @@ def test_packed_integers_are_those_of_a_plain_loop(bits: int) -> None:
         "weight_shape": torch.tensor([3, 13]),
     }
     assert torch.equal(CompressedTensors("w", parts).weight(), (numbers.float() - zeros) * scale)
+
+
+def words(numbers: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
+    """(R, W * 32 / bits) unsigned integers in (R, W) words, by a plain loop. order: which number is put where."""
+    each = 32 // bits
+    order = order or tuple(range(each))
+    rows = []
+    for row in numbers.tolist():
+        groups = [row[start : start + each] for start in range(0, len(row), each)]
+        whole = [sum(group[place] << (bits * at) for at, place in enumerate(order)) for group in groups]
+        rows.append([one - 2**32 if one >= 2**31 else one for one in whole])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def in_gptq_or_awq(folder: Path, made: PreTrainedModel, method: str, bits: int, *, v1: bool, shuffled: bool) -> Path:
+    """Written by the published layout; `made` is given the weights that a loop over groups finds."""
+    tensors = load_file(tiny.saved(folder, made) / "model.safetensors")
+    drawn = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        path, weight = name.removesuffix("weight"), tensors.pop(name)
+        out, columns = weight.shape
+        group = torch.arange(columns) // 16
+        if shuffled:
+            group = group[torch.randperm(columns, generator=drawn)]
+        zeros = torch.randint(1, 2**bits, (columns // 16, out), generator=drawn)  # (groups, out)
+        scale = (weight.float().abs().max() / 2 ** (bits - 1)).half().expand(zeros.shape) * (
+            1 + torch.rand(zeros.shape, generator=drawn)
+        ).half()
+        numbers = torch.empty(columns, out, dtype=torch.long)
+        for column in range(columns):
+            exact = weight[:, column].float() / scale[group[column]].float() + zeros[group[column]]
+            numbers[column] = exact.round().clamp(0, 2**bits - 1)
+            value = (numbers[column] - zeros[group[column]]).half() * scale[group[column]]
+            made.get_parameter(name).data[:, column] = value
+        if method == "awq":
+            order = (0, 2, 4, 6, 1, 3, 5, 7)
+            packed = {"qweight": words(numbers, bits, order), "qzeros": words(zeros, bits, order)}
+        else:
+            packed = {"qweight": words(numbers.T, bits).T.contiguous(), "qzeros": words(zeros - int(v1), bits)}
+            packed["g_idx"] = group.int()
+        tensors |= {path + part: value for part, value in {**packed, "scales": scale.contiguous()}.items()}
+    save_file(tensors, folder / "model.safetensors")
+    stated = {"checkpoint_format": "gptq" if v1 else "gptq_v2", "desc_act": shuffled} if method == "gptq" else {}
+    said(folder, quant_method=method, bits=bits, group_size=16, **stated)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "v1", "shuffled"),
+    [
+        ("gptq", 4, True, False),
+        ("gptq", 4, False, True),
+        ("gptq", 8, True, True),
+        ("awq", 4, False, False),
+    ],
+)
+def test_a_scan_of_gptq_and_awq_equals_that_of_weights_found_by_a_plain_loop(
+    tmp_path: Path, method: str, bits: int, *, v1: bool, shuffled: bool
+) -> None:
+    plain = planted()
+    folder = in_gptq_or_awq(tmp_path, plain, method, bits, v1=v1, shuffled=shuffled)
+    assert assert_alike(folder, plain)[0].endswith(f"dequantized from {method.upper()}, {bits} bit")
+    assert scan_checkpoint(str(folder)).protect[0].checkpoint_name == "model.layers.1.mlp.up_proj.qweight"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_weights_are_those_of_gptqmodel(bits: int) -> None:
+    """Packed by the library, and undone by its own module for CPUs; zero points of 0 wrap round in the first layout."""
+    library: Any = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="an optional library")
+    module = library.TorchLinear(
+        bits=bits, group_size=32, sym=False, desc_act=True, in_features=64, out_features=32, bias=False
+    )
+    drawn = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(64, 32, bias=False)
+    scale = torch.rand(32, 2, generator=drawn) / 10
+    zeros = torch.randint(0, 2**bits, (32, 2), generator=drawn).float()
+    module.pack_original(linear, scale, zeros, (torch.arange(64) // 32)[torch.randperm(64, generator=drawn)].int())
+    parts = {name: getattr(module, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
+    module.post_init()
+    expected = module.dequantize_weight().T
+    assert torch.equal(Transposed(name="w", parts=parts, bits=bits).weight(), expected)
+    one = sum(1 << place for place in range(0, 32, bits))
+    first = {**parts, "qzeros": parts["qzeros"] - one}
+    assert torch.equal(Transposed(name="w", parts=first, bits=bits, offset=1).weight(), expected)
+
+
+def test_awq_weights_are_those_of_gptqmodel() -> None:
+    library: Any = pytest.importorskip("gptqmodel.quantization.awq.utils.packing_utils", reason="an optional library")
+    drawn = torch.Generator().manual_seed(0)
+    numbers, zeros = (torch.randint(0, 16, (rows, 24), generator=drawn, dtype=torch.int32) for rows in (64, 2))
+    scales = torch.rand(2, 24, generator=drawn).half()
+    qweight, qzeros = library.pack_awq(numbers, zeros, 4)
+    parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    expected = library.dequantize_gemm(qweight, qzeros, scales, 4, 32).T
+    assert torch.equal(Transposed(name="w", parts=parts, bits=4, awq=True).weight(), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({"quant_method": "gptq", "bits": 3}, "with gptq, gptq, in 3 bits; mwtool reads"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "with gptq, marlin, in 4 bits"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"x": {"bits": 8}}}, "with gptq, gptq, in 4, 8 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "with awq, gemv, in 4 bits; mwtool reads"),
+        ({"quant_method": "hqq"}, "is quantized with hqq, which mwtool cannot dequantize"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(tmp_path: Path, method: dict[str, Any], expected: str) -> None:
+    folder = tiny.saved(tmp_path, planted())
+    said(folder, **method)
+    with pytest.raises(UnsupportedModel, match=expected):
+        scan_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
