@@ -24,10 +24,12 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.text import shown
 from mwtool.interrupts import uninterrupted
 from mwtool.surgery.hooks import (
+    is_offloaded,
     owner,
     refuse_offloaded,
     refuse_unreadable,
     with_expert_output_added,
+    with_loaded_rows_scaled,
     with_outputs_scaled,
     with_state_fixed,
     without_nan,
@@ -175,6 +177,9 @@ def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> 
     for edit, rows in chosen:
         if attack.mode == "mean":
             hooks.append(_fixed(model, edit, rows))
+        elif is_offloaded(model, edit.ffn):
+            hooks.append(with_loaded_rows_scaled(model, edit.ffn, places(edit.ffn), rows, factor))
+            continue
         elif _packed(model, edit.ffn):
             hooks.append(with_outputs_scaled(model, edit.ffn, rows, factor))
         if edit.ffn.expert is not None if attack.mode == "mean" else not _packed(model, edit.ffn):

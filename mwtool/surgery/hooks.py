@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,57 @@ def averaging(model: nn.Module, ffn: FFN) -> Iterator[Average]:
 
 def refuse_offloaded(model: nn.Module, ffn: FFN) -> None:
     """Raises UnsupportedModel if the FFN is offloaded by accelerate, which loads its weights when the layer runs."""
-    if any(place.read(model).is_meta for place in ffn.inputs):
-        raise UnsupportedModel(
-            f"{ffn.module} is offloaded, so its rows cannot be edited; load the model without offloading this layer, "
-            f"with more device memory or --device cpu"
-        )
+    if is_offloaded(model, ffn):
+        raise _offloaded(ffn)
+
+
+def _offloaded(ffn: FFN) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{ffn.module} is offloaded, so its rows cannot be edited; load the model without offloading this layer, "
+        f"with more device memory or --device cpu"
+    )
+
+
+def is_offloaded(model: nn.Module, ffn: FFN) -> bool:
+    """Whether accelerate loads its weights when it runs."""
+    return any(place.read(model).is_meta for place in ffn.inputs)
+
+
+@contextmanager
+def with_loaded_rows_scaled(
+    model: nn.Module, ffn: FFN, places: Sequence[WeightSlice], rows: Sequence[int], factor: float
+) -> Iterator[None]:
+    """Scale rows of offloaded weights each time accelerate has loaded them; what it loads them from stays as it is.
+
+    Raises UnsupportedModel where no hook of accelerate loads them, and under PEFT adapters.
+    """
+    with ExitStack() as stack:
+        for module in {id(one): one for one in (owner(model, place) for place in places)}.values():
+            hook = getattr(module, "_hf_hook", None)
+            if hook is None or hasattr(module, "get_base_layer"):
+                raise _offloaded(ffn)
+            inside = [place for place in places if owner(model, place) is module]
+            before = hook.pre_forward
+            hook.pre_forward = _then_scaled(before, model, inside, list(rows), factor)
+            stack.callback(setattr, hook, "pre_forward", before)
+        yield
+
+
+def _then_scaled(
+    load: Callable[..., Any], model: nn.Module, places: Sequence[WeightSlice], rows: list[int], factor: float
+) -> Callable[..., Any]:
+    def pre_forward(module: nn.Module, *args: Any, **options: Any) -> Any:
+        found = load(module, *args, **options)
+        for name in {place.param for place in places}:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.clone()  # it may be the very tensor that it was loaded from
+        with torch.no_grad():
+            for place in places:
+                view = place.read(model)
+                view[rows] = view[rows] * factor if factor else torch.zeros_like(view[rows])
+        return found
+
+    return pre_forward
 
 
 def refuse_unreadable(model: nn.Module, ffn: FFN) -> None:

@@ -16,7 +16,7 @@ from words import opened, planted, with_tokenizer
 import mwtool
 from mwtool.ablation.controls import norm_rows, random_rows
 from mwtool.ablation.sweep import Sweep
-from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.errors import BadValue
 from mwtool.models.load import Loaded, load
 from mwtool.scan.document import scan_document
 from mwtool.scan.settings import Choice
@@ -134,7 +134,7 @@ def test_a_model_without_massive_weights_is_told_what_to_name(tmp_path: Path) ->
         find_targets(plain, Choice(), 1)
 
 
-def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(tmp_path: Path) -> None:
+def test_rows_that_are_offloaded_are_attacked_as_those_in_memory(tmp_path: Path) -> None:
     here = planted(tmp_path)
     places = {name: "cpu" for name, _ in here.base.named_modules() if re.fullmatch(r"model\.\w+|lm_head", name)}
     places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(tiny.LAYERS)}
@@ -144,8 +144,11 @@ def test_rows_that_are_offloaded_are_refused_and_those_of_other_layers_are_not(t
     sweep = Sweep((Attack("zero"),), (1,), draws=1)
     found, expected = (swept(one, sweep, Choice(layers=(2,))) for one in (loaded, here))
     assert [run.measured[0].value for run in found.runs] == [run.measured[0].value for run in expected.runs]
-    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded.* without offloading"):
-        swept(loaded, sweep)
+    away, near = (swept(one, Sweep((Attack("zero"), Attack("retain")), (1,), draws=1)) for one in (loaded, here))
+    values = {(run.attack, run.control): run.measured[0].value for run in near.runs}
+    assert len(away.runs) == 4
+    assert all(values[run.attack, run.control] == run.measured[0].value for run in away.runs)
+    assert all(run.measured[0].value != away.baseline[0].value for run in away.runs if run.control is None)
     # a value is fixed on its way, wherever the rows are
     fixed, plain = (swept(one, Sweep((Attack("mean"),), (1,), draws=1)) for one in (loaded, here))
     assert fixed.runs[0].measured[0].value == plain.runs[0].measured[0].value

@@ -224,13 +224,28 @@ def test_the_average_is_the_mean_over_all_tokens_of_all_forwards() -> None:
     torch.testing.assert_close(average.values, expected, rtol=1e-12, atol=1e-12)  # float64 sums in another order
 
 
-def test_an_offloaded_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    from accelerate import disk_offload
+@pytest.mark.parametrize("mode", ["zero", "retain", "scale"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_rows_of_an_offloaded_layer_give_bit_for_bit_what_they_give_in_memory(
+    tmp_path: Path, model_type: str, mode: Any, place: str
+) -> None:
+    from accelerate import cpu_offload, disk_offload
 
-    model = tiny.model("llama", num_hidden_layers=4)
-    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp is offloaded.* without offloading"):
-        edited(model, tiny.layers_of(model)[1].ffns[0], [1], Attack("zero", 1)).__enter__()
+    model, away = tiny.model(model_type, num_hidden_layers=2), tiny.model(model_type, num_hidden_layers=2)
+    if place == "disk":
+        disk_offload(away, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(away, execution_device=torch.device("cpu"))
+    ffn, attack = tiny.layers_of(model)[1].ffns[0], Attack(mode, 2, 0.5 if mode == "scale" else None)
+    plain = logits(away)
+    assert torch.equal(plain, logits(model))
+    with edited(model, ffn, [1, 4], attack), edited(away, ffn, [1, 4], attack):
+        attacked = logits(away)
+        assert torch.equal(attacked, logits(model))
+        assert not torch.equal(attacked, plain)
+        assert torch.equal(logits(away), attacked)
+    assert torch.equal(logits(away), plain)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
