@@ -51,7 +51,7 @@ def refuse_unpacked(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     """Raise BadCheckpoint where bitsandbytes is stated and the weights are not packed: it would fail in the forward."""
     if _method(config) == "bitsandbytes" and not any(name.endswith(PACKED) for name in checkpoint.files):
         raise BadCheckpoint(
-            f"{checkpoint.source.name} has plain weights, and its config.json says that bitsandbytes packed them; "
+            f"config.json of {checkpoint.source.name} says bitsandbytes, and no tensor is packed so; for plain weights "
             "remove quantization_config from config.json"
         )
 

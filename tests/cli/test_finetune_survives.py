@@ -64,8 +64,8 @@ def command(moment, step, log):
             os.kill(os.getpid(), signal.SIGKILL)
     setattr(Killer, moment, killing)
     made = trainer._trainer
-    def with_killer(*args):
-        found = made(*args)
+    def with_killer(*args, **options):
+        found = made(*args, **options)
         found.add_callback(Killer())
         return found
     trainer._trainer = with_killer
