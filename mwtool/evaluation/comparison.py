@@ -141,8 +141,14 @@ def paired_ratio(attacked: Measured, baseline: Sequence[Measured]) -> Ratio:
     return Ratio(_exp(mean), _exp(mean - half), _exp(mean + half))
 
 
+FEW = {1: 12.7062, 2: 4.3027}
+"""Quantiles of Student's t for so few degrees of freedom that the expansion in `student_t` is not accurate."""
+
+
 def student_t(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t (Cornish-Fisher), within 0.5 % from 3 degrees of freedom on."""
+    """The two-sided 95 % quantile of Student's t, within 0.5 % (Cornish-Fisher from 3 degrees of freedom on)."""
+    if freedom in FEW:
+        return FEW[freedom]
     z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

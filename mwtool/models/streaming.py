@@ -261,29 +261,30 @@ class Stream:
 def open_stream(
     source: Source,
     config: PretrainedConfig,
-    layers: list[str],
+    layers: Sequence[DecoderLayer],
     dtype: str = "auto",
     device: str = "cpu",
     *,
-    experts: Sequence[str] = (),
     check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
     """Build a model of this configuration without weights, to be streamed from its checkpoint.
 
-    layers: module paths of the decoder layers, from the architecture adapter. experts: those of routed experts.
+    layers: those of the model, as its architecture adapter describes them.
     check: called with the model before tensors are looked up in the checkpoint; raises if the paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint if weights are absent.
     """
     checkpoint = as_plain(open_checkpoint(source), config)
     built = build(source, config, checkpoint, dtype, device, check=check)
-    tensors = tensor_map(built.model, list(checkpoint.files), layers, experts, built.load_config.weight_mapping or [])
+    paths = [layer.path for layer in layers]
+    experts = [layer.experts.module for layer in layers if layer.experts is not None]
+    tensors = tensor_map(built.model, list(checkpoint.files), paths, experts, built.load_config.weight_mapping or [])
     if isinstance(checkpoint, DequantizedCheckpoint):
         checkpoint.transpose_for(built.model, tensors.names)
     place = torch.device(device)
     return Stream(
         model=built.model,
         checkpoint=checkpoint,
-        layers=layers,
+        layers=paths,
         parameters=built.parameters,
         device=place,
         load_config=built.load_config,

@@ -21,6 +21,7 @@ from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.atomic_write import atomic_folder, permissions
 from mwtool.models.source import locate
 from mwtool.models.streaming import open_stream
+from mwtool.quantization.export import chosen_events
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +53,12 @@ class Correction:
 def columns_of(document: Mapping[str, Any], events: Sequence[int] | None, k: int) -> dict[int, tuple[int, ...]]:
     """The top k columns at each chosen event of a scan document (schema mwtool.scan/2), by decoder layer.
 
-    events: their numbers as the scan prints them; None for all. Raises BadValue for a number that does not exist, where
-    fewer than k rows were ranked, and for rows of a routed expert, whose matrices PEFT's LoRA layers do not reach.
+    events: their numbers as the scan prints them; None for all. Raises BadValue as `chosen_events` does, where fewer
+    than k rows were ranked, and for rows of a routed expert, whose matrices PEFT's LoRA layers do not reach.
     """
     found = document["events"]
     chosen: dict[int, tuple[int, ...]] = {}
-    for number in range(len(found)) if events is None else events:
-        if not 0 <= number < len(found):
-            raise BadValue(f"event {number} does not exist; the scan has {len(found)} events, numbered from 0")
+    for number in chosen_events(document, events):
         rows = found[number]["rows"]
         if rows["expert"] is not None:
             raise BadValue(
@@ -69,8 +68,6 @@ def columns_of(document: Mapping[str, Any], events: Sequence[int] | None, k: int
             raise BadValue(f"k is {k}; the scan ranked {len(rows['indices'])} rows at an event: scan with -k {k}")
         ranked = (*chosen.get(rows["layer"], ()), *rows["indices"][:k])
         chosen[rows["layer"]] = tuple(dict.fromkeys(ranked))
-    if not chosen:
-        raise BadValue(f"the scan of {document['model']} has no events, so there is nothing to give back")
     return dict(sorted(chosen.items()))
 
 
@@ -114,8 +111,7 @@ def _originals(model: str, revision: str | None, columns: Columns) -> Iterator[T
     source = locate(model, revision)
     config = source.config()
     layers = tuple(decoder_layers(adapter_for(config.model_type), config))
-    experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, config, [layer.path for layer in layers], "float32", experts=experts)
+    stream = open_stream(source, config, layers, "float32")
     for layer, chosen in columns.items():
         with stream.holding(layers[layer], ffn_at(layers, layer, None)) as ffn:
             weight = ffn.down.read(stream.model)

@@ -59,19 +59,26 @@ def read_scan(path: Path) -> dict[str, Any]:
     return document
 
 
+def chosen_events(document: Mapping[str, Any], events: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of the events of a scan document that are exported. events: None for all.
+
+    Raises BadValue for a number that does not exist and for a scan without events.
+    """
+    count = len(document["events"])
+    if not count:
+        raise BadValue(f"the scan of {document['model']} has no events, so there is nothing to protect")
+    for number in events or ():
+        if not 0 <= number < count:
+            raise BadValue(f"event {number} does not exist; the scan has events 0 to {count - 1}")
+    return range(count) if events is None else events
+
+
 def select(document: Mapping[str, Any], events: Sequence[int] | None, bits: int | None) -> Selection:
     """The events of a scan document (schema mwtool.scan/2) that are exported.
 
-    events: their numbers as the scan prints them; None for all. Raises BadValue for a number that does not exist and
-    for a scan without events.
+    events: their numbers as the scan prints them; None for all. Raises BadValue as `chosen_events` does.
     """
-    found = document["events"]
-    if not found:
-        raise BadValue(f"the scan of {document['model']} has no events, so there is nothing to protect")
-    chosen = range(len(found)) if events is None else events
-    for number in chosen:
-        if not 0 <= number < len(found):
-            raise BadValue(f"event {number} does not exist; the scan has events 0 to {len(found) - 1}")
+    found, chosen = document["events"], chosen_events(document, events)
     layers: dict[int, tuple[str, ...]] = {}
     for event in sorted((found[number] for number in chosen), key=lambda one: one["layer"]):
         names = {place["parameter"].removesuffix(".weight") for place in event["weights"]}

@@ -10,9 +10,8 @@ from typing import Any
 
 from mwtool.evaluation.comparison import paired, student_t
 from mwtool.evaluation.measurement import Measured
+from mwtool.evaluation.task_mean import TaskMean
 
-FEW = {1: 12.7062, 2: 4.3027}
-"""Two-sided 95 % quantiles of Student's t for the degrees of freedom at which `student_t` is not accurate."""
 NORMAL = 1.96
 BySeed = Mapping[int, tuple[Measured, ...]]
 """Seed -> the measurements a cell is the mean of: one, or one of each zero-shot task."""
@@ -42,8 +41,7 @@ def over_seeds(values: Sequence[float]) -> Span:
     mean, freedom = statistics.fmean(values), len(values) - 1
     if freedom < 1:
         return Span(mean)
-    t = FEW.get(freedom) or student_t(freedom)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    half = student_t(freedom) * statistics.stdev(values) / math.sqrt(len(values))
     return Span(mean, mean - half, mean + half)
 
 
@@ -85,14 +83,13 @@ def _of_seeds(values: Sequence[float], *, log: bool) -> Span:
 
 def _of_examples(measured: Sequence[Measured]) -> Span:
     """From the standard errors of one model: that of ln of a perplexity, and of the mean of several tasks."""
-    errors = [one.stderr for one in measured]
-    value = _value(measured)
-    if any(error is None for error in errors):
+    error, value = _mean_of(measured).stderr, _value(measured)
+    if error is None:
         return Span(value)
     if _is_log(measured):
-        half = NORMAL * float(errors[0] or 0) / value
+        half = NORMAL * error / value
         return Span(value, value * math.exp(-half), value * math.exp(half))
-    half = NORMAL * 100 * math.sqrt(math.fsum(float(error or 0) ** 2 for error in errors)) / len(errors)
+    half = NORMAL * 100 * error
     return Span(value, value - half, value + half)
 
 
@@ -122,15 +119,10 @@ def _change(found: BySeed, beside: BySeed) -> dict[str, Any] | None:
 
 def _paired(one: Sequence[Measured], other: Sequence[Measured]) -> Span | None:
     """On the same examples: of one metric as `paired` has it, of several tasks the mean of their differences."""
-    found = [paired(a, b) for a, b in zip(one, other, strict=True)]
-    known = [each for each in found if each is not None]
-    if len(known) < len(found):
-        return None
-    if len(known) == 1:
-        return Span(known[0].value, known[0].low, known[0].high)
-    mean = statistics.fmean(each.value for each in known)
-    widths = [(each.high - each.low) / 2 for each in known if each.high is not None and each.low is not None]
-    if len(widths) < len(known):
-        return Span(mean)
-    half = math.sqrt(math.fsum(width**2 for width in widths)) / len(widths)
-    return Span(mean, mean - half, mean + half)
+    found = paired(one[0], other[0]) if len(one) == len(other) == 1 else _mean_of(one).beside(_mean_of(other))
+    return None if found is None else Span(found.value, found.low, found.high)
+
+
+def _mean_of(measured: Sequence[Measured]) -> TaskMean:
+    """Of a text, or of the zero-shot tasks, whose accuracies may be different metrics: acc_norm and acc."""
+    return TaskMean(measured[0].metric, tuple(measured))

@@ -88,10 +88,7 @@ def streamed(source: Source, settings: Settings, dtype: str = "auto", device: st
     adapter = adapter_for(config.model_type)
     layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.vocabulary(), config, settings.prompt)
-    experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    paths = [layer.path for layer in layers]
-    fits = partial(check_fit, adapter, layers)
-    stream = open_stream(source, config, paths, dtype, device, experts=experts, check=fits)
+    stream = open_stream(source, config, layers, dtype, device, check=partial(check_fit, adapter, layers))
     notes = (*source.notes, *stream.checkpoint.notes)
     if source.adapter is not None:
         notes = (

@@ -169,7 +169,7 @@ def test_no_more_experts_than_routed_are_in_memory_at_a_time(tmp_path: Path) -> 
     config = source.config()
     layers = decoder_layers(adapter_for("mixtral"), config)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, config, [layer.path for layer in layers], experts=experts)
+    stream = open_stream(source, config, layers)
     sizes: list[int] = []
 
     def look(module: torch.nn.Module, _args: Any) -> None:
@@ -192,7 +192,7 @@ def test_an_interrupted_mixture_is_left_as_it_was_built(tmp_path: Path) -> None:
     source = locate(str(tiny.saved(tmp_path, model)))
     layers = tiny.layers_of(model)
     experts = [layer.experts.module for layer in layers if layer.experts is not None]
-    stream = open_stream(source, source.config(), [layer.path for layer in layers], experts=experts)
+    stream = open_stream(source, source.config(), layers)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def interrupt(*_: Any) -> None:

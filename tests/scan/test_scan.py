@@ -194,7 +194,7 @@ def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -
     source = locate(str(tiny.saved(tmp_path, tiny.model("llama"))))
     config = source.config()
     layers = decoder_layers(adapter_for("llama"), config)
-    stream = open_stream(source, config, [layer.path for layer in layers])
+    stream = open_stream(source, config, layers)
     present: list[set[str]] = []
 
     def look(_state: LayerState) -> None:
