@@ -7,9 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from logging import Filter, LogRecord
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,15 @@ from mwtool.models.identity import identity_of
 from mwtool.models.key_mapping import absent
 from mwtool.models.load_options import On
 from mwtool.models.meta_model import empty_model, resolved_dtype
-from mwtool.models.quantization import refuse_fp8_fault, refuse_unpacked, refuse_unscaled_weights
-from mwtool.models.source import ADAPTER_CONFIG, ADAPTER_FILES, Source, locate, unusable
+from mwtool.models.peft_adapter import tokenizer_beside, with_adapter
+from mwtool.models.quantization import (
+    NO_ROOM,
+    refuse_fp8_fault,
+    refuse_packed_away,
+    refuse_unpacked,
+    refuse_unscaled_weights,
+)
+from mwtool.models.source import Source, locate, unusable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,7 +93,7 @@ def load(
     base, stored = _from_pretrained(source, config, options)
     tokenizer = source.tokenizer()
     if source.adapter is not None:
-        tokenizer, said = _tokenizer(source, tokenizer, base)
+        tokenizer, said = tokenizer_beside(source, tokenizer, base)
         stored += said
     if source.adapter is None:
         unused = (f"--on {on} is ignored: {source.name} is no adapter folder",) if on != "base" else ()
@@ -99,11 +105,10 @@ def load(
             layers=layers,
             notes=(*source.notes, *stored, *unused),
         )
-    wrapped: Any = _with_adapter(base, source.adapter)
-    merged = wrapped.merge_and_unload().eval() if on == "merged" else None
+    whole, below = with_adapter(base, source.adapter, on)
     return Loaded(
-        model=wrapped if merged is None else merged,
-        base=wrapped.get_base_model() if merged is None else merged,
+        model=whole,
+        base=below,
         tokenizer=tokenizer,
         source=source,
         layers=layers,
@@ -127,10 +132,15 @@ def _from_pretrained(source: Source, config: Any, options: dict[str, Any]) -> tu
     except ImportError as fault:  # a quantization library that is not installed
         raise UnsupportedModel(f"{source.name} cannot be loaded here: {line_of(fault)}") from fault
     except faults as fault:
+        if isinstance(fault, ValueError) and not stored_plain and len(set(_places(options["device_map"]))) > 1:
+            raise UnsupportedModel(
+                f"{source.name} is quantized and cannot be spread like this: {line_of(fault)}; {NO_ROOM}"
+            ) from fault
         raise BadCheckpoint(f"{source.name} cannot be loaded: {line_of(fault)}") from fault
     _check_whole(source, checkpoint, info)
     if stored_plain and not source.gguf:  # transformers casts whatever it finds, without a word
         refuse_unscaled_weights(model, checkpoint)
+    refuse_packed_away(source.name, model)
     if model.get_input_embeddings().weight.is_meta:
         raise UnsupportedModel(
             f"{source.name} does not fit: even its embedding is offloaded to disk; give it more memory"
@@ -240,63 +250,3 @@ class _NoReport(Filter):
 
     def filter(self, record: LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
-
-
-def _with_adapter(base: PreTrainedModel, adapter: str) -> PeftModel:
-    from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
-
-    if not any((Path(adapter) / file).exists() for file in ADAPTER_FILES):
-        raise BadCheckpoint(f"the adapter {adapter} has no weights; expected {' or '.join(ADAPTER_FILES)}")
-    if "disk" in getattr(base, "hf_device_map", {}).values():
-        raise UnsupportedModel(
-            f"the base model of {adapter} does not fit and is left in its files in part, over which PEFT would write "
-            f"the sum with the adapter; give it more memory, or merge and save the two with PEFT and take that"
-        )
-    read_json(Path(adapter) / ADAPTER_CONFIG)
-    faults: tuple[type[Exception], ...] = (*unusable(), UnpicklingError, EOFError, SafetensorError)
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-        if config.is_prompt_learning:
-            raise UnsupportedModel(
-                f"the adapter {adapter} is {config.peft_type.value}, which puts virtual tokens where bos should be "
-                f"first; expected an adapter of weights, such as LoRA"
-            )
-        with warnings.catch_warnings():  # peft asks transformers by a former name
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return PeftModel.from_pretrained(base, adapter).eval()
-    except faults as fault:
-        raise BadCheckpoint(f"the adapter {adapter} cannot be applied: {line_of(fault)}") from fault
-
-
-def _tokenizer(
-    source: Source, tokenizer: PreTrainedTokenizerBase | None, base: PreTrainedModel
-) -> tuple[PreTrainedTokenizerBase | None, tuple[str, ...]]:
-    """The tokenizer of an adapter that brings its own, else that of its base model; a note where the two differ."""
-    assert source.adapter is not None
-    own = replace(source, folder=Path(source.adapter), repo=None).tokenizer()
-    if own is None:
-        return tokenizer, ()
-    if tokenizer is not None and _same(own, tokenizer):
-        return own, ()
-    most = max(own.get_vocab().values(), default=0)
-    embedding: Any = base.get_input_embeddings()
-    rows = embedding.weight.shape[0]
-    if most >= rows:
-        return tokenizer, (
-            (
-                f"the adapter {source.adapter} brings a tokenizer with token ids up to {most}, and the base model has "
-                f"{rows} embeddings; the base model's tokenizer is used"
-            ),
-        )
-    return own, (f"the adapter {source.adapter} brings a tokenizer that differs from its base model's; it is used",)
-
-
-def _same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers have the same tokens, special tokens and chat template."""
-    return (
-        one.get_vocab() == other.get_vocab()
-        and one.special_tokens_map == other.special_tokens_map
-        and one.chat_template == other.chat_template
-    )

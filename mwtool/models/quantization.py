@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from mwtool.architecture.packed import is_packed
 from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.models.checkpoint import Checkpoint
 from mwtool.models.dequantize import dequantized
@@ -54,6 +55,18 @@ def refuse_unpacked(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
             f"config.json of {checkpoint.source.name} says bitsandbytes, and no tensor is packed so; for plain weights "
             "remove quantization_config from config.json"
         )
+
+
+def refuse_packed_away(name: str, model: PreTrainedModel) -> None:
+    """Raises UnsupportedModel where packed weights are offloaded: what accelerate loads of them has lost its scales."""
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_meta and is_packed(module, parameter):
+                raise UnsupportedModel(f"{name} is quantized, and {path} would be offloaded; {NO_ROOM}")
+
+
+NO_ROOM = "quantized layers have to fit: give it more memory, or take the unquantized model"
+"""What to do about a quantized model that does not fit."""
 
 
 def as_plain(checkpoint: Checkpoint, config: PretrainedConfig) -> Checkpoint:

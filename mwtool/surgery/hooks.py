@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mwtool.architecture.layout import FFN, WeightSlice
-from mwtool.architecture.packed import packed_dtype
+from mwtool.architecture.packed import bare_module, packed_dtype
 from mwtool.architecture.reference import recompute
 from mwtool.errors import UnsupportedModel
 
@@ -85,17 +86,25 @@ def with_loaded_rows_scaled(
 ) -> Iterator[None]:
     """Scale rows of offloaded weights each time accelerate has loaded them; what it loads them from stays as it is.
 
-    Raises UnsupportedModel where no hook of accelerate loads them, and under PEFT adapters.
+    places: of the FFN, biases included. Under a PEFT adapter, the rows of the base layer are scaled; of one that is
+    merged where they are loaded, those of the sum. Raises UnsupportedModel where no hook of accelerate loads them, and
+    for quantized weights.
     """
     with ExitStack() as stack:
-        for module in {id(one): one for one in (owner(model, place) for place in places)}.values():
-            hook = getattr(module, "_hf_hook", None)
-            if hook is None or hasattr(module, "get_base_layer"):
+        for path in dict.fromkeys(place.param.rpartition(".")[0] for place in places):
+            inside = [place for place in places if place.param.rpartition(".")[0] == path]
+            hook = getattr(bare_module(model, path), "_hf_hook", None)
+            if hook is None:
                 raise _offloaded(ffn)
-            inside = [place for place in places if owner(model, place) is module]
+            if any(packed_dtype(model, place) for place in inside):
+                raise UnsupportedModel(
+                    f"{ffn.module} is quantized and offloaded, so its rows cannot be edited; load the model without "
+                    f"offloading this layer, or unquantized"
+                )
             before = hook.pre_forward
             hook.pre_forward = _then_scaled(before, model, inside, list(rows), factor)
             stack.callback(setattr, hook, "pre_forward", before)
+        stack.enter_context(without_nan(model, ffn, rows))
         yield
 
 
@@ -195,10 +204,13 @@ def without_nan(model: nn.Module, ffn: FFN, rows: Sequence[int]) -> Iterator[Non
     hooks = []
     for place in ffn.inputs:
         module: Any = owner(model, place)
-        if getattr(module, "lora_magnitude_vector", None):
+        if getattr(module, "lora_magnitude_vector", None) and not module.merged:
             entries = place.rows(list(rows), tuple(module.get_base_layer().weight.shape))[1]
-            empty = _without_norm(module, entries, transposed=place.transposed)
-            hooks.append(module.register_forward_hook(_times(0.0, empty)))
+            found = partial(_without_norm, module, entries, transposed=place.transposed)
+            if module.get_base_layer().weight.is_meta:  # known when it has been loaded; the hook that frees it is later
+                hooks.append(module.register_forward_hook(_times(0.0, found), prepend=True))
+            else:
+                hooks.append(module.register_forward_hook(_times(0.0, found())))
     with _removing(*hooks):
         yield
 
@@ -218,11 +230,13 @@ def _without_norm(module: Any, entries: list[int], *, transposed: bool) -> list[
     return [entry for entry in entries if not whole[entry].any()]
 
 
-def _times(factor: float, entries: list[int]) -> Callable[..., Tensor]:
+def _times(factor: float, entries: list[int] | Callable[[], list[int]]) -> Callable[..., Tensor]:
+    """A hook that scales outputs. entries: which ones, or what says so at each forward."""
+
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        scaled = output.clone()
+        scaled, at = output.clone(), entries if isinstance(entries, list) else entries()
         # assigned, not multiplied: zero times NaN is NaN
-        scaled[..., entries] = scaled[..., entries] * factor if factor else 0.0
+        scaled[..., at] = scaled[..., at] * factor if factor else 0.0
         return scaled
 
     return hook

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,8 +22,10 @@ from mwtool.errors import BadCheckpoint, UnsupportedModel
 from mwtool.models import packed_formats
 from mwtool.models.load import load
 from mwtool.models.packed_integers import CompressedTensors, Transposed
+from mwtool.models.quantization import refuse_packed_away
 from mwtool.quantization.check import quantize_check
 from mwtool.scan.plan import plan_scan
+from mwtool.surgery.attack import Attack, edited
 
 
 def planted(model_type: str = "llama", **changes: Any) -> PreTrainedModel:
@@ -370,3 +373,29 @@ def test_plain_weights_that_are_said_to_be_packed_by_bitsandbytes_are_refused_be
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(BadCheckpoint, match="says bitsandbytes, and no tensor is packed so"):
         load(str(folder))
+
+
+@pytest.mark.parametrize("stated", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_quantized_layers_are_not_offloaded(tmp_path: Path, stated: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes", reason="an optional library")
+    folder, _ = in_bitsandbytes(tmp_path, planted(), **stated)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "cpu" if index else "disk" for index in range(tiny.LAYERS)}
+    with pytest.raises(
+        UnsupportedModel, match=r"is quantized and cannot be spread like this: .*; quantized layers have"
+    ):
+        load(str(folder), model_options={"device_map": places, "offload_folder": str(tmp_path / "off")})
+
+
+def test_packed_weights_that_accelerate_would_load_without_their_scales_are_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = tiny.model("llama", num_hidden_layers=2)
+    refuse_packed_away("plain", cpu_offload(model, execution_device=torch.device("cpu")))
+    packed = torch.empty(16, 1, dtype=torch.uint8, device="meta")
+    model.get_submodule("model.layers.1.mlp.up_proj").weight = nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(UnsupportedModel, match=r"m is quantized, and model.layers.1.mlp.up_proj would be offloaded"):
+        refuse_packed_away("m", model)
+    ffn = tiny.layers_of(model)[1].ffns[0]
+    with pytest.raises(UnsupportedModel, match=r"model.layers.1.mlp.* is quantized and offloaded"):
+        edited(model, ffn, [1], Attack("zero", 1)).__enter__()
