@@ -1,11 +1,15 @@
-"""How LongBench scores answers, from 0 to 1: which metric each dataset has, how long answers are, and the metrics."""
+"""How LongBench scores answers, from 0 to 1: which metric each dataset has, how long answers are, and the metrics.
+
+Scores are those of its `metrics.py` with `rouge` 1.0.1 and `fuzzywuzzy` 0.18.0, peculiarities included: only then can
+they be compared with published ones.
+"""
 
 from __future__ import annotations
 
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -20,21 +24,26 @@ def qa_f1(answer: str, right: str, _classes: Sequence[str] = ()) -> float:
 
 
 def rouge_l(answer: str, right: str, _classes: Sequence[str] = ()) -> float:
-    """F1 of the longest common subsequence of words, which are what stands between spaces."""
-    one, other = answer.split(), right.split()
-    row = [0] * (len(other) + 1)
-    for word in one:
-        before = 0  # of the row above, one place to the left
-        for at, against in enumerate(other, 1):
-            above = row[at]
-            row[at] = before + 1 if word == against else max(above, row[at - 1])
-            before = above
-    return _f1(row[-1], len(one), len(other))
+    """F1 of distinct words, of which those in common lie on a longest common subsequence of any two sentences.
+
+    Sentences end at every full stop, also at that of a number; one of spaces alone has one empty word.
+    """
+    one, other = _sentences(answer), _sentences(right)
+    common = {word for sentence in other for said in one for word in _subsequence(sentence, said)}
+    return _f1(len(common), len(set().union(*one)), len(set().union(*other)))
 
 
 def classification(answer: str, right: str, classes: Sequence[str] = ()) -> float:
-    """1 over the number of classes named, if the right one is; a class whose name is part of the right one's is not."""
-    found = [name for name in classes if name in answer and (name == right or name not in right)]
+    """1 over the number of classes named, if the right one is among them.
+
+    A class whose name is part of the right one's does not count, unless the class named before it was such a one.
+    """
+    found = [name for name in classes if name in answer]
+    at = 0
+    while at < len(found):
+        if found[at] in right and found[at] != right:
+            del found[at]  # what comes next takes its place and is not looked at, as in LongBench
+        at += 1
     return 1 / len(found) if right in found else 0.0
 
 
@@ -52,9 +61,9 @@ def retrieval(answer: str, right: str, _classes: Sequence[str] = ()) -> float:
 
 def code_sim(answer: str, right: str, _classes: Sequence[str] = ()) -> float:
     """How similar the first line of code is, in whole percent; lines with a backtick, `#` or `//` are no code."""
-    lines = (line for line in answer.split("\n") if line.strip() and not any(mark in line for mark in ("`", "#", "//")))
-    line = next(lines, "")
-    return round(100 * SequenceMatcher(None, line, right).ratio()) / 100 if line and right else 0.0
+    lines = answer.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return round(100 * SequenceMatcher(None, line, right).ratio()) / 100 if line and right else float(line == right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +116,34 @@ def score(dataset: Dataset, answer: str, right: Sequence[str], classes: Sequence
     """The best score of an answer beside any of the right ones."""
     if dataset.first_line:
         answer = answer.lstrip("\n").partition("\n")[0]
-    if dataset.metric != "code_sim":
-        answer = answer.strip()
     return max(METRICS[dataset.metric](answer, one, classes) for one in right)
 
 
 def _words(text: str) -> list[str]:
     plain = "".join(one for one in text.lower() if one not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _sentences(text: str) -> list[list[str]]:
+    return [sentence.split() or [""] for sentence in text.split(".") if sentence]
+
+
+def _subsequence(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
+    """A longest common subsequence, from its end; of several, the one found by giving up words of `other` first."""
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, word in enumerate(one, 1):
+        for j, against in enumerate(other, 1):
+            same = word == against
+            table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
+    i, j = len(one), len(other)
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            yield one[i - 1]
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
 
 
 def _f1(common: int, one: int, other: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mwtool.evaluation.comparison import LEAST, Entry, paired, student_t
+from mwtool.evaluation.comparison import LEAST, Entry, is_accuracy, is_number, paired, student_t
 from mwtool.evaluation.document import COMPARISON, SCHEMA, entries_of
 from mwtool.evaluation.numbers import figure as number
 from mwtool.evaluation.numbers import fine, short
@@ -24,9 +24,16 @@ MOST = 24
 """Metrics that a figure shows; of groups with many subtasks, the whole comes first."""
 LEGEND = 0.16
 """Height in inches of a line of the legend."""
+OTHER = "Other metrics"
+"""What changes are called that are neither ratios nor points, nor on a scale of `SCALES`."""
 LONGEST = 22
 """Characters of a model's name in the legend; the caption has all of them."""
 UNATTACKED = "none"
+SCALES: dict[str, tuple[str, int, int]] = {
+    "judge": ("Judge's score", 1, 5),
+    "longbench": ("LongBench score", 0, 1),
+}
+"""Of scored answers, by the key of their setting: what the scale is called, and its ends. Its metrics share an axis."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +49,7 @@ class _Panel:
 
 
 def plot_evaluation(found: Evaluations | Mapping[str, Any]) -> Figure:
-    """Perplexities and accuracies as bars, and what each loses under attack or beside the first model.
+    """Perplexities, accuracies and scores as bars, and what each loses under attack or beside the first model.
 
     found: `Evaluations`, or the document of one evaluation or of a comparison, whose models stand on the same axes.
     Lines are 95 % confidence intervals. A change is paired: the same examples, attacked and not, or of two models.
@@ -70,7 +77,7 @@ def plot_evaluation(found: Evaluations | Mapping[str, Any]) -> Figure:
             panel.set(xlabel=one.axis)
         if not drawn:
             axes[0].set_axis_off()
-            axes[0].text(0, 0.5, "No numbers: only answers in words.")
+            axes[0].text(0, 0.5, "No numbers: only answers that nobody scored.")
         if len(names) > 1:
             found_handles = {
                 name: handle for panel in axes for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)
@@ -104,7 +111,7 @@ def reference_of(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 def _drawn(document: Mapping[str, Any]) -> tuple[list[Entry], int]:
     """The metrics to draw, and how many are left out because there are too many."""
     entries = entries_of(evaluations_of(document), named_models(document))
-    entries = [one for one in entries if not one.measured.answers]
+    entries = [one for one in entries if is_number(one.measured)]
     keys = sorted(dict.fromkeys(one.key for one in entries), key=lambda key: key[1] is not None)  # wholes first
     chosen = set(keys[:MOST])
     return [one for one in entries if one.key in chosen], len(keys) - len(chosen)
@@ -119,44 +126,53 @@ def _values(entries: Sequence[Entry]) -> list[_Panel]:
 
 def _of_values(unit: str, entries: Sequence[Entry], beside: Sequence[Entry]) -> _Panel:
     """The metrics of one unit; `beside`: those of all units, from which series have their names."""
-    percent = unit == "accuracy"
-    scale = 100 if percent else 1
+    scale = 100 if unit == "accuracy" else 1
     finite = [one.measured.value for one in entries if math.isfinite(one.measured.value)]
     logarithmic = unit.endswith("perplexity") and spread(finite)
+    least, most = _ends(unit, logarithmic=logarithmic)
     series: dict[str, dict[str, Bar]] = {}
     for entry in entries:
         one = entry.measured
         known = not one.nonfinite and math.isfinite(one.value)
         low = high = None
         if known and one.stderr is not None and one.n >= LEAST:
-            half = student_t(one.n - 1) * one.stderr  # no perplexity is below 1, no accuracy outside 0 to 100 %
-            low = scale * max(one.value - half, 0.0 if percent else float(logarithmic))
-            high = scale * (min(one.value + half, 1.0) if percent else one.value + half)
+            half = student_t(one.n - 1) * one.stderr
+            low, high = max(scale * (one.value - half), least), min(scale * (one.value + half), most)
         value = scale * one.value
-        label = "not finite" if not known else f"{value:.1f}" if percent else number(value)
+        label = "not finite" if not known else f"{value:.1f}" if unit == "accuracy" else number(value)
         bar = Bar(value if known else None, low, high, label)
         series.setdefault(_series(entry, beside), {})[_row(entry)] = bar
+    axis = f"{unit}, %" if unit == "accuracy" else f"{unit}, {least} to {most}" if math.isfinite(most) else unit
     return _Panel(
         title=unit[:1].upper() + unit[1:],
-        axis="accuracy, %" if percent else f"{unit}, log scale" if logarithmic else unit,
+        axis=axis + (", log scale" if logarithmic else ""),
         rows=tuple(dict.fromkeys(map(_row, entries))),
         series=series,
-        base=1 if logarithmic else 0,
+        base=least,
         logarithmic=logarithmic,
     )
 
 
+def _ends(unit: str, *, logarithmic: bool) -> tuple[float, float]:
+    """The values between which a metric of this unit lies: bars begin at the first, intervals end at both."""
+    if unit == "accuracy":
+        return 0, 100
+    scale = next((ends for name, *ends in SCALES.values() if name == unit), (int(logarithmic), math.inf))
+    return scale[0], scale[1]
+
+
 def _changes(entries: Sequence[Entry]) -> list[_Panel]:
     """Under attack against the same model without; without attacks, against the first model."""
-    found: dict[str, dict[str, dict[str, Bar]]] = {}
+    found: dict[tuple[str, str], dict[str, dict[str, Bar]]] = {}
     for entry in entries:
         reference = reference_of(entry, entries)
         change = None if reference is None else paired(entry.measured, reference.measured)
         if change is not None and math.isfinite(change.value):
             shape = {"ratio": f"x{fine(change.value)}", "points": f"{change.value:+.1f}"}
             bar = Bar(change.value, change.low, change.high, shape.get(change.kind, f"{change.value:+.3g}"))
-            found.setdefault(change.kind, {}).setdefault(_series(entry, entries), {})[_row(entry)] = bar
-    return [_of_changes(kind, _beside(entries), series) for kind, series in found.items()]
+            what = {"ratio": "Perplexity", "points": "Accuracy"}.get(change.kind, _scale(entry.measured) or OTHER)
+            found.setdefault((change.kind, what), {}).setdefault(_series(entry, entries), {})[_row(entry)] = bar
+    return [_of_changes(kind, _beside(entries).format(what), series) for (kind, what), series in found.items()]
 
 
 def _beside(entries: Sequence[Entry]) -> str:
@@ -173,12 +189,9 @@ def _of_changes(kind: str, title: str, series: Mapping[str, Mapping[str, Bar]]) 
     values = [bar.value for bars in series.values() for bar in bars.values() if bar.value is not None]
     ratio = kind == "ratio"
     logarithmic = ratio and spread([1.0, *values])
-    what, axis = {
-        "ratio": ("Perplexity", "perplexity ratio"),
-        "points": ("Accuracy", "accuracy, points gained or lost"),
-    }.get(kind, ("Other metrics", "difference"))
+    axis = {"ratio": "perplexity ratio", "points": "accuracy, points gained or lost"}.get(kind, "difference")
     return _Panel(
-        title=title.format(what),
+        title=title,
         axis=axis + (", log scale" if logarithmic else ""),
         rows=tuple(dict.fromkeys(row for bars in series.values() for row in bars)),
         series=series,
@@ -189,9 +202,12 @@ def _of_changes(kind: str, title: str, series: Mapping[str, Mapping[str, Bar]]) 
 
 def _unit(one: Measured) -> str:
     """What a metric counts: metrics of one unit share an axis."""
-    if one.weights is not None:
-        return one.metric
-    return "accuracy" if one.samples and all(value in (0, 1) for value in one.samples) else one.metric
+    return _scale(one) or ("accuracy" if is_accuracy(one) else one.metric)
+
+
+def _scale(one: Measured) -> str | None:
+    """The scale of scored answers; None of others."""
+    return next((name for key, (name, *_) in SCALES.items() if key in one.setting), None)
 
 
 def _row(entry: Entry) -> str:
@@ -230,8 +246,8 @@ def _caption(document: Mapping[str, Any], entries: Sequence[Entry], left_out: in
 
 def _size(entry: Entry) -> str:
     one = entry.measured
-    unit = (
-        "windows" if one.weights is not None and one.metric == "perplexity" and "window" in one.setting else "examples"
-    )
+    windows = one.weights is not None and one.metric == "perplexity" and "window" in one.setting
+    unit = "windows" if windows else "answers" if one.answers else "examples"
     width = f" of {one.setting['window']} tokens" if one.setting.get("window") else ""
-    return f"{short(one.task)}: {one.n} {unit}{width}"
+    part = f" {one.part}" if one.answers and one.part else ""  # datasets of one file differ in size
+    return f"{short(one.task)}{part}: {one.n} {unit}{width}"

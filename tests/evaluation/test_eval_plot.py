@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluations import accuracy, compared, evaluated, evaluation, perplexity
 from matplotlib.axes import Axes
@@ -111,6 +112,39 @@ def test_series_differ_in_grey() -> None:
     figure = plot_evaluation(evaluated("a", none=RIGHT, zero=WRONG, retain=RIGHT))
     hatches = [one.patches[0].get_hatch() for one in figure.axes[0].containers]  # type: ignore[attr-defined] # bars
     assert len(set(hatches)) == 3
+
+
+def scored(kind: str, samples: list[float], metric: str, part: str | None = None) -> dict[str, Any]:
+    """An entry of `results` with answers that a judge, or LongBench's metrics, scored."""
+    one = accuracy(samples, task=f"{kind}:x", metric=metric, part=part)
+    return {**one, "setting": {kind: "by"}, "answers": ["said"] * len(samples)}
+
+
+def test_scored_answers_are_drawn_on_their_own_scale_with_intervals_inside_it() -> None:
+    judged, less = scored("judge", [5, 5, 5, 4], "score"), scored("judge", [1, 1, 2, 1], "score")
+    figure = plot_evaluation(evaluation("a", none=[judged], zero=[less]))
+    assert titles(figure) == ["Judge's score", "Judge's score under attack"]
+    values, change = figure.axes
+    assert bars(values) == {"no attack": [(1, 4.75)], "zero:1": [(1, 1.25)]}  # from the worst grade
+    assert bars(change) == {"zero:1": [(0, -3.5)]}
+    assert values.get_xlabel() == "Judge's score, 1 to 5"
+    ends = [end for line in values.lines[1::2] for end in np.asarray(line.get_xdata()).tolist()]
+    assert (min(ends), max(ends)) == (1, 5)
+    assert "judge:x: 4 answers" in caption(figure)
+
+
+def test_metrics_of_long_contexts_share_an_axis_also_where_every_score_is_0_or_1() -> None:
+    both = [scored("longbench", [0.5, 1, 0.4, 0.3], "qa_f1", "qasper"), scored("longbench", [0] * 4, "count", "count")]
+    broken = [scored("longbench", [0] * 4, "qa_f1", "qasper"), scored("longbench", [1] * 4, "count", "count")]
+    figure = plot_evaluation(evaluation("a", none=both, zero=broken))
+    assert titles(figure) == ["LongBench score", "LongBench score under attack"]
+    values, change = map(bars, figure.axes)
+    assert values == {"no attack": [(0, pytest.approx(0.55)), (0, 0)], "zero:1": [(0, 0), (0, 1)]}
+    assert change == {"zero:1": [(0, pytest.approx(-0.55)), (0, 1)]}
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "longbench:x qasper qa_f1",
+        "longbench:x count count",
+    ]
 
 
 def test_answers_alone_have_an_empty_figure_and_other_documents_none() -> None:
