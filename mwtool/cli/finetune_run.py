@@ -117,6 +117,7 @@ class Run:
             if self.push is not None:
                 _push(folder, self.push)
             note(f"measure it with: {measuring(folder, plan)}")
+        process.end()
 
 
 def locating(name: str, revision: str | None, **options: Any) -> Source:

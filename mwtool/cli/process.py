@@ -25,6 +25,15 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def end() -> None:
+    """Leave the group of processes, where there is one: torch warns on stderr about a group that is still there."""
+    if count() > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def training_device(asked: str) -> str:
     """The device to train on; under a launcher each process has its own GPU."""
     import torch

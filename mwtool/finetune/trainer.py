@@ -250,6 +250,8 @@ def _save_adapter(trainer: Trainer, folder: Path) -> None:
             if file.name != "training_args.bin":  # a pickle nobody needs to load the adapter
                 file.replace(folder / file.name)
         shutil.rmtree(temporary)
+    # the others only send their parts of a sharded model: one that exits before they are sent lets the first wait forever
+    trainer.accelerator.wait_for_everyone()
 
 
 def _arguments(

@@ -34,7 +34,8 @@ def document_of(
     from mwtool.reproduction.schema import ReproductionDocument
 
     massive = scan is not None and scan["massive"] is not None
-    tables = tables_of(config, Measurements(config, seeds_in(config.folder)), parts, massive=massive)
+    measured = Measurements(config, seeds_in(config.folder))
+    tables = tables_of(config, measured, parts, massive=massive)
     head = scan or {}
     document = {
         **envelope(
@@ -52,7 +53,7 @@ def document_of(
         "tables": tables,
         "failures": list(failures),
         "complete": scan is not None and not failures and all(one["state"] == "complete" for one in tables),
-        "notes": _notes(config),
+        "notes": [*_notes(config), *_environments(measured)],
     }
     return checked(ReproductionDocument, document)
 
@@ -68,6 +69,14 @@ def _notes(config: StudyConfig) -> list[str]:
     if config.measuring.windows is not None:
         notes.append(f"the first {config.measuring.windows} windows of each text")
     return notes
+
+
+def _environments(measured: Measurements) -> list[str]:
+    """A study that was continued elsewhere: how much of it was measured with what."""
+    found = measured.measured_with
+    if len(found) == 1:
+        return []
+    return [f"{count} of {found.total()} evaluations were made with {what}" for what, count in found.most_common()]
 
 
 def earlier(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mwtool.reproduction.config import StudyConfig
 from mwtool.reproduction.controls import control_cell
 from mwtool.reproduction.runs import Kind, Run
 from mwtool.reproduction.statistics import BySeed
-from mwtool.reproduction.steps import results
+from mwtool.reproduction.steps import evaluations
 
 MEAN = "zero-shot mean"
 """The column of the mean over all zero-shot tasks."""
@@ -41,6 +42,8 @@ class Measurements:
     config: StudyConfig
     seeds: int
     _read: dict[Path, list[dict[str, Any]]] = field(default_factory=dict)
+    measured_with: Counter[str] = field(default_factory=Counter)
+    """Versions and device -> how many of the documents that were read were measured with them."""
 
     @property
     def columns(self) -> list[str]:
@@ -78,7 +81,9 @@ class Measurements:
         kind: Kind = "texts" if column in self.config.measuring.texts else "tasks"
         path = folder_of(self.config, run) / f"{key.on}.{kind}.json"
         if path not in self._read:
-            self._read[path] = results(path)
+            documents = evaluations(path)
+            self._read[path] = [result for document in documents for result in document["results"]]
+            self.measured_with.update(measured_with(document) for document in documents)
         found = [self._chosen(self._read[path], key.attack, name) for name in names]
         yield from (one for one in found if one is not None and None not in found)
 
@@ -126,6 +131,12 @@ class Measurements:
 
     def _read_of(self, kind: str) -> list[list[dict[str, Any]]]:
         return [entries for path, entries in self._read.items() if path.name.endswith(f"{kind}.json")]
+
+
+def measured_with(document: Mapping[str, Any]) -> str:
+    """The versions and the device of a document, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    return f"mwtool {document['mwtool_version']}, {versions}, on {document['device']}"
 
 
 def _metric(found: list[str], column: str) -> str:

@@ -26,9 +26,9 @@ def page_of(document: Document, figures: Sequence[str]) -> str:
 
 def _head(document: Document) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    yield f"mwtool {document['mwtool_version']}, {versions}; {document['dtype']} on {document['device']}."
+    yield f"{document['dtype']} on {document['device']}; written by mwtool {document['mwtool_version']}, {versions}."
     if document["command"]:
-        yield f"Written by `{document['command']}`."
+        yield f"The command: `{document['command']}`."
     if not document["complete"]:
         yield "This study is not complete."
     yield ""
@@ -55,7 +55,7 @@ def _table(table: Mapping[str, Any]) -> Iterator[str]:
         yield "| | " + " | ".join(columns) + " | beside |"
         yield "|---|" + "---|" * (len(columns) + 1)
         for line in table["lines"]:
-            cells = [_cell(line["cells"].get(name)) for name in columns]
+            cells = [page_cell(line["cells"].get(name)) for name in columns]
             yield f"| {line['label']} | " + " | ".join(cells) + f" | {line['beside'] or ''} |"
     if table["state"] == "partial":
         yield "\nThis table is not complete."
@@ -63,7 +63,7 @@ def _table(table: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n{note[:1].upper()}{note[1:]}."
 
 
-def _cell(cell: Mapping[str, Any] | None) -> str:
+def page_cell(cell: Mapping[str, Any] | None) -> str:
     """The value with its interval; below it the change with its own; how many seeds, where there are several."""
     if cell is None:
         return ""
@@ -71,15 +71,20 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
         return f"not finite: {cell['nonfinite']}"
     text = _number(cell["value"]) + _interval(cell["interval"])
     change = cell["change"]
-    if change is not None:
-        sign = "x" if change["kind"] == "ratio" else "+" if change["value"] >= 0 else ""
-        text += f"<br>{sign}{_number(change['value'])}{_interval(change['interval'])}"
+    if change is not None and change["kind"] == "ratio":
+        text += f"<br>x{_number(change['value'])}{_interval(change['interval'])}"
+    elif change is not None:
+        text += f"<br>{change['value']:+.2f}{_points(change['interval'])}"
     kind = "draws" if cell["over"] == "draws" else "seeds"
     return text + (f"<br>{len(cell['seeds'])} {kind}" if len(cell["seeds"]) > 1 else "")
 
 
 def _interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f" [{_number(interval[0])}, {_number(interval[1])}]"
+
+
+def _points(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
 
 def _number(value: float) -> str:

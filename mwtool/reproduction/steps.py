@@ -178,7 +178,12 @@ def _tasks(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def results(path: Path) -> list[dict[str, Any]]:
     """The results in an evaluation's document; none where it does not exist."""
-    return [result for document in read_documents(path) for result in document["results"]] if path.exists() else []
+    return [result for document in evaluations(path) for result in document["results"]]
+
+
+def evaluations(path: Path) -> list[dict[str, Any]]:
+    """The documents in the file of an evaluation; none where it does not exist."""
+    return read_documents(path) if path.exists() else []
 
 
 def free() -> None:

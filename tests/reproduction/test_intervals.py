@@ -10,6 +10,7 @@ from scipy import stats
 
 from mwtool.evaluation.measurement import Measured
 from mwtool.reproduction.controls import control_cell
+from mwtool.reproduction.page import page_cell
 from mwtool.reproduction.statistics import cell_of, over_seeds
 
 
@@ -79,3 +80,11 @@ def test_random_rows_are_a_mean_over_draws_beside_the_unchanged_model() -> None:
     assert cell["value"] == pytest.approx(math.sqrt(99))
     assert cell["change"]["value"] == pytest.approx(math.sqrt(0.99))
     assert control_cell(document, "retain:5", ["a"]) is None
+
+
+def test_points_on_the_page_have_two_decimals_and_ratios_near_one_have_four() -> None:
+    cell = {"value": 50.03, "interval": None, "over": "seeds", "seeds": [0], "nonfinite": None}
+    points = {"kind": "points", "value": -1.25, "interval": [-3.5, 1.0017], "over": "examples"}
+    ratio = {"kind": "ratio", "value": 0.9978, "interval": [0.9912, 1.23], "over": "examples"}
+    assert page_cell({**cell, "change": points}) == "50.0<br>-1.25 [-3.50, +1.00]"
+    assert page_cell({**cell, "change": ratio}) == "50.0<br>x0.9978 [0.9912, 1.23]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,19 @@ def test_every_key_of_the_document_is_described(study: Path) -> None:
     cell = attacked["cells"]["words"]
     names = {*document, *document["tables"][0], *document["tables"][0]["columns"][0], *attacked, *cell, *cell["change"]}
     assert names - described == set()
+
+
+def test_a_study_that_went_on_elsewhere_says_how_much_was_measured_with_what(
+    folder: Path, study: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(study, tmp_path / "moved")
+    path = tmp_path / "moved" / "base.texts.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda:0"'))
+    notes = reproduce(folder, tmp_path / "moved", "--only", "table3", "--device", "cpu", "--json").document["notes"]
+    mixed = [note for note in notes if " evaluations were made with mwtool " in note]
+    assert [note.endswith(("on cpu", "on cuda:0")) for note in mixed] == [True, True]
+    assert mixed[1].startswith("1 of ")
+    assert not any(" evaluations were made " in note for note in document_in(study)["notes"])
 
 
 def test_what_macdrop_changes_stands_beside_training_without_it(study: Path) -> None:
