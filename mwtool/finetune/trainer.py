@@ -250,7 +250,7 @@ def _save_adapter(trainer: Trainer, folder: Path) -> None:
             if file.name != "training_args.bin":  # a pickle nobody needs to load the adapter
                 file.replace(folder / file.name)
         shutil.rmtree(temporary)
-    # the others only send their parts of a sharded model: one that exits before they are sent lets the first wait forever
+    # the others only send their parts of a sharded model: if one exits before they are sent, the first waits forever
     trainer.accelerator.wait_for_everyone()
 
 
