@@ -288,6 +288,13 @@ class AblationRows(Scanned):
         return self
 
 
+class Unread(Strict):
+    """A weight of attention that a single position does without."""
+
+    parameter: str
+    layers: list[Count]
+
+
 class ScanDocument(Scanned):
     """mwtool.scan/2."""
 
@@ -313,6 +320,7 @@ class ScanDocument(Scanned):
     sinks: Sinks | None = None
     triggers: Triggers | None = None
     routing: list[Routing] | None = None
+    unread: list[Unread] = Field(default_factory=list)
     notes: list[str]
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ would load. Of an embedding, only the rows of the given token ids are read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from mwtool.models.dequantize import DequantizedCheckpoint
 from mwtool.models.key_mapping import ExpertTensors, Rows, absent, fetch, tensor_map
 from mwtool.models.meta_model import build
 from mwtool.models.quantization import as_plain, refuse_unscaled
+from mwtool.models.single_position import sources, unneeded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -37,17 +38,20 @@ class Stream:
 
     names: module path of a decoder layer, or parameter name -> checkpoint names.
     experts: path of a module of routed experts -> the checkpoint tensors of each of its parameters.
+    left_out: path of a decoder layer -> its parameters that a single position does without -> their checkpoint names;
+        None until `leave_out` has found them. They are then zeros.
     bytes_read: bytes read from the checkpoint so far, counted in the dtype of the computation.
     """
 
     model: PreTrainedModel
     checkpoint: Checkpoint
-    layers: list[str]
+    layers: list[DecoderLayer]
     parameters: int
     device: torch.device
     load_config: Any
     names: dict[str, list[str]]
     experts: dict[str, ExpertTensors] = field(default_factory=dict)
+    left_out: dict[str, dict[str, list[str]]] | None = None
     bytes_read: int = 0
     on_read: Callable[[int], None] | None = None
     _handles: list[Any] = field(default_factory=list)
@@ -55,8 +59,8 @@ class Stream:
     @contextmanager
     def flowing(self) -> Iterator[PreTrainedModel]:
         """The model, ready for a forward: weights are read when they are needed and freed after use."""
-        layers = set(self.layers)
-        inside = tuple(f"{path}." for path in self.layers)
+        layers = {layer.path for layer in self.layers}
+        inside = tuple(f"{path}." for path in layers)
         for name, module in self.model.named_modules():
             if name in layers:
                 self._hook(module, self._enter_layer(name), self._leave)
@@ -77,6 +81,21 @@ class Stream:
             for path in self.experts:
                 self._resize(path, None)
             _drop(self.model)  # an interrupted forward leaves a layer in memory
+
+    def leave_out(self) -> None:
+        """From now on leave out what a single position does without: no text may be run. docs/scan.md says when."""
+        if self.left_out is None:
+            found = {} if self.device.type == "meta" else unneeded(self.model, self.layers, self.device)
+            self.left_out = {path: sources(self.names, path, names) for path, names in found.items()}
+
+    def tensors_of(self, path: str) -> list[str]:
+        """The checkpoint names read for a decoder layer, without its routed experts."""
+        out = self.names_left_out(path)
+        return [name for name in dict.fromkeys(self.names.get(path, [])) if name not in out]
+
+    def names_left_out(self, path: str) -> set[str]:
+        """Those that are not read although they are the layer's."""
+        return {name for names in (self.left_out or {}).get(path, {}).values() for name in names}
 
     @contextmanager
     def layer(self, path: str) -> Iterator[nn.Module]:
@@ -206,8 +225,14 @@ class Stream:
         return module  # type: ignore[no-any-return] # an nn.Module whose attributes mypy does not know
 
     def _load(self, path: str, module: nn.Module) -> None:
-        self._convert(dict.fromkeys(self.names.get(path, [])))
-        self._check(module, path)
+        self._convert(dict.fromkeys(self.tensors_of(path)))
+        out = (self.left_out or {}).get(path, {})
+        for name in out:
+            parent, _, leaf = name.rpartition(".")
+            owner, like = self.model.get_submodule(parent), self.model.get_parameter(name)
+            zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+            owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)  # noqa: SLF001 - replaced in place, as in _drop
+        self._check(module, path, out)
 
     def _convert(self, sources: Mapping[str, list[int] | None]) -> None:
         """Let transformers read, rename, convert, cast and assign these tensors.
@@ -231,9 +256,11 @@ class Stream:
         for name, fault in info.conversion_errors.items():
             raise BadCheckpoint(f"tensor {name} cannot be converted: {str(fault).strip().splitlines()[-1]}")
 
-    def _check(self, module: nn.Module, path: str) -> None:
+    def _check(self, module: nn.Module, path: str, left_out: Collection[str] = ()) -> None:
         """Raises BadCheckpoint if a weight is absent or not finite. A sum is 100 times faster than `isfinite`."""
         for name, tensor in module.named_parameters():
+            if f"{path}.{name}" in left_out:
+                continue
             if tensor.is_meta:
                 if f"{path}.{name}".rpartition(".")[0] in self.experts:
                     continue  # read after the router has run
@@ -284,7 +311,7 @@ def open_stream(
     return Stream(
         model=built.model,
         checkpoint=checkpoint,
-        layers=paths,
+        layers=list(layers),
         parameters=built.parameters,
         device=place,
         load_config=built.load_config,

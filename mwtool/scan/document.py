@@ -59,6 +59,7 @@ def scan_document(scan: Scan, command: str | None = None, check: dict[str, Any] 
         },
         "published": _published(scan),
         **states_of(scan),
+        "unread": [{"parameter": one.parameter, "layers": list(one.layers)} for one in scan.unread],
         "notes": list(scan.notes),
     }
     return checked(ScanDocument, document)

@@ -14,6 +14,7 @@ from mwtool.models.source import locate
 from mwtool.scan.scanner import check
 from mwtool.scan.settings import Settings
 from mwtool.scan.subject import Subject, streamed
+from mwtool.scan.unread import Unread, unread
 
 if TYPE_CHECKING:
     from mwtool.models.streaming import Stream
@@ -34,7 +35,8 @@ class ScanPlan:
 
     parts: what comes before the layers, then each layer walked. layers: how many the model has. experts: how many
     routed experts are counted a layer, one token's; None for a dense model. files: the files these tensors are in.
-    cached: whether these files are on this machine. whole: bytes of these files' tensors.
+    cached: whether these files are on this machine. whole: bytes of these files' tensors. unread: what a single
+    position does without, which is not among the parts; spared: its bytes.
     """
 
     model: str
@@ -44,6 +46,8 @@ class ScanPlan:
     files: int
     cached: bool
     whole: int
+    unread: tuple[Unread, ...]
+    spared: int
 
     @property
     def size(self) -> int:
@@ -79,11 +83,12 @@ def plan_scan(
     assert stream is not None
     if stream.checkpoint.legacy is not None:
         raise UnsupportedModel(f"{found.name} has .bin files; --dry-run reads the headers of safetensors files only")
+    stream.leave_out()
     walked = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
     experts = _experts_of_a_token(subject) if stream.experts else None
     reads = {"before the layers": _before(stream)}
     for index, layer in enumerate(walked):
-        reads[f"layer {index}"] = dict.fromkeys(stream.names.get(layer.path, []))
+        reads[f"layer {index}"] = dict.fromkeys(stream.tensors_of(layer.path))
         if layer.experts is not None and layer.experts.module in stream.experts:
             held = stream.experts[layer.experts.module]
             used = held.count if experts is None else min(experts, held.count)
@@ -97,6 +102,8 @@ def plan_scan(
         files=len(files),
         cached=all((found.folder / file).exists() for file in files),
         whole=_size(stream, {name: None for name, file in stream.checkpoint.files.items() if file in files}),
+        unread=unread(stream, walked),
+        spared=_size(stream, {name: None for layer in walked for name in stream.names_left_out(layer.path)}),
     )
 
 
@@ -110,7 +117,7 @@ def _before(stream: Stream) -> dict[str, list[int] | None]:
     """Tensors of what runs before the first layer -> the rows read, None for all: of an embedding it is one."""
     from torch import nn
 
-    first = stream.layers[0]
+    first = stream.layers[0].path
     beside = first.rpartition(".")[0].rpartition(".")[0]  # model.layers.0 -> model
     found: dict[str, list[int] | None] = {}
     for name, module in stream.model.get_submodule(beside).named_modules(prefix=beside):

@@ -35,10 +35,11 @@ from mwtool.scan.definitions import (
 from mwtool.scan.positions import Positions, states_by_position
 from mwtool.scan.protect import Protected
 from mwtool.scan.ranking import Ranker, Router, carrier, routing
-from mwtool.scan.settings import Settings
+from mwtool.scan.settings import NO_TEXTS, Settings
 from mwtool.scan.sinks import Sinks, sink_rates
 from mwtool.scan.subject import Subject, in_memory, kinds, streamed
 from mwtool.scan.triggers import Triggers, find_triggers
+from mwtool.scan.unread import Unread, unread
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ class Scan:
     protect: where the rows in `massive` are stored. event_protect: the same for the rows of each event.
     router: how bos is routed at the massive layer; None where that layer is dense.
     positions, sinks, triggers: what was found on the texts of the settings; None where none was given.
+    unread: weights of attention that were not read, and so not checked, since a single position does without them.
     """
 
     identity: Identity
@@ -80,6 +82,7 @@ class Scan:
     positions: Positions | None = None
     sinks: Sinks | None = None
     triggers: Triggers | None = None
+    unread: tuple[Unread, ...] = ()
 
     @property
     def partial(self) -> bool:
@@ -222,6 +225,7 @@ def _scan(subject: Subject, settings: Settings, on_layer: OnLayer | None = None)
         positions=positions,
         sinks=sinks,
         triggers=triggers,
+        unread=() if subject.stream is None else unread(subject.stream, subject.layers[: len(states)]),
         parameters=ranker.parameters,
         notes=(
             *subject.notes,
@@ -255,6 +259,8 @@ def check(settings: Settings, subject: Subject) -> None:
 def _walked(subject: Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
     """The states bos leaves in each layer, up to the last one asked for."""
     stream = subject.stream
+    if stream is not None and settings.texts == NO_TEXTS:
+        stream.leave_out()
     layers = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
 
     def done(state: LayerState) -> None:

@@ -45,6 +45,9 @@ def plan_table(plan: ScanPlan) -> RenderableType:
         f"Files that hold these tensors: {plan.files}, with {plan.whole:,} bytes of weights, "
         + ("on this machine." if plan.cached else "on the Hub; by ranges, only what is listed is fetched."),
     ]
+    if plan.unread:
+        names = " and ".join(one.parameter for one in plan.unread)
+        lines.append(f"Not read, since one position does without: {names} ({plan.spared:,} bytes).")
     if plan.experts is not None:
         lines.append(f"Of each layer's routed experts {plan.experts} are counted, those of one token.")
     return Group(Text(f"{plan.model}: what a scan reads", "bold"), table, *map(Text, lines))
