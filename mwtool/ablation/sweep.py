@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mwtool.ablation.config import AblateConfig
@@ -16,6 +17,7 @@ from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
+from mwtool.evaluation.compiled import compile_lines
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Prepared, prepare
 from mwtool.evaluation.measurement import Measured
@@ -163,6 +165,9 @@ def ablate(
 def _ablation(measuring: Measuring, plans: Sequence[Plan], notes: Sequence[str], head: Head) -> Ablation:
     """What is known so far: of the tasks that have been measured under all attacks."""
     complete = measuring.complete()
+    compiled = compile_lines(
+        one for metrics in measuring.measurements.found.values() for one in chain(*metrics.values())
+    )
     found = measuring.measurements
 
     def measured(key: Key | None) -> tuple[Measured, ...]:
@@ -183,7 +188,7 @@ def _ablation(measuring: Measuring, plans: Sequence[Plan], notes: Sequence[str],
         baseline=baseline,
         runs=tuple(runs),
         verdicts=tuple(verdicts(baseline, runs)),
-        notes=tuple(notes),
+        notes=(*notes, *compiled),
         head=head,
         measurements=found,
         complete=len(complete) == len(measuring.tasks),

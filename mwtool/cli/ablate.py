@@ -91,6 +91,7 @@ def ablate(
     ] = LOADING.on,
     bos: options.FirstToken = DEFAULTS.bos,
     batch_size: options.BatchSize = None,
+    compile_layers: options.Compile = False,
     limit: options.Limit = None,
     window: options.Window = None,
     seed: Annotated[
@@ -138,7 +139,7 @@ def ablate(
     sweep = Sweep(tuple(map(parse_mode, modes)), wanted, beside, seed)
     tasks = parse_tasks(task or DEFAULTS.tasks)
     outputs = Outputs(output, plot, report, table)
-    _check(outputs, save, dry_run=dry_run, resume=resume, generate=generate)
+    _check(outputs, save, dry_run=dry_run, resume=resume, generate=generate, compiled=compile_layers)
     earlier = read_earlier(output) if resume and output is not None and output.exists() else None
     loaded = load(
         model,
@@ -154,7 +155,7 @@ def ablate(
         check_savable(loaded, sweep.modes[0])
     if generate is not None:
         prompt_ids(loaded, generate, bos)
-    measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos)
+    measuring = Options(batch_size=batch_size, limit=limit, seed=seed, window=window, bos=bos, compile=compile_layers)
     groups, notes = find_targets(loaded, choice, max(wanted), Settings(bos=bos))
     note_all((*loaded.notes, *notes))
     if dry_run:
@@ -186,11 +187,13 @@ def _foretell(
     forecasts.show([forecast_sweep(loaded, groups, tasks, sweep, measuring)], json=json)
 
 
-def _check(outputs: Outputs, save: Path | None, *, dry_run: bool, resume: bool, generate: str | None) -> None:
+def _check(
+    outputs: Outputs, save: Path | None, *, dry_run: bool, resume: bool, generate: str | None, compiled: bool
+) -> None:
     """Raise OutputError if something to be written could not be, before the work begins; a dry run writes nothing."""
     if dry_run:
         drawn = {"plot": outputs.plot, "report": outputs.report, "table": outputs.table}
-        forecasts.refuse_beside(**drawn, resume=resume, save=save, generate=generate)
+        forecasts.refuse_beside(**drawn, resume=resume, save=save, generate=generate, compile=compiled)
         return
     outputs.check()
     if save is not None:

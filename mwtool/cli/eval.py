@@ -113,6 +113,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, metavar="N", help="Windows, questions or prompts per batch.", show_default="by memory"),
     ] = MEASURING.batch_size,
+    compile_layers: options.Compile = MEASURING.compile,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use only the first N examples of each task.")
     ] = MEASURING.limit,
@@ -151,7 +152,7 @@ def evaluate(
     say_once()
     outputs = Outputs(output, plot, report, table)
     if dry_run:
-        forecasts.refuse_beside(plot=plot, report=report, table=table, resume=resume)
+        forecasts.refuse_beside(plot=plot, report=report, table=table, resume=resume, compile=compile_layers)
     else:
         outputs.check()
     wanted = EvalConfig(
@@ -168,6 +169,7 @@ def evaluate(
             delimiter=delimiter,
             new_tokens=new_tokens,
             judge=judge,
+            compile=compile_layers,
         ),
         loading=LoadOptions(
             on=on,

@@ -212,6 +212,13 @@ FirstToken = Annotated[str, typer.Option(metavar="TOKEN", help="First token: aut
 BatchSize = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Windows or questions per batch.", show_default="by memory")
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the layers (torch.compile) for perplexities; it says after how many windows that pays.",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N windows or questions.")]
 Window = Annotated[
     int | None, typer.Option(min=2, metavar="N", help="Tokens in a window.", show_default="4096, or the model's limit")

@@ -29,18 +29,19 @@ TESTED = 16
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """A causal language model and the way its logits are computed.
 
     model: the model to call. inner: the model without PEFT's wrapper. body: the part of it that outputs the last
-    hidden state; None if the logits cannot be computed from that, for the reason in `why`.
+    hidden state; None if the logits cannot be computed from that, for the reason in `why`. loss: as `loss_of`.
     """
 
     model: nn.Module
     inner: nn.Module
     body: nn.Module | None
     why: str | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def losses(self, ids: Tensor, scored: Tensor, most: int, device: torch.device) -> Tensor:
         """-ln p of the N scored tokens in the order of `ids`, (N,), float32 (float64 for float64 logits).
@@ -49,7 +50,7 @@ class Head:
         column 0. Both are on the CPU, so that finding the scored positions does not wait for the device.
         most: positions of the model; if T is larger by one, the last token is only scored and not an input.
         """
-        return torch.cat(list(self._each(ids, scored, most, device, _loss)))
+        return torch.cat(list(self._each(ids, scored, most, device, self.loss or loss_of)))
 
     def answers(self, ids: Tensor, scored: Tensor, most: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """As `losses`, and of each scored token whether it is the likeliest one, (N,) of bool."""
@@ -104,15 +105,19 @@ def head_of(model: Any, ids: Tensor) -> Head:
     inner = unwrapped(model)
     body = getattr(inner, "base_model", inner)
     if body is inner:
-        return Head(model, inner, None, f"{type(inner).__name__} has no body separate from its head")
-    head, few = Head(model, inner, body), ids[:, :TESTED]
+        return _whole(model, inner, f"{type(inner).__name__} has no body separate from its head")
+    head, few = Head(model=model, inner=inner, body=body), ids[:, :TESTED]
     with _captured(body) as outputs:
         whole = model(input_ids=few, use_cache=False).logits[0].float()  # (T, V)
     output: Any = outputs[0] if len(outputs) == 1 else None
     fitting = hasattr(output, "last_hidden_state") and output[0].shape[:2] == few.shape
     if fitting and _same(head._logits(output, output[0][0], few).float(), whole):  # noqa: SLF001 # our own class
         return head
-    return Head(model, inner, None, f"the logits of {type(inner).__name__} depend on more than its last hidden state")
+    return _whole(model, inner, f"the logits of {type(inner).__name__} depend on more than its last hidden state")
+
+
+def _whole(model: nn.Module, inner: nn.Module, why: str) -> Head:
+    return Head(model=model, inner=inner, body=None, why=why)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -129,14 +134,15 @@ def positions_per_chunk(hidden: Tensor, vocabulary: int) -> int:
     return rows if rows < TILE else rows // TILE * TILE
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """-ln p of the targets, (N,), in float32 or more. logits: (N, V). targets: token ids, (N,)."""
     exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
     likely = functional.log_softmax(logits, dim=-1, dtype=exact)  # (N, V)
     return -likely.gather(1, targets.to(likely.device)[:, None])[:, 0]
 
 
 def _loss_and_greedy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return _loss(logits, targets), logits.argmax(-1) == targets.to(logits.device)
+    return loss_of(logits, targets), logits.argmax(-1) == targets.to(logits.device)
 
 
 def _same(ours: Tensor, whole: Tensor) -> bool:

@@ -12,11 +12,12 @@ from mwtool.scan.settings import Choice
 class Options:
     """How to measure.
 
-    batch_size: windows, questions or prompts at once; None: as many windows as give 64 MB of hidden states (on a CPU
-    2,048 tokens), 16 of the others. limit: only the first so many of each task. protocol, window: how a text is cut
-    (None: as the task or the model says). bos: as `--bos`; `never` is none at all. delimiter: between context and
-    continuation in local files. new_tokens: the most tokens of a generated answer. judge: who grades the answers of
-    `judge:FILE`: a model to load, or the `URL#MODEL` of an OpenAI-compatible server.
+    batch_size: windows, questions or prompts at once; None: as many windows as give 64 MB of hidden states, fewer on a
+    GPU with little free memory (on a CPU 2,048 tokens), 16 of the others. limit: only the first so many of each task.
+    protocol, window: how a text is cut (None: as the task or the model says). bos: as `--bos`; `never` is none at all.
+    delimiter: between context and continuation in local files. new_tokens: the most tokens of a generated answer.
+    judge: who grades the answers of `judge:FILE`: a model to load, or the `URL#MODEL` of an OpenAI-compatible server.
+    compile: compile the model's layers for perplexities (torch.compile).
     """
 
     batch_size: int | None = None
@@ -28,6 +29,7 @@ class Options:
     delimiter: str = " "
     new_tokens: int = 128
     judge: str | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

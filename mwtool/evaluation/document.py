@@ -83,6 +83,7 @@ def conditions_of(loaded: Loaded, options: Options) -> dict[str, Any]:
             "delimiter": options.delimiter,
             "new_tokens": options.new_tokens,
             **({} if options.judge is None else {"judge": options.judge}),
+            **({"compile": True} if options.compile else {}),
         },
         "batch_size": options.batch_size,
     }

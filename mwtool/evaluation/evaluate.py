@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.compiled import Compilation, compile_lines
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.corpora import default_protocol, text_for
 from mwtool.evaluation.measurement import Measured, OnProgress, bos_for, perplexity_of, tokenizer_for
@@ -19,6 +20,9 @@ from mwtool.massive import MassiveWeights
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, Edit, edited, edited_together, rows_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OnTask = Callable[[int, int, str], OnProgress | None]
 """Called before each task with the tasks done, their total, and its name; may return a progress callback."""
@@ -82,6 +86,7 @@ def evaluate(
         if on_note is not None:
             on_note(line)
     results: list[Result] = []
+    said: set[str] = set()
     over = 0
     for attack in wanted:
         with attacking(loaded, massive, attack, groups or {}):
@@ -90,6 +95,10 @@ def evaluate(
                 over += 1
                 found = [Result(attack, one) for one in ready[task].run(loaded, options, on_progress)]
                 results.extend(found)
+                for line in compile_lines(one.measured for one in found):
+                    if on_note is not None and line not in said:
+                        on_note(line)
+                    said.add(line)
                 if on_results is not None:
                     on_results(found)
     return tuple(results)
@@ -115,17 +124,19 @@ def check(tasks: Sequence[Task]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityTask:
-    """A text cut into windows."""
+    """A text cut into windows. compiled: the model's layers, if it is to be measured compiled."""
 
     task: Task
     windows: Windows
     notes: tuple[str, ...]
+    compiled: Compilation | None = None
 
     def run(self, loaded: Loaded, options: Options, on_progress: OnProgress | None = None) -> list[Measured]:
         """The perplexity of the model in its current state."""
-        return [
-            self._measured(perplexity(loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress))
-        ]
+        found = perplexity(
+            loaded.model, self.windows, batch_size=options.batch_size, on_batch=on_progress, compiled=self.compiled
+        )
+        return [self._measured(found)]
 
     def under(
         self,
@@ -141,26 +152,27 @@ class PerplexityTask:
 
         earlier, on_part: as `perplexities` takes them.
         """
-        layers = [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
         found = perplexities(
             loaded.model,
-            layers,
+            _modules(loaded),
             self.windows,
             variants,
             batch_size=options.batch_size,
             on_batch=on_progress,
             earlier=earlier,
             on_part=on_part,
+            compiled=self.compiled,
         )
         return [self._measured(one) for one in found]
 
     def _measured(self, found: Perplexity) -> Measured:
-        cut = self.windows
+        cut, speed = self.windows, None if self.compiled is None else self.compiled.speed
+        setting = {"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)}
         return Measured(
             task=str(self.task),
             seconds=found.seconds,
             digest=cut.digest,
-            setting={"protocol": cut.protocol, "window": cut.length, "bos": cut.bos, "notes": list(found.notes)},
+            setting=setting if speed is None else {**setting, "compile": speed.document()},
             **perplexity_of(cut.metric, found),
         )
 
@@ -175,7 +187,13 @@ def prepare_text(loaded: Loaded, task: Task, options: Options) -> PerplexityTask
         notes += (bos.note,)
     first = None if bos is None else bos.id
     cut = windows(tokenizer, text_for(task.target), protocol, length, first).first(options.limit)
-    return PerplexityTask(task, cut, tuple(f"{task}: {note}" for note in (*notes, *cut.notes)))
+    said = tuple(f"{task}: {note}" for note in (*notes, *cut.notes))
+    return PerplexityTask(task, cut, said, Compilation(loaded.base, _modules(loaded)) if options.compile else None)
+
+
+def _modules(loaded: Loaded) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    return [loaded.base.get_submodule(layer.path) for layer in loaded.layers]
 
 
 def attacking(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.batches import Batch, Halving, batches, windows_at_once
 from mwtool.evaluation.chunked_loss import Head, head_of, to_device
 from mwtool.evaluation.windows import Text, Windows, protocol_named, window_for, windows
 from mwtool.models.bos import find_bos
@@ -24,10 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HIDDEN, MOST = 2**26, 2**16
-"""Default size of a batch: tokens whose hidden states take 64 MB, but at most 65,536 tokens."""
-CACHED = 4096
-"""Default size of a batch on a CPU, in bytes at one entry per token: 2,048 tokens in bfloat16, which fit its caches."""
+    from mwtool.evaluation.compiled import Compilation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,28 +52,30 @@ def perplexity(
     *,
     batch_size: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    compiled: Compilation | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model in its current state, PEFT adapters and attacks included.
 
-    batch_size: windows per batch; None: as many as give 64 MB of hidden states, on a CPU about 2,048 tokens.
-    on_batch: called with the windows done and their total. Raises BadValue for tokens outside the vocabulary.
+    batch_size: windows per batch; None: as many as give 64 MB of hidden states, fewer on a GPU with little free memory,
+    on a CPU about 2,048 tokens. Batches that do not fit are halved. on_batch: called with the windows done and their
+    total. compiled: the model's layers, to be used compiled. Raises BadValue for tokens outside the vocabulary,
+    MwtoolError where memory does not suffice for one window, or as `Compilation.run` does.
     """
     start = time.perf_counter()
     check_vocabulary(model, windows.ids)
     device = model.get_input_embeddings().weight.device
     parts = list(batches(windows, batch_size or windows_at_once(model, windows)))
     found: list[Tensor] = []
-    done = 0
-    with torch.inference_mode():
-        head = head_of(model, windows.ids[0][None].to(device))
+    done, halving = 0, Halving()
+    with torch.inference_mode(), nullcontext() if compiled is None else compiled.at_work():
+        head = head_for(model, windows.ids[0][None].to(device), compiled)
         for batch in parts:  # results stay on the device until the last batch
-            found.append(batch_sums(head, batch, windows.length, device))
+            found += halving.run(batch, lambda part: [batch_sums(head, part, windows.length, device, compiled)])
             done += len(batch.windows)
             if on_batch is not None:
                 on_batch(done, len(windows.ids))
         nll = per_sample(windows, parts, torch.cat(found).tolist())
-    notes = () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
-    return summarize(nll, windows.units, time.perf_counter() - start, notes)
+    return summarize(nll, windows.units, time.perf_counter() - start, (*notes_on(head), *halving.notes))
 
 
 def measure_perplexity(
@@ -105,13 +106,6 @@ def measure_perplexity(
     finally:
         model.train(training)
     return replace(found, notes=(*notes, *cut.notes, *found.notes))
-
-
-def tokens_at_once(embedding: Tensor) -> int:
-    """The default number of tokens in a batch. embedding: the embedding table, (V, H)."""
-    if embedding.device.type == "cpu":
-        return CACHED // embedding.element_size()
-    return min(MOST, HIDDEN // (embedding.shape[1] * embedding.element_size()))
 
 
 def check_vocabulary(model: Any, ids: Iterable[Tensor]) -> None:
@@ -149,33 +143,23 @@ def nonfinite(bad: Sequence[int], n: int) -> str | None:
     return f"{len(bad)} of {n} samples have no finite loss, the first is number {bad[0]}" if bad else None
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Windows that are run together, padded on the right.
-
-    windows: their indices. ids: (B, T), int64. scored: the tokens to score, (B, T) of bool. Both are on the CPU.
-    """
-
-    windows: tuple[int, ...]
-    ids: Tensor
-    scored: Tensor
+def head_for(model: Any, ids: Tensor, compiled: Compilation | None) -> Head:
+    """As `head_of`, with the loss compiled as well. ids: (1, T)."""
+    head = head_of(model, ids)
+    return head if compiled is None else replace(head, loss=compiled.loss)
 
 
-def batches(windows: Windows, size: int) -> Iterator[Batch]:
-    """Batches of `size` windows, longest first."""
-    order = sorted(range(len(windows.ids)), key=lambda index: -len(windows.ids[index]))
-    for start in range(0, len(order), size):
-        some = order[start : start + size]
-        yield Batch(tuple(some), *padded([windows.ids[i] for i in some], [windows.scored[i] for i in some]))
+def notes_on(head: Head) -> tuple[str, ...]:
+    """What the user should know about how the logits are computed."""
+    return () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
 
 
-def windows_at_once(model: Any, windows: Windows) -> int:
-    """The default number of windows in a batch."""
-    return max(1, tokens_at_once(model.get_input_embeddings().weight) // max(len(ids) for ids in windows.ids))
-
-
-def batch_sums(head: Head, batch: Batch, length: int, device: torch.device) -> Tensor:
+def batch_sums(
+    head: Head, batch: Batch, length: int, device: torch.device, compiled: Compilation | None = None
+) -> Tensor:
     """Sum of -ln p of each window, (B,), float64. length: tokens in a whole window."""
+    if compiled is not None:
+        return compiled.run(batch, lambda: batch_sums(head, batch, length, device))
     losses = head.losses(batch.ids, batch.scored, length, device).double()  # (N,)
     owner = to_device(batch.scored.nonzero()[:, 0], losses.device)
     return torch.zeros(len(batch.ids), dtype=torch.float64, device=losses.device).index_add_(0, owner, losses)
@@ -188,14 +172,3 @@ def per_sample(windows: Windows, parts: Sequence[Batch], sums: Sequence[float]) 
     for number, sample in enumerate(windows.sample):
         nll[sample] += of_window[number]
     return nll
-
-
-def padded(ids: list[Tensor], scored: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right, and which of them are scored, both (B, T)."""
-    longest = max(map(len, ids))
-    whole = torch.zeros(len(ids), longest, dtype=torch.long)
-    counted = torch.zeros(len(ids), longest, dtype=torch.bool)
-    for row, (one, last) in enumerate(zip(ids, scored, strict=True)):
-        whole[row, : len(one)] = one
-        counted[row, len(one) - last : len(one)] = True
-    return whole, counted

@@ -14,23 +14,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mwtool.evaluation.chunked_loss import TESTED, head_of
+from mwtool.evaluation.batches import Batch, Halving, batches, windows_at_once
+from mwtool.evaluation.chunked_loss import TESTED
 from mwtool.evaluation.perplexity import (
-    Batch,
     Perplexity,
     batch_sums,
-    batches,
     check_vocabulary,
+    head_for,
+    notes_on,
     per_sample,
     summarize,
-    windows_at_once,
 )
 from mwtool.evaluation.windows import Windows
+
+if TYPE_CHECKING:
+    from mwtool.evaluation.compiled import Compilation
 
 LACKING = (AttributeError, IndexError, KeyError, RuntimeError, TypeError)
 """Exceptions of model code if a layer did not run on which a later one depends."""
@@ -58,43 +61,49 @@ def perplexities(
     on_batch: Callable[[int, int], None] | None = None,
     earlier: Sequence[Sequence[float]] = (),
     on_part: Callable[[Sequence[Sequence[float]]], None] | None = None,
+    compiled: Compilation | None = None,
 ) -> list[Perplexity]:
     """Perplexity in the current state, then under each variant, bit for bit that of `perplexity` for each.
 
     model: what to call. layers: its decoder layers, in order.
-    batch_size: windows at once; None for the same as `perplexity` takes. The layers' outputs for one batch are kept.
+    batch_size, compiled: as `perplexity` takes them. The layers' outputs for one batch are kept.
     on_batch: called with what is done and how much there is, in forwards. on_part: called after each batch with the
     summed -ln p of each window so far, of the current state and under each variant. earlier: such sums, to continue
-    from; they are left out where they do not end with a batch. Raises BadValue for tokens the model does not have, and
-    whatever a variant raises.
+    from; they are left out where they do not end with a batch. Raises what `perplexity` does, and whatever a variant
+    raises.
     """
     check_vocabulary(model, windows.ids)
     device = model.get_input_embeddings().weight.device
     size = batch_size or windows_at_once(model, windows)
     wanted = {variant.layer for variant in variants} - {0}
-    seconds, sums = [0.0] * (1 + len(variants)), [list[float]() for _ in range(1 + len(variants))]
-    with torch.inference_mode():
+    states = 1 + len(variants)
+    seconds, sums, halving = [0.0] * states, [list[float]() for _ in range(states)], Halving()
+    with torch.inference_mode(), nullcontext() if compiled is None else compiled.at_work():
         few = windows.ids[0][None, :TESTED].to(device)
-        head, reusable = head_of(model, few), not wanted or is_reusable(model, layers, few, wanted)
+        head, reusable = head_for(model, few, compiled), not wanted or is_reusable(model, layers, few, wanted)
         parts = list(batches(windows, size))
-        done = batches_done(parts, earlier, 1 + len(variants))
+        done = batches_done(parts, earlier, states)
         if done:
             sums = [list(one) for one in earlier]
         for index, batch in list(enumerate(parts))[done:]:
-            recording = Recording(layers, wanted if reusable else set())
-            for at in range(1 + len(variants)):
-                start = time.perf_counter()
-                change = nullcontext() if at == 0 else variants[at - 1].apply()
-                with change, recording.capturing() if at == 0 else recording.replayed(variants[at - 1].layer):
-                    sums[at] += batch_sums(head, batch, windows.length, device).tolist()
-                seconds[at] += time.perf_counter() - start
-                if on_batch is not None:
-                    on_batch(index * (1 + len(variants)) + at + 1, len(parts) * (1 + len(variants)))
+
+            def in_all_states(part: Batch, before: int = index * states) -> list[Tensor]:
+                recording, found = Recording(layers, wanted if reusable else set()), list[Tensor]()
+                for at in range(states):
+                    start = time.perf_counter()
+                    change = nullcontext() if at == 0 else variants[at - 1].apply()
+                    with change, recording.capturing() if at == 0 else recording.replayed(variants[at - 1].layer):
+                        found.append(batch_sums(head, part, windows.length, device, compiled).cpu())
+                    seconds[at] += time.perf_counter() - start
+                    if on_batch is not None:
+                        on_batch(before + at + 1, len(parts) * states)
+                return found
+
+            for at, found in enumerate(halving.run(batch, in_all_states)):
+                sums[at] += found.tolist()
             if on_part is not None:
                 on_part(sums)
-    notes: tuple[str, ...] = (
-        () if head.why is None else (f"{head.why}: the logits of whole windows are held in memory",)
-    )
+    notes = (*notes_on(head), *halving.notes)
     if not reusable:
         notes += (f"{type(head.inner).__name__} passes more between its layers than they return: attacks run it whole",)
     return [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mwtool.errors import BadValue
+from mwtool.evaluation.batches import padded, tokens_at_once
 from mwtool.evaluation.chunked_loss import head_of, to_device
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.measurement import (
@@ -30,7 +31,7 @@ from mwtool.evaluation.measurement import (
     perplexity_of,
     tokenizer_for,
 )
-from mwtool.evaluation.perplexity import check_vocabulary, padded, summarize, tokens_at_once
+from mwtool.evaluation.perplexity import check_vocabulary, summarize
 from mwtool.evaluation.tasks import Choice, Cloze, Task, read_choices, read_cloze
 from mwtool.models.context import positions
 from mwtool.models.load import Loaded

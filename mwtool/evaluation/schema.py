@@ -24,6 +24,7 @@ class Options(Strict):
     delimiter: str
     new_tokens: Positive
     judge: str | None = None
+    compile: bool = False
 
 
 class Bos(Strict):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mwtool.evaluation.batches import batches, windows_at_once
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import PerplexityTask, Prepared
 from mwtool.evaluation.generation import Prompts
-from mwtool.evaluation.perplexity import batches, windows_at_once
 from mwtool.evaluation.questions import Questions, requests_at_once
 from mwtool.models.load import Loaded
 

@@ -28,6 +28,7 @@ from mwtool.finetune.signals import StopAtStepEnd
 from mwtool.finetune.token_trainer import TokenTrainer
 from mwtool.macdrop.callback import MacDropCallback, guard
 from mwtool.massive import RankedRows
+from mwtool.models.compiler import explained_for
 from mwtool.models.load import load
 from mwtool.models.source import Source
 
@@ -100,7 +101,8 @@ def train(
     trainer = _trainer(model, arguments, data, callbacks, padding_free=bool(recipe.padding_free))
     if resume is not None and arguments.should_save:
         clear(folder, resume.step)
-    with guard(trainer), stop.listening(), explained(recipe, folder, watch):
+    compiling = explained_for("--torch-compile") if recipe.torch_compile else nullcontext()
+    with guard(trainer), stop.listening(), explained(recipe, folder, watch), compiling:
         if trainer.trained_head is not None and not recipe.torch_compile:  # a compiled model does not see the hook
             trainer.trained_head.narrow_if_same()
         with suppress(NothingLeft), rows(model, recipe.dtype) if recipe.padding_free else nullcontext():

@@ -17,8 +17,9 @@ from words import WORDS, adding_bos, with_tokenizer
 
 from mwtool.errors import BadValue, NoBos
 from mwtool.evaluation import chunked_loss as head
+from mwtool.evaluation.batches import tokens_at_once
 from mwtool.evaluation.corpora import default_protocol, text_for
-from mwtool.evaluation.perplexity import measure_perplexity, perplexity, summarize, tokens_at_once
+from mwtool.evaluation.perplexity import measure_perplexity, perplexity, summarize
 from mwtool.evaluation.windows import PROTOCOLS, Text, Windows, _cut, windows
 
 TEXT = " ".join(WORDS[(7 * number * number + 3 * number) % 40] for number in range(95))

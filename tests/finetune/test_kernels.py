@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from transformers import TrainingArguments
 from transformers.utils import import_utils
 from words import WORDS, planted_folder
 
-from mwtool.errors import BadValue, UnsupportedModel
+from mwtool.errors import BadValue, MwtoolError, UnsupportedModel
 from mwtool.finetune import trainer
 from mwtool.finetune.checkpointing import _refuse_other, newest
 from mwtool.finetune.config import Asked, Recipe
@@ -81,6 +82,15 @@ def test_a_compiled_run_drops_the_rows_in_place_and_learns_the_adapter_of_the_pl
     for name, one in compiled.items():
         torch.testing.assert_close(one, plain[name], rtol=1e-2, atol=1e-5)
     assert max(float((one - without[name]).abs().max()) for name, one in compiled.items()) > 1e-4
+
+
+# torch warns of its own tracing
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_without_a_cxx_compiler_a_compiled_run_ends_in_one_line(folder: Path, rows: str, tmp_path: Path) -> None:
+    plan = planned(folder, replace(QUICK, max_steps=1, eval_share=0, torch_compile=True), rows)
+    failing = pytest.raises(MwtoolError, match=r"^torch.compile failed \(.*\): .* or leave out --torch-compile$")
+    with inductor.patch("cpp.cxx", ("no-such-compiler",)), failing:
+        trained(plan, tmp_path / "run")
 
 
 def test_batches_by_length_have_less_padding_and_take_every_sequence_once() -> None:
