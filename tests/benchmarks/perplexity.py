@@ -1,14 +1,19 @@
-"""Tokens per second and peak memory of `mwtool.evaluation.perplexity` beside the loop that published code uses.
+"""Tokens per second and peak memory of `mwtool.evaluation.perplexity` beside the loop of transformers' documentation.
 
-    python tests/benchmarks/perplexity.py [--shape demo|1b|8b] [--device cuda] [--dtype bfloat16]
-                                          [--window 4096] [--windows 8] [--pairs 5]
+    python tests/benchmarks/perplexity.py [--shape demo|smollm2|1b|8b] [--device cuda] [--dtype bfloat16]
+                                          [--window 4096] [--windows 8] [--rounds 5]
+                                          [--ways plain,one,batched,compiled]
 
-The reference runs one window at a time, takes its logits whole in float32, and averages the shifted cross-entropy.
-Both measure the same windows on the same model, in pairs whose order alternates; medians, and medians of the pairs'
-ratios. `demo` is the bundled model on its text (its windows are of 256 tokens at most); `1b` and `8b` are random
-Llamas of these sizes, with a vocabulary of 128,256, made on the device. Memory is what a run holds beyond the model,
-as the GPU's allocator counts it. The last figure is about ours: seconds a token over four times the windows, beside
-those over the fewer.
+| way | what it is |
+|---|---|
+| `plain` | `model(input_ids, labels=input_ids)`, one window at a time: whole logits, float32 for the loss |
+| `one`, `batched` | ours with one window at once, and with as many as mwtool takes by default (`--batch-size`) |
+| `compiled`, `compiled:MODE` | ours as `--compile` runs it, once warm; MODE is one of torch.compile's |
+
+All ways measure the same windows on the same model, in rounds whose order rotates; medians, and the ratio to `plain`
+in each round with its range. `demo` is the bundled model on its text (windows of 256 tokens at most); the others are
+random Llamas of published shapes, made on the device. Memory is what a run holds beyond the model, as the GPU's
+allocator counts it. At the end: what compiling took and when it pays, and whether compiled layers see attacked rows.
 """
 
 from __future__ import annotations
@@ -24,24 +29,30 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mwtool.architecture.registry import adapter_for
+from mwtool.architecture.validate import decoder_layers
+from mwtool.evaluation.compiled import Compilation
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows, windows
 from mwtool.models.source import DEMO
+from mwtool.surgery.attack import edited, parse_attack
 
 SHAPES = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": True, "vocab_size": 49_152,
+    },
     "1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+        "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "vocab_size": 128_256,
     },
     "8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "vocab_size": 128_256,
     },
 }  # fmt: skip
-VOCABULARY = 128_256
 Run = Callable[[Any, Windows], float]
 
 
@@ -52,15 +63,25 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--window", type=int, default=4096, help="tokens; those of demo are of 256 at most")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, help="ours; as mwtool chooses by default")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, help="of batched and compiled; as mwtool chooses by default")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default="plain,one,batched,compiled")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     transformers.utils.logging.disable_progress_bar()
     model = bundled(args.device, dtype) if args.shape == "demo" else random_llama(args.shape, args.device, dtype)
-    few, many = (cut(args.shape, args.window, count) for count in (args.windows, 4 * args.windows))
-    print(f"{about(args.device)}, {args.shape} {args.dtype}, {len(few.ids)} windows of {len(few.ids[0])} tokens")
-    compare(model, few, many, args)
+    cut = cut_for(args.shape, args.window, args.windows)
+    say(f"{about(args.device)}, {args.shape} {args.dtype}, {len(cut.ids)} windows of {len(cut.ids[0])} tokens")
+    compilations = {way: compilation(model, way) for way in args.ways.split(",") if way.startswith("compiled")}
+    ways = {way: way_of(way, compilations, args.batch_size) for way in args.ways.split(",")}
+    compare(model, cut, ways, args)
+    for way, compiled in compilations.items():
+        conclude(model, cut, way, compiled, args)
+
+
+def say(text: str) -> None:
+    """At once, so that a run that is cut off has said what it measured."""
+    print(text, flush=True)
 
 
 def bundled(device: str, dtype: torch.dtype) -> Any:
@@ -69,7 +90,7 @@ def bundled(device: str, dtype: torch.dtype) -> Any:
 
 def random_llama(shape: str, device: str, dtype: torch.dtype) -> Any:
     """Made where it runs and in its dtype: the float32 weights of 8 B parameters would fill half of a GPU."""
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=131_072, **SHAPES[shape])
+    config = LlamaConfig(max_position_embeddings=131_072, **SHAPES[shape])
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -81,58 +102,69 @@ def random_llama(shape: str, device: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def cut(shape: str, length: int, count: int) -> Windows:
-    """The first windows of the bundled text, or random tokens; no padding, so that both sides do the same work."""
+def cut_for(shape: str, length: int, count: int) -> Windows:
+    """The first windows of the bundled text, or random tokens; no padding, so that all ways do the same work."""
     if shape == "demo":
         tokenizer: Any = AutoTokenizer.from_pretrained(DEMO)
         text = Path(DEMO / "heldout.txt").read_text(encoding="utf-8")
         whole = windows(tokenizer, text, "bos-4096", min(length, 256), tokenizer.bos_token_id)
         return whole.first(count)
     source = torch.Generator().manual_seed(0)
-    ids = tuple(torch.randint(VOCABULARY, (length,), generator=source) for _ in range(count))
+    ids = tuple(torch.randint(SHAPES[shape]["vocab_size"], (length,), generator=source) for _ in range(count))
     return Windows(
         ids=ids,
         scored=(length - 1,) * count,
         sample=tuple(range(count)),
         units=(length - 1,) * count,
         protocol="sun-4096",
-        metric=length,
-        length=None,
+        metric="perplexity",
+        length=length,
+        bos=None,
     )
 
 
-def reference(model: Any, cut: Windows) -> float:
-    """What published code does: a window at a time, whole logits, float32, shifted."""
-    losses = []
-    with torch.no_grad():
-        for ids in cut.ids:
-            batch = ids[None].to(model.device)
-            logits = model(batch, use_cache=False).logits
-            shifted = logits[:, :-1, :].contiguous().float()
-            loss = cross_entropy(shifted.view(-1, shifted.size(-1)), batch[:, 1:].reshape(-1))
-            losses.append(loss.float() * (len(ids) - 1))
-    return math.exp(torch.stack(losses).sum().item() / sum(cut.scored))
+def compilation(model: Any, way: str) -> Compilation:
+    places = decoder_layers(adapter_for(model.config.model_type), model.config)
+    layers = [model.get_submodule(one.path) for one in places]
+    return Compilation(model, layers, mode=way.partition(":")[2] or None)
 
 
-def compare(model: Any, few: Windows, many: Windows, args: argparse.Namespace) -> None:
+def way_of(name: str, compilations: dict[str, Compilation], batch_size: int | None) -> Run:
     def ours(model: Any, cut: Windows) -> float:
-        return perplexity(model, cut, batch_size=args.batch_size).value
+        size = 1 if name == "one" else batch_size
+        return perplexity(model, cut, batch_size=size, compiled=compilations.get(name)).value
 
-    sides: tuple[Run, Run] = (ours, reference)
-    warm = few.first(2)
-    for side in sides:
-        side(model, warm)
-    rounds = []
-    for pair in range(args.pairs):
-        order = sides if pair % 2 == 0 else sides[::-1]
-        found = {side: timed(side, model, few, args.device) for side in order}
-        rounds.append([found[side] for side in sides])
-        agree(rounds[-1][0][2], rounds[-1][1][2], args.dtype)
-    longer = statistics.median(timed(ours, model, many, args.device)[0] for _ in range(3)) / sum(map(len, many.ids))
-    report(rounds, sum(map(len, few.ids)), longer)
+    return plain if name == "plain" else ours
 
 
-def timed(side: Run, model: Any, cut: Windows, device: str) -> tuple[float, float, float]:
+def plain(model: Any, cut: Windows) -> float:
+    """As transformers' documentation measures perplexity: a window at a time, the loss by the model itself."""
+    losses = []
+    for ids in cut.ids:
+        batch = ids[None].to(model.device)
+        with torch.no_grad():
+            losses.append(model(input_ids=batch, labels=batch).loss * (len(ids) - 1))
+    return math.exp(torch.stack(losses).double().sum().item() / sum(cut.scored))
+
+
+def compare(model: Any, cut: Windows, ways: dict[str, Run], args: argparse.Namespace) -> None:
+    tokens = sum(map(len, cut.ids))
+    for name, way in ways.items():
+        start = time.perf_counter()
+        way(model, cut)
+        say(f"warm {name}: {time.perf_counter() - start:.2f} s")
+    rounds: list[dict[str, tuple[float, float, float]]] = []
+    for number in range(args.rounds):
+        first = number % len(ways)
+        order = [*ways][first:] + [*ways][:first]
+        rounds.append({name: timed(ways[name], model, cut, args.device) for name in order})
+        rates = ", ".join(f"{name} {tokens / rounds[-1][name][0]:,.0f}" for name in order)
+        say(f"round {number + 1}, tokens/s: {rates}")
+        agree([one[2] for one in rounds[-1].values()], args.dtype)
+    report(rounds, tokens)
+
+
+def timed(way: Run, model: Any, cut: Windows, device: str) -> tuple[float, float, float]:
     """Seconds, the allocator's peak in bytes beyond what was there before (on a GPU), and the perplexity."""
     gpu = device.startswith("cuda")
     before = torch.cuda.memory_allocated() if gpu else 0
@@ -140,32 +172,50 @@ def timed(side: Run, model: Any, cut: Windows, device: str) -> tuple[float, floa
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     start = time.perf_counter()
-    value = side(model, cut)  # its figure is a number of Python's, so that the device is done
+    value = way(model, cut)  # its figure is a number of Python's, so that the device is done
     seconds = time.perf_counter() - start
     return seconds, torch.cuda.max_memory_allocated() - before if gpu else math.nan, value
 
 
-def agree(one: float, other: float, dtype: str) -> None:
+def agree(values: list[float], dtype: str) -> None:
     tolerance = 1e-5 if dtype == "float32" else 1e-2  # batches of other sizes round differently
-    if not abs(one / other - 1) < tolerance:
-        raise SystemExit(f"the two ways give {one} and {other}")
+    if not max(values) / min(values) - 1 < tolerance:
+        raise SystemExit(f"the ways give {values}")
 
 
-def report(rounds: list[list[tuple[float, float, float]]], tokens: int, longer: float) -> None:
+def report(rounds: list[dict[str, tuple[float, float, float]]], tokens: int) -> None:
     median = statistics.median
-    seconds = [median(one[side][0] for one in rounds) for side in range(2)]
-    memory = [median(one[side][1] for one in rounds) / 1e6 for side in range(2)]
-    ratios = [one[1][0] / one[0][0] for one in rounds]
-    print("             tokens/s   beyond the model   perplexity")
-    for name, side in (("mwtool", 0), ("reference", 1)):
-        held = "not measured" if math.isnan(memory[side]) else f"{memory[side]:,.0f} MB"
-        print(f"{name:<10} {tokens / seconds[side]:10,.0f} {held:>18}   {rounds[0][side][2]:.6g}")
-    less = "" if math.isnan(memory[0]) else f", {memory[0] / memory[1]:.2f} of the memory"
-    print(
-        f"{len(rounds)} pairs: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times its speed{less}; ",
-        end="",
+    base = "plain" if "plain" in rounds[0] else next(iter(rounds[0]))
+    say(f"{'way':<36} tokens/s   beyond the model   perplexity   times {base} (range)")
+    for name in rounds[0]:
+        seconds, memory = (median(one[name][at] for one in rounds) for at in (0, 1))
+        ratios = [one[base][0] / one[name][0] for one in rounds]
+        held = "not measured" if math.isnan(memory) else f"{memory / 1e6:,.0f} MB"
+        faster = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        say(f"{name:<32} {tokens / seconds:12,.0f} {held:>18} {rounds[0][name][2]:12.6g}   {faster}")
+    if "batched" in rounds[0]:
+        for name in (one for one in rounds[0] if one.startswith("compiled")):
+            ratios = [one["batched"][0] / one[name][0] for one in rounds]
+            say(f"{name} over batched: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def conclude(model: Any, cut: Windows, way: str, compiled: Compilation, args: argparse.Namespace) -> None:
+    """What compiling took, and whether rows that are attacked in place are seen: beside the uncompiled model."""
+    speed = compiled.speed
+    assert speed is not None
+    say(
+        f"{way}: compiled in {speed.seconds:.1f} s, batches of {speed.windows} windows; {speed.after:.4f} s a window, "
+        f"uncompiled {speed.before:.4f}; pays after {speed.pays} windows"
     )
-    print(f"over four times the windows a token takes {longer * tokens / seconds[0]:.2f} of the time")
+    size, layer = args.batch_size, decoder_layers(adapter_for(model.config.model_type), model.config)[1]
+    few = cut.first(2 * speed.windows)
+    before = perplexity(model, few, batch_size=size)
+    with edited(model, layer.ffns[0], range(5), parse_attack("retain:5")):
+        found = [perplexity(model, few, batch_size=size, compiled=one).nll for one in (None, compiled)]
+    change, apart = (
+        max(abs(a - b) / n for a, b, n in zip(one, found[0], few.units, strict=True)) for one in (before.nll, found[1])
+    )
+    say(f"{way}: retain:5 changes a window's loss by up to {change:.2g} nats a token; compiled and not, by {apart:.2g}")
 
 
 def about(device: str) -> str:
