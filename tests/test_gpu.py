@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from mwtool import MacDrop, scan_checkpoint, scan_model
 from mwtool.errors import MwtoolError
+from mwtool.evaluation.compiled import Compilation
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows
 from mwtool.finetune.batch_size import fitted
@@ -81,14 +83,11 @@ def test_batch_size_and_checkpointing_are_found_by_trials_and_a_lack_of_memory_i
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("attack", ["none", "zero:2", "scale:0.5:2"])
-def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: str) -> None:
-    model = tiny.model(model_type, num_hidden_layers=2)
+def cut() -> Windows:
     source = torch.Generator().manual_seed(0)
     ids = tuple(torch.randint(3, 60, (length,), generator=source) for length in (24, 24, 17, 24, 9))
     counts = tuple(len(one) - 1 for one in ids)
-    cut = Windows(
+    return Windows(
         ids=ids,
         scored=counts,
         sample=tuple(range(5)),
@@ -98,14 +97,34 @@ def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: st
         length=24,
         bos=None,
     )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "cohere", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("attack", ["none", "zero:2", "scale:0.5:2"])
+def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: str) -> None:
+    model = tiny.model(model_type, num_hidden_layers=2)
     ffn = tiny.layers_of(model)[1].ffns[0]
     values = []
     for device in ("cpu", "cuda"):
         before = digest(model.to(device))
         with edited(model, ffn, (3, 5), parse_attack(attack)):
-            values.append(perplexity(model, cut, batch_size=3).value)
+            values.append(perplexity(model, cut(), batch_size=3).value)
         assert digest(model) == before
     assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_compiled_perplexity_is_that_of_the_uncompiled_model_attacked_or_not(model_type: str) -> None:
+    """With code that inductor generates; within rounding, and closer than what the attack changes."""
+    model: Any = tiny.model(model_type, num_hidden_layers=2).cuda()
+    compiled = Compilation(model, [model.get_submodule(one.path) for one in tiny.layers_of(model)])
+    found: list[float] = []
+    for attack in ("none", "zero:2", "retain:2"):
+        with edited(model, tiny.layers_of(model)[1].ffns[0], (3, 5), parse_attack(attack)):
+            plain, fast = (perplexity(model, cut(), batch_size=3, compiled=one).value for one in (None, compiled))
+        assert fast == pytest.approx(plain, rel=1e-4)
+        found.append(plain)
+    assert min(abs(one / found[0] - 1) for one in found[1:]) > 1e-3
 
 
 @pytest.mark.parametrize("dora", [False, True])

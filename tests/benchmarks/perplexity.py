@@ -7,7 +7,7 @@
 | way | what it is |
 |---|---|
 | `plain` | `model(input_ids, labels=input_ids)`, one window at a time: whole logits, float32 for the loss |
-| `one`, `batched` | ours with one window at once, and with as many as mwtool takes by default (`--batch-size`) |
+| `one`, `batched`, `batched:N` | ours with one window at once, with as many as mwtool takes by default, with N |
 | `compiled`, `compiled:MODE` | ours as `--compile` runs it, once warm; MODE is one of torch.compile's |
 
 All ways measure the same windows on the same model, in rounds whose order rotates; medians, and the ratio to `plain`
@@ -31,13 +31,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
+from mwtool.errors import MwtoolError
 from mwtool.evaluation.compiled import Compilation
 from mwtool.evaluation.perplexity import perplexity
 from mwtool.evaluation.windows import Windows, windows
 from mwtool.models.source import DEMO
 from mwtool.surgery.attack import edited, parse_attack
+from mwtool_adapters.llama import LLAMA
 
 SHAPES = {
     "smollm2": {
@@ -63,7 +64,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--window", type=int, default=4096, help="tokens; those of demo are of 256 at most")
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, help="of batched and compiled; as mwtool chooses by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", default="plain,one,batched,compiled")
     args = parser.parse_args()
@@ -73,10 +73,10 @@ def main() -> None:
     cut = cut_for(args.shape, args.window, args.windows)
     say(f"{about(args.device)}, {args.shape} {args.dtype}, {len(cut.ids)} windows of {len(cut.ids[0])} tokens")
     compilations = {way: compilation(model, way) for way in args.ways.split(",") if way.startswith("compiled")}
-    ways = {way: way_of(way, compilations, args.batch_size) for way in args.ways.split(",")}
-    compare(model, cut, ways, args)
+    compare(model, cut, {way: way_of(way, compilations) for way in args.ways.split(",")}, args)
     for way, compiled in compilations.items():
-        conclude(model, cut, way, compiled, args)
+        if compiled.speed is not None:
+            conclude(model, cut, way, compiled)
 
 
 def say(text: str) -> None:
@@ -124,14 +124,18 @@ def cut_for(shape: str, length: int, count: int) -> Windows:
 
 
 def compilation(model: Any, way: str) -> Compilation:
-    places = decoder_layers(adapter_for(model.config.model_type), model.config)
-    layers = [model.get_submodule(one.path) for one in places]
-    return Compilation(model, layers, mode=way.partition(":")[2] or None)
+    places = decoder_layers(LLAMA, model.config)
+    layers, mode = [model.get_submodule(one.path) for one in places], way.partition(":")[2] or None
+    if mode == "reduce-overhead":  # outputs of CUDA graphs are overwritten in the next step, which begins here
+        layers[0].register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    return Compilation(model, layers, mode=mode)
 
 
-def way_of(name: str, compilations: dict[str, Compilation], batch_size: int | None) -> Run:
+def way_of(name: str, compilations: dict[str, Compilation]) -> Run:
+    count = name.removeprefix("batched:")
+    size = 1 if name == "one" else int(count) if count.isdigit() else None
+
     def ours(model: Any, cut: Windows) -> float:
-        size = 1 if name == "one" else batch_size
         return perplexity(model, cut, batch_size=size, compiled=compilations.get(name)).value
 
     return plain if name == "plain" else ours
@@ -149,10 +153,14 @@ def plain(model: Any, cut: Windows) -> float:
 
 def compare(model: Any, cut: Windows, ways: dict[str, Run], args: argparse.Namespace) -> None:
     tokens = sum(map(len, cut.ids))
-    for name, way in ways.items():
+    for name, way in list(ways.items()):
         start = time.perf_counter()
-        way(model, cut)
-        say(f"warm {name}: {time.perf_counter() - start:.2f} s")
+        try:
+            way(model, cut)
+            say(f"warm {name}: {time.perf_counter() - start:.2f} s")
+        except MwtoolError as fault:  # without a compiler the other ways are still measured
+            say(f"{name} is left out: {fault}")
+            del ways[name]
     rounds: list[dict[str, tuple[float, float, float]]] = []
     for number in range(args.rounds):
         first = number % len(ways)
@@ -199,7 +207,7 @@ def report(rounds: list[dict[str, tuple[float, float, float]]], tokens: int) -> 
             say(f"{name} over batched: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def conclude(model: Any, cut: Windows, way: str, compiled: Compilation, args: argparse.Namespace) -> None:
+def conclude(model: Any, cut: Windows, way: str, compiled: Compilation) -> None:
     """What compiling took, and whether rows that are attacked in place are seen: beside the uncompiled model."""
     speed = compiled.speed
     assert speed is not None
@@ -207,11 +215,11 @@ def conclude(model: Any, cut: Windows, way: str, compiled: Compilation, args: ar
         f"{way}: compiled in {speed.seconds:.1f} s, batches of {speed.windows} windows; {speed.after:.4f} s a window, "
         f"uncompiled {speed.before:.4f}; pays after {speed.pays} windows"
     )
-    size, layer = args.batch_size, decoder_layers(adapter_for(model.config.model_type), model.config)[1]
+    layer = decoder_layers(LLAMA, model.config)[1]
     few = cut.first(2 * speed.windows)
-    before = perplexity(model, few, batch_size=size)
+    before = perplexity(model, few)
     with edited(model, layer.ffns[0], range(5), parse_attack("retain:5")):
-        found = [perplexity(model, few, batch_size=size, compiled=one).nll for one in (None, compiled)]
+        found = [perplexity(model, few, compiled=one).nll for one in (None, compiled)]
     change, apart = (
         max(abs(a - b) / n for a, b, n in zip(one, found[0], few.units, strict=True)) for one in (before.nll, found[1])
     )
