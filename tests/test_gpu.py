@@ -113,7 +113,7 @@ def test_perplexity_is_that_of_a_cpu_attacked_or_not(model_type: str, attack: st
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
 def test_compiled_perplexity_is_that_of_the_uncompiled_model_attacked_or_not(model_type: str) -> None:
     """With code that inductor generates; within rounding, and closer than what the attack changes."""
     model: Any = tiny.model(model_type, num_hidden_layers=2).cuda()
@@ -124,7 +124,7 @@ def test_compiled_perplexity_is_that_of_the_uncompiled_model_attacked_or_not(mod
             plain, fast = (perplexity(model, cut(), batch_size=3, compiled=one).value for one in (None, compiled))
         assert fast == pytest.approx(plain, rel=1e-4)
         found.append(plain)
-    assert min(abs(one / found[0] - 1) for one in found[1:]) > 1e-3
+    assert max(abs(one / found[0] - 1) for one in found[1:]) > 5e-3
 
 
 @pytest.mark.parametrize("dora", [False, True])
