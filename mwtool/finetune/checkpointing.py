@@ -92,7 +92,11 @@ def mark(folder: Path, settings: Mapping[str, Any], history: Mapping[int, float]
     permissions(folder)
     said = {
         "schema": "mwtool.checkpoint/1",
-        "files": {file.name: _described(file) for file in sorted(folder.iterdir()) if file.name != MARK},
+        "files": {
+            file.relative_to(folder).as_posix(): _described(file)
+            for file in sorted(folder.rglob("*"))  # a sharded state has a folder of its own
+            if file.is_file() and file != folder / MARK
+        },
         "settings": json.loads(json.dumps(settings)),
         "history": {str(t): p for t, p in sorted(history.items())},
     }

@@ -217,7 +217,7 @@ class Mark(Strict):
 
     @model_validator(mode="after")
     def _names_and_steps(self) -> Self:
-        bad = next((name for name in self.files if "/" in name or "\\" in name or name in ("", ".", "..")), None)
+        bad = next((name for name in self.files if "\\" in name or {"", ".", ".."} & set(name.split("/"))), None)
         if bad is not None:
             raise ValueError(f"files names {bad!r}; expected files of the checkpoint's folder")
         steps = sorted(int(step) if re.fullmatch(r"[1-9][0-9]{0,9}", step) else 0 for step in self.history)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
@@ -94,6 +94,16 @@ class TokenTrainer(Trainer):
             metrics["eval_loss"] = metrics.pop("eval_token_loss")
         return found
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **options: Any) -> None:
+        """As Trainer's; under FSDP only what is trained is gathered, whatever type of state dict is set.
+
+        Trainer gathers the whole model in the memory of the first process, or writes no adapter (sharded state dicts).
+        """
+        if self.is_fsdp_enabled and isinstance(self.model, nn.Module):
+            self._save(output_dir, state_dict=trained_state(self.model))  # writes in the first process
+        else:
+            super().save_model(output_dir, *args, **options)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As Trainer's, with padding."""
         collator, self.data_collator = self.data_collator, collate
@@ -101,6 +111,17 @@ class TokenTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, whole and in memory; all processes that hold a part of them call this."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part: Any = parameter.detach()
+            whole: Tensor = part.full_tensor() if hasattr(part, "full_tensor") else part
+            found[name] = whole.cpu()
+    return found
 
 
 def _token_mean(found: EvalPrediction) -> dict[str, float]:

@@ -291,6 +291,7 @@ def checkpoint(run: Path, step: int, settings: dict[str, Any], files: tuple[str,
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"12345678")
     mark(folder, settings, {1: 0.8})
     return folder
@@ -311,6 +312,13 @@ def test_the_newest_whole_checkpoint_is_found_and_half_written_ones_are_passed_o
     assert [note.split()[0].rpartition("-")[2] for note in notes] == ["40", "30", "20"]
     clear(tmp_path, found.step)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5", "checkpoint-notes"]
+
+
+def test_a_checkpoint_with_a_sharded_state_in_a_folder_is_whole_while_each_of_its_parts_is(tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, 3, {}, ("a.bin", "model_0/one.distcp", "model_0/two.distcp"))
+    assert newest(tmp_path, {})[0] is not None
+    (made / "model_0" / "two.distcp").write_bytes(b"12345679")
+    assert newest(tmp_path, {})[0] is None
 
 
 @pytest.mark.parametrize(

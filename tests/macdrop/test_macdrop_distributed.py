@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from mwtool import MacDropCallback
 from mwtool.errors import UnsupportedModel
+from mwtool.finetune.token_trainer import trained_state
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.macdrop.engine import MacDrop
 
@@ -97,6 +98,7 @@ def observed(case: Case) -> dict[str, Named]:
     with macdrop.step(3):
         masked = loss_of(running)
     plain = loss_of(running)
+    found["adapter"] = trained_state(model)
     found["losses"] = {"first": first, "second": second, "masked": masked, "plain": plain}
     return {part: {name: full(value) for name, value in values.items()} for part, values in found.items()}
 
@@ -173,7 +175,7 @@ def test_two_processes_drop_and_restore_as_one(two: Path, case: Case) -> None:
     assert case.p == 1 or differ(expected["first"], expected["second"])
     for rank in (0, 1):
         found = torch.load(two / f"{case}-{rank}.pt")
-        for part in ("before", "first", "second", "after", "state dict"):
+        for part in ("before", "first", "second", "after", "state dict", "adapter"):
             assert found[part].keys() == expected[part].keys()
             assert not differ(found[part], expected[part]), part
         assert not differ(found["before"], found["after"])
