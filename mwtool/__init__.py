@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mwtool.macdrop.plot import plot_curriculum
     from mwtool.massive import MassiveWeights
     from mwtool.quantization.plot import plot_quantization
-    from mwtool.scan.comparison import Comparison, compare_scans
-    from mwtool.scan.comparison_plot import plot_comparison
+    from mwtool.scan.comparison.compare import Comparison, compare_scans
+    from mwtool.scan.comparison.plot import plot_comparison
     from mwtool.scan.plot import plot_scan
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
     from mwtool.scan.settings import Settings, Texts, Thresholds
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
-    "Comparison": "mwtool.scan.comparison",
+    "Comparison": "mwtool.scan.comparison.compare",
     "Curriculum": "mwtool.macdrop.curriculum",
     "EvalConfig": "mwtool.evaluation.config",
     "MacDrop": "mwtool.macdrop.engine",
@@ -46,12 +46,12 @@ _HOMES = {
     "Texts": "mwtool.scan.settings",
     "Thresholds": "mwtool.scan.settings",
     "ablated": "mwtool.ablation.sweep",
-    "compare_scans": "mwtool.scan.comparison",
+    "compare_scans": "mwtool.scan.comparison.compare",
     "evaluate_models": "mwtool.evaluation.run",
     "guard": "mwtool.macdrop.callback",
     "measure_perplexity": "mwtool.evaluation.perplexity",
     "plot_ablation": "mwtool.ablation.plot",
-    "plot_comparison": "mwtool.scan.comparison_plot",
+    "plot_comparison": "mwtool.scan.comparison.plot",
     "plot_curriculum": "mwtool.macdrop.plot",
     "plot_evaluation": "mwtool.evaluation.plot",
     "plot_quantization": "mwtool.quantization.plot",

@@ -16,7 +16,7 @@ from mwtool.scan.settings import Settings
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import ScanDocument
-    from mwtool.scan.comparison import Comparison
+    from mwtool.scan.comparison.compare import Comparison
     from mwtool.scan.scanner import Scan
 
 DEFAULTS, LOADING = Settings(), LoadOptions()
@@ -54,8 +54,8 @@ def compare(
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all
     from mwtool.files.document import text_of
-    from mwtool.scan.comparison import compare_documents
-    from mwtool.scan.comparison_document import compare_document
+    from mwtool.scan.comparison.compare import compare_documents
+    from mwtool.scan.comparison.document import compare_document
 
     outputs = Outputs(output, plot, report, table)
     outputs.check()
@@ -74,7 +74,7 @@ def compare(
 
 def _show(found: Comparison, *, every: bool) -> None:
     from mwtool.cli.terminal import report_console
-    from mwtool.scan.comparison_report import compare_report
+    from mwtool.scan.comparison.report import compare_report
 
     console = report_console()
     console.print(compare_report(found, console.width, every=every))

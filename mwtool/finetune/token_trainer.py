@@ -114,7 +114,7 @@ class TokenTrainer(Trainer):
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, whole and in memory; all processes that hold a part of them call this."""
+    """The parameters that are trained, each whole, (...), on the CPU; all processes that hold parts call this."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -145,11 +145,11 @@ def models() -> dict[str, type[Envelope]]:
     """What documents are held against, by schema."""
     from mwtool.ablation.schema import AblateDocument
     from mwtool.evaluation.schema import ComparisonDocument, EvalDocument
-    from mwtool.files.compare_schema import CompareDocument
     from mwtool.files.scan_schema import ScanDocument
     from mwtool.files.track_schema import TrackDocument
     from mwtool.finetune.schema import FinetuneDocument
     from mwtool.quantization.schema import QuantizeDocument
+    from mwtool.scan.comparison.schema import CompareDocument
 
     known = (
         ScanDocument,

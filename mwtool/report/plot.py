@@ -16,8 +16,8 @@ from mwtool.massive import ABLATION
 from mwtool.massive import SCHEMA as SCAN
 from mwtool.quantization.document import SCHEMA as QUANTIZATION
 from mwtool.quantization.plot import plot_quantization
-from mwtool.scan.comparison_document import SCHEMA as SCANS
-from mwtool.scan.comparison_plot import plot_comparison
+from mwtool.scan.comparison.document import SCHEMA as SCANS
+from mwtool.scan.comparison.plot import plot_comparison
 from mwtool.scan.plot import plot_scan
 from mwtool.scan.track_document import SCHEMA as TRACK
 from mwtool.scan.track_plot import plot_track

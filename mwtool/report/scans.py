@@ -8,7 +8,7 @@ from typing import Any
 from mwtool.evaluation.numbers import fine
 from mwtool.files.tabular import shown
 from mwtool.report.section import Document, Section, Table
-from mwtool.scan.comparison_plot import plot_comparison
+from mwtool.scan.comparison.plot import plot_comparison
 from mwtool.scan.plot import plot_scan
 from mwtool.scan.states_plot import WHERE, figures_of
 from mwtool.scan.track_plot import plot_track

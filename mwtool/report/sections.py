@@ -19,7 +19,7 @@ from mwtool.quantization.document import SCHEMA as QUANTIZATION
 from mwtool.report.measured import evaluation_section, quantization_section
 from mwtool.report.scans import comparison_section, scan_section, track_section
 from mwtool.report.section import Document, Section
-from mwtool.scan.comparison_document import SCHEMA as SCANS
+from mwtool.scan.comparison.document import SCHEMA as SCANS
 from mwtool.scan.track_document import SCHEMA as TRACK
 
 

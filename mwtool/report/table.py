@@ -20,7 +20,7 @@ from mwtool.massive import ABLATION
 from mwtool.massive import SCHEMA as SCAN
 from mwtool.quantization.document import SCHEMA as QUANTIZATION
 from mwtool.report.section import Document
-from mwtool.scan.comparison_document import SCHEMA as SCANS
+from mwtool.scan.comparison.document import SCHEMA as SCANS
 
 Row = dict[str, Any]
 

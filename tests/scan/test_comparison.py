@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 import mwtool
 from mwtool import Comparison, Scan, compare_scans, scan_model
 from mwtool.errors import BadValue
-from mwtool.files.compare_schema import CompareDocument
 from mwtool.report.page import page_of
-from mwtool.scan.comparison_report import compare_report
+from mwtool.scan.comparison.report import compare_report
+from mwtool.scan.comparison.schema import CompareDocument
 
 ROOT = Path(__file__).parent.parent.parent
 DIM = 5

@@ -15,7 +15,7 @@ from mwtool.ablation.sweep import Sweep
 from mwtool.finetune.config import SCHEMA, Recipe
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.quantization.document import SCHEMA as QUANTIZATION
-from mwtool.scan.comparison import compare_scans
+from mwtool.scan.comparison.compare import compare_scans
 from mwtool.scan.settings import Texts
 
 RIGHT, WRONG = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import ScanDocument
-    from mwtool.scan.comparison import ComparedEvent, ComparedRow
+    from mwtool.scan.comparison.compare import ComparedEvent, ComparedRow
 
 
 def verdict(

@@ -10,7 +10,7 @@ from mwtool.files.document import envelope
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import ScanDocument
-    from mwtool.scan.comparison import (
+    from mwtool.scan.comparison.compare import (
         ComparedDimension,
         ComparedEvent,
         ComparedRow,
@@ -24,8 +24,8 @@ SCHEMA = "mwtool.compare/1"
 
 def compare_document(found: Comparison, command: str | None = None) -> dict[str, Any]:
     """The document of a comparison. Its first keys are those of A's scan; `a` and `b` describe both."""
-    from mwtool.files.compare_schema import CompareDocument
     from mwtool.files.schema import checked
+    from mwtool.scan.comparison.schema import CompareDocument
 
     one = found.scan_a
     document = {

@@ -14,7 +14,7 @@ from mwtool.scan.tables import number
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import ScanDocument
-    from mwtool.scan.comparison import ComparedDimension, ComparedEvent, ComparedRow, Comparison, Summary
+    from mwtool.scan.comparison.compare import ComparedDimension, ComparedEvent, ComparedRow, Comparison, Summary
 
 SHOWN = 3
 """Dimensions whose levels are drawn, those of the largest values."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mwtool.errors import BadValue
-from mwtool.scan.comparison_verdict import differences, verdict
+from mwtool.scan.comparison.verdict import differences, verdict
 
 if TYPE_CHECKING:
     from mwtool.files.scan_schema import Event, Rows, ScanDocument
@@ -128,7 +128,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The document of schema mwtool.compare/1."""
-        from mwtool.scan.comparison_document import compare_document
+        from mwtool.scan.comparison.document import compare_document
 
         return compare_document(self)
 

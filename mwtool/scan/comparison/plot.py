@@ -17,12 +17,12 @@ from mwtool.files.figure import (
     plain_numbers,
     styled,
 )
-from mwtool.scan.comparison_document import SCHEMA
+from mwtool.scan.comparison.document import SCHEMA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mwtool.scan.comparison import Comparison
+    from mwtool.scan.comparison.compare import Comparison
 
 MOST = 3
 """Massive dimensions that are drawn, those of the largest magnitudes."""
