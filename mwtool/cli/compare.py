@@ -99,7 +99,7 @@ def _scan(named: str, settings: Settings, dtype: str, device: str, trust: bool) 
     """A layer at a time; a PEFT adapter is merged into its base model, which is then in memory."""
     from mwtool.cli.terminal import layer_progress, say_once
     from mwtool.models.load import load
-    from mwtool.models.source import locate
+    from mwtool.models.locate import locate
     from mwtool.scan.loaded import scan_loaded
     from mwtool.scan.scanner import scan_checkpoint
 

@@ -121,8 +121,8 @@ class Run:
 
 
 def locating(name: str, revision: str | None, **options: Any) -> Source:
-    """As `mwtool.models.source.locate`, which imports what `--help` does without."""
-    from mwtool.models.source import locate
+    """As `mwtool.models.locate.locate`, which imports what `--help` does without."""
+    from mwtool.models.locate import locate
 
     return locate(name, revision, **options)
 

@@ -22,6 +22,7 @@ from mwtool.models.checkpoint import WHOLE, Checkpoint, open_checkpoint
 from mwtool.models.identity import identity_of
 from mwtool.models.key_mapping import absent
 from mwtool.models.load_options import On
+from mwtool.models.locate import locate
 from mwtool.models.meta_model import empty_model, resolved_dtype
 from mwtool.models.peft_adapter import tokenizer_beside, with_adapter
 from mwtool.models.quantization import (
@@ -31,7 +32,7 @@ from mwtool.models.quantization import (
     refuse_unpacked,
     refuse_unscaled_weights,
 )
-from mwtool.models.source import Source, locate, unusable
+from mwtool.models.source import Source, unusable
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -19,7 +19,7 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.atomic_write import atomic_folder, permissions
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.models.streaming import open_stream
 from mwtool.quantization.export import chosen_events
 

@@ -36,7 +36,7 @@ from mwtool.finetune.monitor import Step
 from mwtool.finetune.plan import make_plan
 from mwtool.finetune.trainer import Telling, train, with_adapter
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.reproduction.commands import (
     SCAN,
     SWEEPS,

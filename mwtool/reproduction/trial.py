@@ -18,7 +18,7 @@ from mwtool.finetune.config import Asked, Peft
 from mwtool.finetune.plan import make_plan
 from mwtool.finetune.trainer import train, with_adapter
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.reproduction import steps
 from mwtool.reproduction.commands import SCAN, SWEEPS, sweep_ks, tasks_of
 from mwtool.reproduction.config import PAPER, PLAIN, StudyConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import UnsupportedModel
 from mwtool.models.dequantize import DequantizedWeight
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.scanner import check
 from mwtool.scan.settings import Settings
 from mwtool.scan.subject import Subject, streamed

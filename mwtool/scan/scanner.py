@@ -18,7 +18,8 @@ from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.bos import Bos
 from mwtool.models.identity import identity_of
 from mwtool.models.load_options import Download
-from mwtool.models.source import Source, locate
+from mwtool.models.locate import locate
+from mwtool.models.source import Source
 from mwtool.scan.by_hand import ranked_by_hand
 from mwtool.scan.capture import LayerState, SuperWeight, walk
 from mwtool.scan.definitions import (

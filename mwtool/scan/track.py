@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mwtool.errors import BadValue
 from mwtool.massive import Identity
-from mwtool.models.source import Source, locate
+from mwtool.models.locate import locate
+from mwtool.models.source import Source
 from mwtool.scan.definitions import median
 from mwtool.scan.scanner import Scan, scan_checkpoint
 from mwtool.scan.settings import Settings

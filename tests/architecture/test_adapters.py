@@ -19,7 +19,7 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
 from mwtool.cli import app
 from mwtool.errors import UnsupportedModel
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.models.streaming import open_stream
 from mwtool.scan.capture import LayerState, walk
 from mwtool.testing.kit import check_adapter, check_type, tiny_config

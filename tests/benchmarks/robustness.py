@@ -42,7 +42,7 @@ from mwtool.finetune.plan import Plan, make_plan
 from mwtool.finetune.trainer import train, with_adapter
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.document import scan_document
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Choice, Settings

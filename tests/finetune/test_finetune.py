@@ -27,8 +27,8 @@ from mwtool.finetune.plan import Plan, make_plan
 from mwtool.finetune.trainer import Telling, Trained, adapted, train, with_adapter
 from mwtool.macdrop.curriculum import curriculum_of
 from mwtool.models.load import load
+from mwtool.models.locate import locate
 from mwtool.models.rewrite import save_merged
-from mwtool.models.source import locate
 
 QUICK = Recipe(
     curriculum=curriculum_of("step:0.8"), rank=4, alpha=4, lr=1e-2, max_length=16, batch_size=2, effective_batch=4

@@ -26,7 +26,7 @@ from mwtool.finetune.sequences import collate
 from mwtool.finetune.token_trainer import GroupedByLength
 from mwtool.finetune.trainer import Telling, Trained, train, with_adapter
 from mwtool.macdrop.curriculum import curriculum_of
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 
 QUICK = Recipe(
     curriculum=curriculum_of("linear:1-0.5"), rank=4, alpha=4, lr=1e-2, max_length=64, batch_size=2, effective_batch=4

@@ -11,7 +11,7 @@ from gguf_files import ARCHITECTURES, TEXTS, Kind
 
 from mwtool.models.checkpoint import open_checkpoint
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 

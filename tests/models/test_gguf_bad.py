@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mwtool.errors import BadCheckpoint, ModelNotFound, MwtoolError, UnsupportedModel
 from mwtool.models.gguf_header import read_header
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 

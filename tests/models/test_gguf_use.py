@@ -21,7 +21,8 @@ from huggingface_hub import constants, utils
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mwtool.models.load import load
-from mwtool.models.source import DEMO, locate
+from mwtool.models.locate import locate
+from mwtool.models.source import DEMO
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 

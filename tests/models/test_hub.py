@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 
 SHARD = "model-00002-of-00009.safetensors"
 

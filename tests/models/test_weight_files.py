@@ -21,7 +21,7 @@ from words import with_tokenizer
 from mwtool.errors import BadCheckpoint, ModelNotFound, MwtoolError
 from mwtool.models.checkpoint import open_checkpoint
 from mwtool.models.load import load
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.surgery.attack import Attack, Edit
 from mwtool.surgery.save import save_attacked

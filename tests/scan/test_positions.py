@@ -12,7 +12,7 @@ from words import planted_folder
 
 import mwtool
 from mwtool.errors import BadValue
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.given import text_or_file
 from mwtool.scan.positions import BINS
 from mwtool.scan.scanner import scan_checkpoint

@@ -187,7 +187,7 @@ def test_no_more_than_one_decoder_layer_is_in_memory_at_a_time(tmp_path: Path) -
     """Counted at every layer's end from inside the walk: all other layers are on the meta device."""
     from mwtool.architecture.registry import adapter_for
     from mwtool.architecture.validate import decoder_layers
-    from mwtool.models.source import locate
+    from mwtool.models.locate import locate
     from mwtool.models.streaming import open_stream
     from mwtool.scan.capture import walk
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from words import with_tokenizer
 
 from mwtool.errors import BadCheckpoint
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan.sequences import Taps, run
 from mwtool.scan.settings import Settings
 from mwtool.scan.subject import Subject, in_memory, streamed

@@ -12,7 +12,7 @@ import torch
 from words import planted_folder, with_tokenizer
 
 from mwtool.errors import NoBos, UnsupportedModel
-from mwtool.models.source import locate
+from mwtool.models.locate import locate
 from mwtool.scan import texts
 from mwtool.scan.settings import Settings, Texts
 from mwtool.scan.sinks import importance, sink_rates
