@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from mwtool.cli.command import MODEL, REQUIRED, Command
 from mwtool.cli.commands import single
 from mwtool.cli.curricula import curricula_of, only, show_curricula
 from mwtool.cli.finetune_run import Run, batch_of, drawn, locating, needed, pushing, without_layers
-from mwtool.finetune.config import LENGTH, Asked, Peft, Quantize, Recipe
+from mwtool.finetune.config import KEPT, LENGTH, Asked, Peft, Quantize, Recipe
 from mwtool.macdrop.curriculum import Resample, Scope
 from mwtool.models.load_options import DType
 
@@ -256,6 +256,9 @@ def finetune(
         int | None,
         _of_run(min=1, metavar="N", help="Save a checkpoint every N steps.", show_default="5% of the run"),
     ] = None,
+    save_total_limit: Annotated[
+        int, _of_run(min=KEPT, metavar="N", help="Keep the last N checkpoints, such as all for mwtool track.")
+    ] = KEPT,
     resume: Annotated[bool, _of_run("--resume", help="Continue from the newest complete checkpoint in DIR.")] = False,
     dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan, with a memory estimate, and stop.")] = False,
     show_curriculum: Annotated[
@@ -332,13 +335,23 @@ def finetune(
         ),
         output=None if dry_run else output,
         device=place,
-        reporting=(logging_steps, save_steps, tuple(report_to or ())),
+        reporting=_telling(logging_steps, save_steps, save_total_limit, report_to),
         outputs=outputs,
         resume=resume,
         merge=merge,
         push=pushing(push_to_hub, private=hub_private_repo, dry_run=dry_run),
         json=json,
     ).start()
+
+
+def _telling(logging_steps: int | None, save_steps: int | None, kept: int, loggers: list[str] | None) -> dict[str, Any]:
+    """The fields of `Telling`, which imports torch."""
+    return {
+        "logging_steps": logging_steps,
+        "save_steps": save_steps,
+        "save_total_limit": kept,
+        "loggers": tuple(loggers or ()),
+    }
 
 
 app = single()

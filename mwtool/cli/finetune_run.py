@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Run:
     """A run as it was asked for.
 
-    locating: finds the model. output: its folder; None: only the plan is wanted. reporting: as in `Telling`.
+    locating: finds the model. output: its folder; None: only the plan is wanted. reporting: fields of `Telling`.
     outputs: what is drawn of the result. push: where on the Hub the adapter is uploaded to; None: nowhere.
     """
 
@@ -37,7 +37,7 @@ class Run:
     asked: Asked
     output: Path | None
     device: str
-    reporting: tuple[int | None, int | None, tuple[str, ...]]
+    reporting: dict[str, Any]
     outputs: Outputs
     resume: bool
     merge: bool
@@ -83,7 +83,7 @@ class Run:
         from mwtool.finetune.document import finetune_document
         from mwtool.finetune.trainer import Telling, check_loggers, train, with_adapter
 
-        check_loggers(self.reporting[2])
+        check_loggers(self.reporting["loggers"])
         found, notes = newest(folder, plan.settings()) if self.resume else (None, ())
         note_all(notes)
         if self.resume:
@@ -101,7 +101,7 @@ class Run:
                 folder,
                 settings=plan.settings(),
                 resume=found,
-                telling=Telling(*self.reporting, on_step=on_step),
+                telling=Telling(**self.reporting, on_step=on_step),
                 processes=plan.processes,
             )
         if trained.stopped_by is not None:

@@ -15,7 +15,7 @@ from mwtool.cli.command import MODEL, Command
 from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
 from mwtool.cli.startup import rarely_collecting, without_scipy
-from mwtool.models.load_options import Download, DType, LoadOptions
+from mwtool.models.load_options import Download, DType, LoadOptions, On
 from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
 
 if TYPE_CHECKING:
@@ -217,6 +217,9 @@ def scan(
             "of a mixture of experts, goes to files beside it: FILE-positions, FILE-sinks ...",
         ),
     ] = None,
+    on: Annotated[
+        On, typer.Option(help="With a PEFT adapter: scan its base model, or both merged.", rich_help_panel=MODEL)
+    ] = LOADING.on,
     gguf_file: options.GGUFFile = None,
     revision: options.Revision = None,
     download: Annotated[
@@ -256,9 +259,7 @@ def scan(
     _refuse(triggers is not None and text is None, "--triggers writes what --text finds; add --text FILE")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
-    for name, given in (("--check", check), ("--sinks", sinks), ("--text", text)):
-        if given is not None:
-            _refuse(Path(given).is_dir(), f"{name} takes a text, and {given} is a folder; write MODEL before {name}")
+    check = _usable(check, sinks, text)
     others = (check, positions, sinks, text, triggers, output, plot, report, table, push_to_hub)
     _refuse(dry_run and (json or any(one is not None for one in others)), PLAN_ALONE)
     outputs = Outputs(output, plot, report, table)
@@ -279,12 +280,12 @@ def scan(
         _plan(model, settings, revision, trust_remote_code, gguf_file)
         return
     download = "whole" if check is not None and download == "auto" else download  # the model is loaded afterwards
-    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download)
+    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download, on)
     from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
 
     note_all(found.notes)
-    opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-    checked = None if check is None else _checked(found, check, limit, window, dtype, opening)
+    opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file, "on": on}
+    checked = None if check is None else _checked(found, check, limit, window, dtype, (model, revision), opening)
     document = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     outputs.keep(document)
     if triggers is not None:
@@ -341,6 +342,23 @@ def _refuse(wrong: bool, message: str) -> None:
         raise options.WrongUsage(message)
 
 
+def _usable(check: str | None, sinks: str | None, text: str | None) -> str | None:
+    """The text of --check, with or without the `ppl:` of other commands; opened, so that a wrong name costs no scan.
+
+    Raises WrongUsage for a folder, which is a model that stands behind an option.
+    """
+    for name, given in (("--check", check), ("--sinks", sinks), ("--text", text)):
+        if given is not None:
+            _refuse(Path(given).is_dir(), f"{name} takes a text, and {given} is a folder; write MODEL before {name}")
+    if check is None:
+        return None
+    from mwtool.evaluation.tasks import KINDS, Task
+
+    target = check.removeprefix("ppl:")
+    KINDS["ppl"].check(Task("ppl", target))
+    return target
+
+
 def _texts(
     positions: str | None, attention: bool, sinks: str | None, text: str | None, limit: int, window: int
 ) -> Texts:
@@ -390,6 +408,7 @@ def _scan(
     trust: bool,
     gguf_file: str | None,
     download: Download,
+    on: On,
 ) -> Scan:
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
@@ -404,11 +423,20 @@ def _scan(
             trust_remote_code=trust,
             gguf_file=gguf_file,
             download=download,
+            on=on,
             on_layer=on_layer,
         )
 
 
-def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, opening: dict[str, Any]) -> Check:
+def _checked(
+    found: Scan,
+    text: str,
+    limit: int,
+    window: int,
+    dtype: DType,
+    place: tuple[str, str | None],
+    opening: dict[str, Any],
+) -> Check:
     """Load the scanned model whole and measure on it; on a device that emulates bfloat16, in float32 by default."""
     from mwtool.ablation.check import check_scan
     from mwtool.cli.process import training_precision
@@ -418,9 +446,10 @@ def _checked(found: Scan, text: str, limit: int, window: int, dtype: DType, open
     say_once()
     stored = training_precision(dtype, opening["device"])
     wanted = "auto" if dtype == "auto" and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
-    if found.identity.revision is None:  # a local file or folder, which the name of what was scanned says
+    model, revision = place if opening["on"] == "merged" else (found.identity.model, found.identity.revision)
+    if revision is None:  # a local file or folder, which the name of what was scanned says
         opening = {**opening, "gguf_file": None}
-    loaded = load(found.identity.model, revision=found.identity.revision, dtype=wanted, **opening)
+    loaded = load(model, revision=revision, dtype=wanted, **opening)
     with run_progress() as on_run:
         checked = check_scan(loaded, found, text, limit=limit, window=window, on_progress=on_run(0, 1, "check"))
     note_all(checked.notes)

@@ -18,7 +18,7 @@ from mwtool.errors import BadValue, UnsupportedModel, line_of
 from mwtool.files.atomic_write import permissions
 from mwtool.finetune.batch_size import fitted
 from mwtool.finetune.checkpointing import Checkpoint, clear
-from mwtool.finetune.config import Recipe
+from mwtool.finetune.config import KEPT, Recipe
 from mwtool.finetune.loss import trained_head
 from mwtool.finetune.monitor import NothingLeft, Step, Watch
 from mwtool.finetune.padding_free import flattened, rows
@@ -59,12 +59,17 @@ class Trained:
     stopped_by: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Telling:
-    """What is reported during training, and where. loggers: names of Trainer's `report_to`."""
+    """What is reported and saved during training, and where.
+
+    save_total_limit: checkpoints that stay, at least `KEPT`.
+    loggers: names of Trainer's `report_to`.
+    """
 
     logging_steps: int | None = None
     save_steps: int | None = None
+    save_total_limit: int = KEPT
     loggers: tuple[str, ...] = ()
     on_step: Callable[[Step], None] | None = None
 
@@ -276,7 +281,7 @@ def _arguments(
         logging_nan_inf_filter=False,  # what is not finite is to be seen
         save_strategy="steps",
         save_steps=telling.save_steps or math.ceil(steps / 20),
-        save_total_limit=2,  # the last whole one stays until the next is whole
+        save_total_limit=telling.save_total_limit,
         # by steps and not by epochs: it then comes before a checkpoint is saved, and a resumed run misses none
         eval_strategy="steps" if recipe.eval_share else "no",
         eval_steps=per_epoch,

@@ -29,10 +29,10 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def refuse_unplaced(adapter: str, config: PeftConfig) -> None:
+def refuse_unplaced(adapter: str, config: PeftConfig, how: str) -> None:
     """Raises UnsupportedModel for an adapter that holds, or changes, weights of the base model.
 
-    adapter: its folder. config: as it states.
+    adapter: its folder. config: as it states. how: what was to be done with it.
     """
     kind: Any = config
     whole = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
@@ -45,9 +45,8 @@ def refuse_unplaced(adapter: str, config: PeftConfig) -> None:
         found.append(f"init_lora_weights {kind.init_lora_weights}")
     if found:
         raise UnsupportedModel(
-            f"the adapter {adapter} ({', '.join(found)}) is put on a base model that is offloaded in part, which only "
-            f"LoRA and DoRA can be whose files hold no weights of the base model; give it more memory, or merge and "
-            f"save the two with PEFT and take that"
+            f"the adapter {adapter} ({', '.join(found)}) cannot be {how}; expected LoRA or DoRA whose files hold no "
+            f"weights of the base model; merge and save the two with PEFT, and take that"
         )
 
 
@@ -62,7 +61,7 @@ def with_adapter_over(
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    with _stood_in(base):
+    with stood_in(base):
         wrapped = apply(base)
     layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -77,8 +76,11 @@ def with_adapter_over(
 
 
 @contextmanager
-def _stood_in(base: PreTrainedModel) -> Iterator[None]:
-    """Offloaded weights replaced by zeros without memory, on the device where their layer runs, inside the block."""
+def stood_in(base: PreTrainedModel, device: str = "cpu") -> Iterator[None]:
+    """Weights that are absent replaced by zeros without memory, on the device where they run, inside the block.
+
+    device: of those that no hook of accelerate loads.
+    """
     places: dict[str, Any] = base.__dict__.pop("hf_device_map", None) or {}  # with which PEFT would spread it anew
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -86,7 +88,9 @@ def _stood_in(base: PreTrainedModel) -> Iterator[None]:
             for name, parameter in list(module._parameters.items()):  # noqa: SLF001 - replaced in place, as accelerate's hooks do
                 if parameter is not None and parameter.is_meta:
                     kept.append((module, name, parameter))
-                    zero = torch.zeros((), dtype=parameter.dtype, device=_runs_on(module)).expand(parameter.shape)
+                    zero = torch.zeros((), dtype=parameter.dtype, device=_runs_on(module, device)).expand(
+                        parameter.shape
+                    )
                     module._parameters[name] = nn.Parameter(zero, requires_grad=False)  # noqa: SLF001 - likewise
         yield
     finally:
@@ -96,10 +100,10 @@ def _stood_in(base: PreTrainedModel) -> Iterator[None]:
             base.__dict__["hf_device_map"] = places
 
 
-def _runs_on(module: nn.Module) -> Any:
+def _runs_on(module: nn.Module, otherwise: str) -> Any:
     hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    return next((one.execution_device for one in hooks if getattr(one, "execution_device", None) is not None), "cpu")
+    devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+    return next((device for device in devices if device is not None), otherwise)
 
 
 def _keep_while_running(layer: Any) -> None:

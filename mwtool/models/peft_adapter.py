@@ -28,16 +28,22 @@ def with_adapter(base: PreTrainedModel, adapter: str, on: On) -> tuple[Any, PreT
     `refuse_unplaced` raises where layers of the base model are offloaded.
     """
     if not is_offloaded(base):
-        wrapped: Any = _applied(base, adapter)
+        wrapped: Any = applied(base, adapter)
         if on == "merged":
             merged = wrapped.merge_and_unload().eval()
             return merged, merged
     else:
-        wrapped = with_adapter_over(base, partial(_applied, adapter=adapter, offloaded=True), merged=on == "merged")
+        how = "put on a base model that is offloaded in part"
+        wrapped = with_adapter_over(base, partial(applied, adapter=adapter, alone=how), merged=on == "merged")
     return wrapped, wrapped.get_base_model()
 
 
-def _applied(base: PreTrainedModel, adapter: str, *, offloaded: bool = False) -> PeftModel:
+def applied(base: PreTrainedModel, adapter: str, alone: str | None = None) -> PeftModel:
+    """The base model wrapped by PEFT with the adapter of a folder.
+
+    alone: what is to be done with an adapter that may hold no weights of the base model, in words.
+    Raises BadCheckpoint, and UnsupportedModel.
+    """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
@@ -52,8 +58,8 @@ def _applied(base: PreTrainedModel, adapter: str, *, offloaded: bool = False) ->
                 f"the adapter {adapter} is {config.peft_type.value}, which puts virtual tokens where bos should be "
                 f"first; expected an adapter of weights, such as LoRA"
             )
-        if offloaded:
-            refuse_unplaced(adapter, config)
+        if alone is not None:
+            refuse_unplaced(adapter, config, alone)
         with warnings.catch_warnings():  # peft asks transformers by a former name
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)

@@ -22,6 +22,8 @@ from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint, open_checkpoint
 from mwtool.models.dequantize import DequantizedCheckpoint
 from mwtool.models.key_mapping import ExpertTensors, Rows, absent, fetch, tensor_map
+from mwtool.models.load_options import On
+from mwtool.models.merging import Merging, open_merging
 from mwtool.models.meta_model import build
 from mwtool.models.quantization import as_plain, refuse_unscaled
 from mwtool.models.single_position import sources, unneeded
@@ -40,6 +42,7 @@ class Stream:
     experts: path of a module of routed experts -> the checkpoint tensors of each of its parameters.
     left_out: path of a decoder layer -> its parameters that a single position does without -> their checkpoint names;
         None until `leave_out` has found them. They are then zeros.
+    merging: the adapter that is added to the weights when they have been read.
     bytes_read: bytes read from the checkpoint so far, counted in the dtype of the computation.
     """
 
@@ -52,6 +55,7 @@ class Stream:
     names: dict[str, list[str]]
     experts: dict[str, ExpertTensors] = field(default_factory=dict)
     left_out: dict[str, dict[str, list[str]]] | None = None
+    merging: Merging | None = None
     bytes_read: int = 0
     on_read: Callable[[int], None] | None = None
     _handles: list[Any] = field(default_factory=list)
@@ -158,6 +162,8 @@ class Stream:
             wanted = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
             self._convert(dict.fromkeys(source for parameter in wanted for source in self.names.get(parameter, [])))
             self._check(module, name)
+            if self.merging is not None:
+                self.merging.into(name, module)
 
         return enter
 
@@ -233,6 +239,8 @@ class Stream:
             zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
             owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)  # noqa: SLF001 - replaced in place, as in _drop
         self._check(module, path, out)
+        if self.merging is not None:
+            self.merging.into(path, module, without=frozenset(out))
 
     def _convert(self, sources: Mapping[str, list[int] | None]) -> None:
         """Let transformers read, rename, convert, cast and assign these tensors.
@@ -292,11 +300,13 @@ def open_stream(
     dtype: str = "auto",
     device: str = "cpu",
     *,
+    on: On = "base",
     check: Callable[[PreTrainedModel], None] | None = None,
 ) -> Stream:
     """Build a model of this configuration without weights, to be streamed from its checkpoint.
 
     layers: those of the model, as its architecture adapter describes them.
+    on: of a PEFT adapter, whether its base model is streamed, or with the adapter merged into it.
     check: called with the model before tensors are looked up in the checkpoint; raises if the paths do not fit.
     Raises UnsupportedModel for a quantization that cannot be undone, BadCheckpoint if weights are absent.
     """
@@ -308,6 +318,9 @@ def open_stream(
     if isinstance(checkpoint, DequantizedCheckpoint):
         checkpoint.transpose_for(built.model, tensors.names)
     place = torch.device(device)
+    merging = None
+    if on == "merged" and source.adapter is not None:
+        merging = open_merging(source, config, checkpoint, dtype, device)
     return Stream(
         model=built.model,
         checkpoint=checkpoint,
@@ -317,6 +330,7 @@ def open_stream(
         load_config=built.load_config,
         names=tensors.names,
         experts=tensors.experts,
+        merging=merging,
     )
 
 

@@ -11,6 +11,7 @@ from mwtool.architecture.packed import packed_dtype
 from mwtool.errors import UnsupportedModel
 from mwtool.massive import MassiveWeights, load_massive
 from mwtool.models.load import Loaded
+from mwtool.models.offloaded_adapter import is_offloaded
 from mwtool.models.quantization import dequantizable
 from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
 from mwtool.scan.settings import Settings
@@ -33,8 +34,8 @@ def massive_for(
 def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
     """A scan of the model in memory; of the pre-trained one where an adapter is kept apart.
 
-    One that is offloaded, or packed in a way that can be undone, is scanned from its files, a layer at a time. Raises
-    UnsupportedModel where it is packed otherwise, or merged with an adapter, so that no file holds its weights.
+    One that is offloaded, or packed in a way that can be undone, is scanned from its files, a layer at a time, with the
+    adapter if that is merged. Raises UnsupportedModel where it is packed otherwise, or was merged while it was packed.
     """
     down = [ffn.down for layer in loaded.layers for ffn in layer.ffns if not ffn.expert]  # one expert stands for all
     packed = next(filter(None, (packed_dtype(loaded.base, place) for place in down)), None)
@@ -43,7 +44,7 @@ def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
             f"{loaded.source.name} is quantized (packed {packed}) and cannot be scanned; scan the model it was made of "
             f"and give --massive FILE (or, to ablate, --layer and --indices)"
         )
-    if packed or any(parameter.is_meta for parameter in loaded.base.parameters()):
+    if packed or is_offloaded(loaded.base):
         return _scan_files(loaded, settings)
     model: Any = loaded.model
     with model.disable_adapter() if loaded.on == "base" else nullcontext():
@@ -51,10 +52,12 @@ def scan_loaded(loaded: Loaded, settings: Settings | None = None) -> Scan:
 
 
 def _scan_files(loaded: Loaded, settings: Settings | None) -> Scan:
-    if loaded.on == "merged":
+    if loaded.on == "merged" and not is_offloaded(loaded.base):
         raise UnsupportedModel(
-            f"{loaded.source.name} is offloaded or quantized, and no file holds its sum with {loaded.source.adapter} "
+            f"{loaded.source.name} is quantized, and no file holds its sum with {loaded.source.adapter} "
             f"that could be scanned; merge and save it with PEFT, or give it more memory"
         )
-    source = replace(loaded.source, adapter=None, notes=())  # said already
-    return scan_checkpoint(source, settings, dtype=str(loaded.base.dtype).removeprefix("torch."))
+    source = replace(loaded.source, adapter=loaded.source.adapter if loaded.on == "merged" else None, notes=())
+    return scan_checkpoint(
+        source, settings, dtype=str(loaded.base.dtype).removeprefix("torch."), on=loaded.on or "base"
+    )

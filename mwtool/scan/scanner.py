@@ -17,7 +17,7 @@ from mwtool.files.tabular import frame_of, html_of
 from mwtool.massive import Identity, MassiveWeights
 from mwtool.models.bos import Bos
 from mwtool.models.identity import identity_of
-from mwtool.models.load_options import Download
+from mwtool.models.load_options import Download, On
 from mwtool.models.locate import locate
 from mwtool.models.source import Source
 from mwtool.scan.by_hand import ranked_by_hand
@@ -143,15 +143,17 @@ def scan_checkpoint(
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
     download: Download = "auto",
+    on: On = "base",
     on_layer: OnLayer | None = None,
 ) -> Scan:
     """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
 
-    model: Hub id, folder, PEFT adapter folder (its base model is scanned), GGUF file or ``demo``.
+    model: Hub id, folder, PEFT adapter folder, GGUF file or ``demo``.
     dtype: ``auto`` (as stored; bfloat16 for quantized GGUF), ``float32``, ``bfloat16`` or ``float16``.
     gguf_file: which GGUF file of a folder or Hub repository that holds several.
     download: of weight files on the Hub that are not in the cache, ``ranges`` fetches only what is read, ``whole`` each
     that is needed, and ``auto`` ranges where the server gives them.
+    on: of a PEFT adapter, whether its base model is scanned, or with the adapter ``merged`` into it.
     Raises MwtoolError, saying what was found and expected.
     """
     settings = settings or Settings()
@@ -162,7 +164,7 @@ def scan_checkpoint(
             locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file), download=download
         )
     )
-    return _scan(streamed(source, settings, dtype, device), settings, on_layer)
+    return _scan(streamed(source, settings, dtype, device, on), settings, on_layer)
 
 
 def scan_model(

@@ -16,6 +16,7 @@ from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import check_fit, decoder_layers, unwrapped
 from mwtool.errors import BadPlugin, UnsupportedModel
 from mwtool.models.bos import Bos, find_bos
+from mwtool.models.load_options import On
 from mwtool.models.source import Source
 from mwtool.models.streaming import Stream, open_stream
 from mwtool.scan.settings import Settings
@@ -79,8 +80,8 @@ class Subject:
             raise BadPlugin(f"{self.adapter} does not describe {type(self.model).__name__}: {fault}") from fault
 
 
-def streamed(source: Source, settings: Settings, dtype: str = "auto", device: str = "cpu") -> Subject:
-    """A located model, without weights until it runs. dtype, device: as for `scan_checkpoint`.
+def streamed(source: Source, settings: Settings, dtype: str = "auto", device: str = "cpu", on: On = "base") -> Subject:
+    """A located model, without weights until it runs. dtype, device, on: as for `scan_checkpoint`.
 
     Raises MwtoolError, saying what was found and expected.
     """
@@ -88,13 +89,10 @@ def streamed(source: Source, settings: Settings, dtype: str = "auto", device: st
     adapter = adapter_for(config.model_type)
     layers = decoder_layers(adapter, config)
     bos = find_bos(settings.bos, source.vocabulary(), config, settings.prompt)
-    stream = open_stream(source, config, layers, dtype, device, check=partial(check_fit, adapter, layers))
+    stream = open_stream(source, config, layers, dtype, device, on=on, check=partial(check_fit, adapter, layers))
     notes = (*source.notes, *stream.checkpoint.notes)
-    if source.adapter is not None:
-        notes = (
-            *notes,
-            f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter",
-        )
+    if said := _of_adapter(source, on):
+        notes = (*notes, said)
     return Subject(
         model=stream.model,
         layers=layers,
@@ -105,6 +103,17 @@ def streamed(source: Source, settings: Settings, dtype: str = "auto", device: st
         notes=notes,
         stream=stream,
         source=source,
+    )
+
+
+def _of_adapter(source: Source, on: On) -> str | None:
+    if source.adapter is None:
+        return f"--on merged is ignored: {source.name} is no adapter folder" if on == "merged" else None
+    if on == "merged":
+        return f"the PEFT adapter was merged into its base model {source.name} as its weights were read"
+    return (
+        f"{source.adapter} is a PEFT adapter; its base model {source.name} was scanned, without the adapter "
+        f"(--on merged scans the sum)"
     )
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from mwtool.errors import BadValue
 from mwtool.massive import Identity
+from mwtool.models.load_options import On
 from mwtool.models.locate import locate
-from mwtool.models.source import Source
+from mwtool.models.source import ADAPTER_CONFIG, ADAPTER_FILES, Source
 from mwtool.scan.definitions import median
 from mwtool.scan.scanner import Scan, scan_checkpoint
 from mwtool.scan.settings import Settings
@@ -163,8 +164,9 @@ def track(
     name: what they are called together. earlier: of a run that was interrupted, or of the same training when it was
     shorter: its checkpoints are not scanned again unless their files have changed, and those whose files are gone by
     now are kept. on_checkpoint: called after each one with all so far, and with it.
-    Raises BadValue for a PEFT adapter, a revision of a local model, or a checkpoint of another shape or precision, and
-    what `scan_checkpoint` raises.
+    PEFT adapters are merged into their base model as its weights are read.
+    Raises BadValue for a revision of a local model, or a checkpoint of another shape or precision, and what
+    `scan_checkpoint` raises.
     """
     settings = settings or Settings()
     wanted = {stage.name for stage in stages}
@@ -182,7 +184,8 @@ def track(
         if old is not None and old.fingerprint == mark:
             point = old
         else:
-            scan = scan_checkpoint(source, settings, dtype=dtype, device=device, on_layer=on_layer)
+            on: On = "base" if source.adapter is None else "merged"
+            scan = scan_checkpoint(source, settings, dtype=dtype, device=device, on=on, on_layer=on_layer)
             so_far = so_far or _begun(name, settings, scan)
             _refuse_other(so_far, stage, scan)
             so_far = replace(so_far, notes=tuple(dict.fromkeys((*so_far.notes, *scan.notes))))
@@ -223,24 +226,26 @@ def _refuse_other(so_far: Track, stage: Stage, scan: Scan) -> None:
 
 def _located(stage: Stage, *, trust: bool) -> Source:
     source = locate(stage.model, stage.revision, trust_remote_code=trust)
-    if stage.revision is not None and source.revision is None:
+    local = source.revision is None if source.adapter is None else Path(stage.model).is_dir()
+    if stage.revision is not None and local:
         raise BadValue(f"{stage.model} is local and has no revisions; --revisions are those of a model on the Hub")
-    if source.adapter is not None:
-        raise BadValue(
-            f"{stage.name} is a PEFT adapter, whose base model does not change in training; merge it and track the "
-            f"merged checkpoints"
-        )
     return source
 
 
 def fingerprint(source: Source) -> str:
-    """Of a checkpoint's files: the commit on the Hub, else a digest of the names, sizes and times of its weights."""
-    if source.revision is not None:
+    """Of a checkpoint's files: the commit on the Hub, else a digest of the names, sizes and times of its weights.
+
+    Of a PEFT adapter, of its files and of its base model's.
+    """
+    if source.revision is not None and source.adapter is None:
         return source.revision
     files = [source.gguf.path] if source.gguf is not None else sorted(source.folder.glob("*"))
-    state = hashlib.sha256()
+    state = hashlib.sha256((source.revision or "").encode())
+    if source.adapter is not None:
+        files += [Path(source.adapter) / name for name in (ADAPTER_CONFIG, *ADAPTER_FILES)]
     for path in files:
-        if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json":
+        weights = path.suffix in (".safetensors", ".bin", ".gguf")
+        if path.exists() and (weights or path.name in ("config.json", ADAPTER_CONFIG)):
             about = path.stat()
             state.update(f"{path.name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return state.hexdigest()[:16]

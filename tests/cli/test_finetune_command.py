@@ -181,6 +181,19 @@ for number, kill in enumerate(kills.split()):
 """
 
 
+def test_all_checkpoints_can_be_kept_and_followed_from_the_base_model_on(folder: Path, tmp_path: Path) -> None:
+    kept = ("--save-steps", 1, "--save-total-limit", 10, "--max-steps", 3, "--lr", 0.1, "--macdrop", "none")
+    assert finetune(folder, "-o", tmp_path / "out", *kept).code == 0
+    adapters = [tmp_path / "out" / f"checkpoint-{step}" for step in (1, 2, 3)]
+    ran = run("track", "--checkpoints", tmp_path / "out", "--json")
+    assert [one["step"] for one in ran.document["checkpoints"]] == [1, 2, 3]
+    peaks = [one["hidden"]["value"] for one in ran.document["checkpoints"]]
+    assert len(set(peaks)) == 3
+    whole = run("track", folder, *adapters, "--json").document["checkpoints"]
+    assert [one["hidden"]["value"] for one in whole[1:]] == peaks
+    assert whole[0]["massive"]["rows"][0] == 17
+
+
 def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_not(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -87,8 +87,14 @@ def test_a_text_that_cannot_be_used_is_one_line(
     assert "short.txt" in fault
 
 
-def test_a_text_that_is_not_there_is_one_line(folder: Path) -> None:
-    assert "absent.txt does not exist" in run("scan", folder, "--check", "absent.txt", *SMALL).fault
+def test_a_text_that_is_not_there_is_one_line_before_anything_is_scanned(folder: Path) -> None:
+    assert "absent.txt does not exist" in run("scan", "no-such-model", "--check", "absent.txt", *SMALL).fault
+    assert "absent.txt does not exist" in run("scan", folder, "--check", "ppl:absent.txt", *SMALL).fault
+
+
+def test_a_text_may_be_named_as_other_commands_name_it(folder: Path, text: Path) -> None:
+    check = run("scan", folder, "--check", f"ppl:{text}", *SMALL, "--json").document["check"]
+    assert (check["text"], check["windows"]) == (str(text), 4)
 
 
 def test_a_model_without_events_or_without_a_tokenizer_is_one_line(tmp_path: Path, text: Path) -> None:

@@ -19,6 +19,7 @@ from mwtool.ablation.sweep import Sweep
 from mwtool.errors import UnsupportedModel
 from mwtool.models.load import load
 from mwtool.models.peft_adapter import with_adapter
+from mwtool.scan.loaded import scan_loaded
 from mwtool.scan.settings import Choice
 from mwtool.surgery.attack import Attack, edited
 
@@ -98,6 +99,8 @@ def test_a_sweep_over_an_adapter_of_a_model_left_on_the_disk_has_the_figures_of_
     near, far = (swept(one, sweep, Choice(layers=(1,), indices=(17,))) for one in (here, away))
     values = {(run.attack, run.control): run.measured[0].value for run in near.runs}
     assert near.baseline[0].value == far.baseline[0].value
+    for one, other in zip(scan_loaded(away).states, scan_loaded(here).states, strict=True):
+        torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-5, atol=1e-5)
     assert len(far.runs) == 4
     assert all(values[run.attack, run.control] == run.measured[0].value for run in far.runs)
     assert (base / "model.safetensors").read_bytes() == stored
@@ -120,7 +123,7 @@ def test_one_that_holds_or_changes_weights_of_the_base_model_is_refused_by_name(
     base = tiny.saved(tmp_path / "base", tiny.model("llama", num_hidden_layers=2))
     folder = adapter(tmp_path / "adapter", base, **changes)
     away = cpu_offload(tiny.opened(base), execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=rf"{said}.* is put on a base model that is offloaded in part"):
+    with pytest.raises(UnsupportedModel, match=rf"{said}.* cannot be put on a base model that is offloaded in part"):
         with_adapter(away, str(folder), "base")
 
 
@@ -131,6 +134,6 @@ def test_of_other_kinds_none_is_put_on_offloaded_layers(tmp_path: Path) -> None:
     config = IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"], task_type="CAUSAL_LM")
     get_peft_model(tiny.opened(base), config).save_pretrained(tmp_path / "adapter")  # type: ignore[operator] # generic
     away = cpu_offload(tiny.opened(base), execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=r"\(IA3\) is put on a base model that is offloaded in part"):
+    with pytest.raises(UnsupportedModel, match=r"\(IA3\) cannot be put on a base model that is offloaded in part"):
         with_adapter(away, str(tmp_path / "adapter"), "base")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "IA3"

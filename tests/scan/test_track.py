@@ -15,14 +15,14 @@ import tiny
 import torch
 from command import run
 from huggingface_hub import utils
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import mwtool
 from mwtool.errors import BadValue
 from mwtool.files.document import text_of
 from mwtool.report.page import page_of
 from mwtool.scan import track as tracking
-from mwtool.scan.scanner import scan_checkpoint
+from mwtool.scan.scanner import scan_checkpoint, scan_model
 from mwtool.scan.settings import Settings
 from mwtool.scan.track import Track, kurtosis, stages_in, stages_of, track
 from mwtool.scan.track_document import earlier_in, track_document
@@ -154,19 +154,54 @@ def test_a_file_of_other_settings_or_of_another_run_is_not_gone_on_from(training
         earlier_in(file, "run", SETTINGS)
 
 
-def test_adapters_and_models_of_another_shape_are_refused(training: Path, tmp_path: Path) -> None:
+def test_models_of_another_shape_and_revisions_of_local_ones_are_refused(training: Path) -> None:
     tiny.saved(training / "checkpoint-200", tiny.model("llama", num_hidden_layers=2))
     with pytest.raises(BadValue, match=r"checkpoint-200 has shape .*; the checkpoints before it have"):
         track("run", stages_in(training), SETTINGS)
-    base = tiny.saved(tmp_path / "base", model(planted=False))
-    wrapped: Any = get_peft_model(tiny.opened(base), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    wrapped.save_pretrained(tmp_path / "lora" / "checkpoint-1")
-    with pytest.raises(BadValue, match="checkpoint-1 is a PEFT adapter"):
-        track("lora", stages_in(tmp_path / "lora"), SETTINGS)
     with pytest.raises(BadValue, match="demo is local and has no revisions"):
         track("demo", stages_of(["demo"], ["v1"]), SETTINGS)
     with pytest.raises(BadValue, match="no checkpoint to track"):
         track("none", (), SETTINGS)
+
+
+def test_peft_checkpoints_are_merged_and_each_is_the_scan_of_the_model_that_peft_merges(
+    tmp_path: Path, scanned: list[str]
+) -> None:
+    """A row that answers bos grows in `up` of layer 1 over three checkpoints of an adapter; beside them its base."""
+    base, run_folder = tiny.saved(tmp_path / "base", model(planted=False)), tmp_path / "run"
+    wrapped: Any = get_peft_model(
+        tiny.opened(base),
+        LoraConfig(r=2, target_modules=["up_proj", "gate_proj"], init_lora_weights=False),
+    )
+    expected = []
+    for step in (10, 20, 100):
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if ".layers.1." in name and "lora_B" in name:
+                    parameter[17] *= 10
+        wrapped.save_pretrained(run_folder / f"checkpoint-{step}")
+        merged = PeftModel.from_pretrained(tiny.opened(base), run_folder / f"checkpoint-{step}").merge_and_unload()
+        expected.append(scan_model(merged, settings=SETTINGS))
+    stages = (*stages_of([str(base)]), *stages_in(run_folder))
+    found = track("run", stages, SETTINGS)
+    for one, scan in zip(found.checkpoints[1:], expected, strict=True):
+        largest = float(scan.states[1].intermediate.abs().max())
+        assert one.layers[1].intermediate == pytest.approx(
+            largest, rel=1e-5
+        )  # another place in memory, another last bit
+    grown = [one.layers[1].intermediate for one in found.checkpoints]
+    assert grown == sorted(grown)
+    assert grown[-1] > 2 * grown[0]
+    assert sum("was merged into its base model" in note for note in found.notes) == 1
+    scanned.clear()
+    os.utime(run_folder / "checkpoint-20" / "adapter_model.safetensors", (1, 1))
+    track("run", stages, SETTINGS, earlier=found)
+    assert len(scanned) == 1
+    os.utime(base / "model.safetensors", (1, 1))  # what they are merged into
+    track("run", stages, SETTINGS, earlier=found)
+    assert len(scanned) == 5
+    with pytest.raises(BadValue, match="checkpoint-10 is local and has no revisions"):
+        track("lora", stages_of([str(run_folder / "checkpoint-10")], ["v1"]), SETTINGS)
 
 
 def test_the_command_prints_a_line_a_checkpoint_and_draws_them(
