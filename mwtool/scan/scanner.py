@@ -36,7 +36,7 @@ from mwtool.scan.definitions import (
 from mwtool.scan.positions import Positions, states_by_position
 from mwtool.scan.protect import Protected
 from mwtool.scan.ranking import Ranker, Router, carrier, routing
-from mwtool.scan.settings import NO_TEXTS, Settings
+from mwtool.scan.settings import Settings
 from mwtool.scan.sinks import Sinks, sink_rates
 from mwtool.scan.subject import Subject, in_memory, kinds, streamed
 from mwtool.scan.triggers import Triggers, find_triggers
@@ -262,7 +262,7 @@ def check(settings: Settings, subject: Subject) -> None:
 def _walked(subject: Subject, settings: Settings, on_layer: OnLayer | None) -> list[LayerState]:
     """The states bos leaves in each layer, up to the last one asked for."""
     stream = subject.stream
-    if stream is not None and settings.texts == NO_TEXTS:
+    if stream is not None and not settings.texts.any:
         stream.leave_out()
     layers = subject.layers if settings.last_layer is None else subject.layers[: settings.last_layer + 1]
 

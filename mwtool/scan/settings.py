@@ -88,6 +88,11 @@ class Texts:
         if self.attention and self.positions is None:
             raise BadValue("--attention keeps the attention maps of a text; give that with --positions")
 
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to run; how much of it decides nothing."""
+        return (self.positions, self.sinks, self.triggers) != (None, None, None)
+
 
 NO_TEXTS = Texts()
 """bos alone."""

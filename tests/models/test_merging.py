@@ -55,7 +55,7 @@ def test_the_weights_of_each_layer_are_bit_for_bit_those_that_peft_merges(
     assert stream is not None
     changed = 0
     for _ in range(2):  # read again, not added to again
-        for path in stream.layers:
+        for path in (one.path for one in stream.layers):
             with stream.layer(path) as layer:
                 for name, weight in layer.named_parameters():
                     assert torch.equal(weight, merged[f"{path}.{name}"])
