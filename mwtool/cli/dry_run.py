@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,20 @@ DryRun = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+Trial = Annotated[
+    bool,
+    typer.Option(
+        "--trial",
+        help="With --dry-run: also run a little of it, which reads weights, for time and measured memory.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
+
+def refuse_alone(*, trial: bool, dry_run: bool) -> None:
+    """Raise WrongUsage for a trial of what is then run."""
+    if trial and not dry_run:
+        raise options.WrongUsage("--trial belongs to --dry-run; add that, or leave out --trial")
 
 
 def refuse_beside(**given: object) -> None:
@@ -38,9 +53,19 @@ def show(found: Sequence[Forecast], *, json: bool) -> None:
     from mwtool.cli.terminal import command_line, report_console
     from mwtool.evaluation.forecast import document_of, lines_of
     from mwtool.files.document import text_of
+    from mwtool.files.units import duration
 
+    before = since_start() - sum(one.trial for one in found)
     if json:
-        sys.stdout.write(text_of(document_of(found, command_line())))
+        sys.stdout.write(text_of(document_of(found, command_line(), before=before)))
         return
     for at, one in enumerate(found):
         report_console().print(Text("\n".join([*([""] if at else []), *lines_of(one)])))
+    report_console().print(Text(f"besides   {duration(before)} to start, to load and to prepare, as measured"))
+
+
+def since_start() -> float:
+    """Seconds since this process began."""
+    import psutil  # type: ignore[import-untyped] # its stubs are a package of their own
+
+    return float(time.time() - psutil.Process().create_time())

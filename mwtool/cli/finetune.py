@@ -260,7 +260,10 @@ def finetune(
         int, _of_run(min=KEPT, metavar="N", help="Keep the last N checkpoints, such as all for mwtool track.")
     ] = KEPT,
     resume: Annotated[bool, _of_run("--resume", help="Continue from the newest complete checkpoint in DIR.")] = False,
-    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan, with a memory estimate, and stop.")] = False,
+    dry_run: Annotated[bool, _of_run("--dry-run", help="Show the plan and the memory it takes, and stop.")] = False,
+    trial: Annotated[
+        bool, _of_run("--trial", help="With --dry-run: also train a few steps, for time and measured memory.")
+    ] = False,
     show_curriculum: Annotated[
         bool, _of_run("--show-curriculum", help="Draw the dropout probability over the steps and stop.")
     ] = False,
@@ -288,7 +291,7 @@ def finetune(
 ) -> None:
     """Train a LoRA or DoRA adapter with MacDrop."""
     curricula = curricula_of(macdrop or [str(CURRICULUM)], k=k, scope=scope, resample=resample, seed=seed)
-    outputs = drawn(plot, report, table, dry_run=dry_run, show_curriculum=show_curriculum)
+    outputs = drawn(plot, report, table, dry_run=dry_run, trial=trial, show_curriculum=show_curriculum)
     if show_curriculum:
         show_curricula(curricula, max_steps, epochs, plot)
         return
@@ -341,7 +344,7 @@ def finetune(
         merge=merge,
         push=pushing(push_to_hub, private=hub_private_repo, dry_run=dry_run),
         json=json,
-    ).start()
+    ).start(trial=trial)
 
 
 def _telling(logging_steps: int | None, save_steps: int | None, kept: int, loggers: list[str] | None) -> dict[str, Any]:

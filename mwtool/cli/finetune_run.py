@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from mwtool.cli import options, process
+from mwtool.cli.dry_run import refuse_alone, since_start
 from mwtool.finetune.config import AUTO, Asked, Recipe
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.scan.settings import Choice
@@ -44,13 +45,13 @@ class Run:
     push: Destination | None
     json: bool
 
-    def start(self) -> None:
-        """Show the plan; if there is a folder, train into it."""
+    def start(self, *, trial: bool = False) -> None:
+        """Show the plan, with what a trial finds if one is wanted; if there is a folder, train into it."""
         from mwtool.cli.terminal import quiet_libraries
 
         quiet_libraries()
         if self.output is None:
-            _show_plan(self._planned(self.recipe, self.asked), json=self.json)
+            _show_plan(self._planned(self.recipe, self.asked), self.device, trial=trial, json=self.json)
             return
         from mwtool.finetune.checkpointing import date_of, locked, settings_of
 
@@ -170,11 +171,12 @@ def needed(data: str | None, output: Path | None, *, dry_run: bool) -> str:
 
 
 def drawn(
-    plot: Path | None, report: Path | None, table: Path | None, *, dry_run: bool, show_curriculum: bool
+    plot: Path | None, report: Path | None, table: Path | None, *, dry_run: bool, trial: bool, show_curriculum: bool
 ) -> Outputs:
     """The files to draw, which can be written. Raises WrongUsage where there will be nothing to draw."""
     from mwtool.cli.outputs import Outputs
 
+    refuse_alone(trial=trial, dry_run=dry_run)
     if dry_run and (plot, report, table) != (None, None, None):
         raise options.WrongUsage("--dry-run trains nothing that --plot, --report or --table could show; leave them out")
     if show_curriculum and (report, table) != (None, None):
@@ -232,21 +234,26 @@ def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     return plan
 
 
-def _show_plan(plan: Plan, *, json: bool) -> None:
+def _show_plan(plan: Plan, device: str, *, trial: bool, json: bool) -> None:
     from mwtool.cli.terminal import note_all, report_console
     from mwtool.files.document import text_of
     from mwtool.finetune.document import plan_document
     from mwtool.finetune.memory import footprint
     from mwtool.finetune.plan import few_steps
     from mwtool.finetune.report import plan_report
+    from mwtool.finetune.trial import tried
 
-    needed = footprint(plan)
+    before, found = since_start(), None
+    if trial:
+        found = tried(plan, device)
+        plan = replace(plan, recipe=found.recipe)
+    needed = footprint(plan, device)
     if json:
-        sys.stdout.write(text_of(plan_document(plan, needed)))
+        sys.stdout.write(text_of(plan_document(plan, needed, found, before=before, device=device)))
         return
     note_all(few_steps(plan))
     console = report_console()
-    console.print(plan_report(plan, needed, console.width))
+    console.print(plan_report(plan, needed, console.width, trial=found, before=before))
 
 
 def _tell_plan(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mwtool.ablation.config import CheckConfig
+from mwtool.cli import dry_run as dry_runs
 from mwtool.cli import options
 from mwtool.cli.command import MODEL, Command
 from mwtool.cli.commands import single
@@ -231,8 +232,11 @@ def scan(
     ] = DOWNLOAD,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show layers, tensors and bytes to be read, and stop.", rich_help_panel=MODEL),
+        typer.Option(
+            "--dry-run", help="Show layers, tensors and bytes to be read, and memory, and stop.", rich_help_panel=MODEL
+        ),
     ] = False,
+    trial: dry_runs.Trial = False,
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
@@ -261,7 +265,7 @@ def scan(
     rows = () if indices is None else numbers(indices, "--indices")
     check = _usable(check, sinks, text)
     others = (check, positions, sinks, text, triggers, output, plot, report, table, push_to_hub)
-    _refuse(dry_run and (json or any(one is not None for one in others)), PLAN_ALONE)
+    _check_plan(others, dry_run=dry_run, trial=trial)
     outputs = Outputs(output, plot, report, table)
     outputs.check()
     if triggers is not None:
@@ -277,7 +281,7 @@ def scan(
         texts=_texts(positions, attention, sinks, text, limit, window),
     )
     if dry_run:
-        _plan(model, settings, revision, trust_remote_code, gguf_file)
+        _plan(model, settings, (revision, dtype, device, trust_remote_code, gguf_file), trial=trial, json=json)
         return
     download = "whole" if check is not None and download == "auto" else download  # the model is loaded afterwards
     found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download, on)
@@ -310,17 +314,40 @@ def _write_triggers(found: Scan, triggers: Path) -> None:
     write(triggers, text_of(trigger_document(found, command_line())))
 
 
-PLAN_ALONE = "--dry-run shows what a scan of bos reads and makes no results; leave out texts, --check and --json, files"
+PLAN_ALONE = "--dry-run shows what a scan of bos reads and makes no results; leave out texts, --check and files"
 
 
-def _plan(model: str, settings: Settings, revision: str | None, trust: bool, gguf_file: str | None) -> None:
-    """Show what would be read."""
-    from mwtool.cli.terminal import report_console
-    from mwtool.scan.plan import plan_scan
+def _check_plan(others: tuple[Any, ...], *, dry_run: bool, trial: bool) -> None:
+    """Raise WrongUsage for a plan beside results, and for a trial without one. others: None where not given."""
+    _refuse(dry_run and any(one is not None for one in others), PLAN_ALONE)
+    dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
+
+
+def _plan(
+    model: str, settings: Settings, opening: tuple[str | None, str, str, bool, str | None], *, trial: bool, json: bool
+) -> None:
+    """Show what would be read. opening: revision, dtype, device, trust_remote_code and gguf_file."""
+    from mwtool.cli.terminal import command_line, report_console
+    from mwtool.files.document import text_of
+    from mwtool.scan.forecast import document_of, forecast_scan
     from mwtool.scan.tables import plan_table
 
-    plan = plan_scan(model, settings, revision=revision, trust_remote_code=trust, gguf_file=gguf_file)
-    report_console().print(plan_table(plan))
+    before = dry_runs.since_start()
+    revision, dtype, device, trust, gguf_file = opening
+    found = forecast_scan(
+        model,
+        settings,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust,
+        gguf_file=gguf_file,
+        trial=trial,
+    )
+    if json:
+        typer.echo(text_of(document_of(found, command_line(), before=before)), nl=False)
+    else:
+        report_console().print(plan_table(found, before))
 
 
 def _push(document: str, destination: Destination) -> None:

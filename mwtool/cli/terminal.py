@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mwtool.cli import formats, process, waiting
+from mwtool.files.units import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,10 +125,10 @@ def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
     )
     waiting.clear()
     with Progress(*columns, console=_stderr, transient=True, disable=not progressing()) as progress:
-        task = progress.add_task("scanning", total=None, read="0 MB")
+        task = progress.add_task("scanning", total=None, read=size(0))
 
         def on_layer(done: int, total: int, read: int) -> None:
-            progress.update(task, completed=done, total=total, read=f"{read / 1e6:,.0f} MB")
+            progress.update(task, completed=done, total=total, read=size(read))
 
         yield on_layer
 

@@ -1,7 +1,8 @@
 """What a measurement will run, and the memory and time that takes, told from a short trial: what `--dry-run` shows.
 
 Forwards follow from the windows and states alone. The batch that takes the most memory is run in a few states of the
-model, once for its memory and once for its time; the time of the rest goes by its tokens.
+model: in the process that the measurement itself would be, with the model loaded as it would be. What this process and
+the GPU hold at most is therefore measured, and so is the time until here; the time of the other batches goes by tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import PerplexityTask, Prepared
 from mwtool.evaluation.measurement import OnProgress
-from mwtool.evaluation.peak_memory import peak_of
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.workload import Work, work_of
 from mwtool.files.document import envelope
+from mwtool.files.units import duration, size
 from mwtool.models.load import Loaded
+from mwtool.models.peak_memory import gpu_peak, peak_of, process_peak
 from mwtool.models.weight_files import find_weights
 
 SCHEMA = "mwtool.forecast/1"
 TRIED = 3
+LONG = 3.0
+"""Seconds from which on the first run of a trial is timed: what is made once, such as kernels, hardly shows there."""
 """States of a batch that a trial runs: the first one, and those that change the lowest and the highest layer."""
 
 
@@ -51,8 +55,10 @@ class Forecast:
 
     head: the first keys of its document. read: bytes of its weight files; None where they are not known.
     weights, held, batch: bytes of the model in memory, of what is kept beside it, and of what the largest batch takes;
-    `batch` is None where no task could be tried. offloaded: bytes of weights that lie elsewhere.
+    `batch` is None where no task could be tried. offloaded: bytes of weights that lie elsewhere. process, gpu: bytes
+    that this process has been resident with, and a GPU's allocator has held, at most; None where nothing says so.
     forwards: of batches, in all states; None where a task's cannot be known. seconds: of the tasks in `tried`.
+    trial: seconds that the trial took, which the measurement will not take.
     states: as `States.said`.
     """
 
@@ -64,10 +70,13 @@ class Forecast:
     offloaded: int
     held: int
     batch: int | None
+    process: int | None
+    gpu: int | None
     works: tuple[Work, ...]
     states: dict[str, int]
     forwards: int | None
     seconds: float
+    trial: float
     tried: tuple[str, ...]
 
     @property
@@ -83,12 +92,10 @@ class Forecast:
 
 def forecast(loaded: Loaded, ready: Sequence[Prepared], states: States, options: Options) -> Forecast:
     """Run a short trial. ready: the tasks, prepared. Nothing is kept of it; raises MwtoolError where a state does."""
+    start = time.perf_counter()
     works = [work_of(loaded, one, options) for one in ready]
-    seconds, peak = 0.0, 0
     known = [work for work in works if work.largest is not None]
-    for work in known:
-        took, bytes_ = _tried(loaded, work, states, options)
-        seconds, peak = seconds + took, max(peak, bytes_)
+    tried = [_tried(loaded, work, states, options) for work in known]
     count = 1 + len(states.attacked)
     before = states.passes * sum(work.units or 0 for work in known if work.unit == "windows")
     weights, offloaded = _held_by(loaded)
@@ -100,17 +107,30 @@ def forecast(loaded: Loaded, ready: Sequence[Prepared], states: States, options:
         weights=weights,
         offloaded=offloaded,
         held=states.held,
-        batch=peak if known else None,
+        batch=max((one.batch for one in tried), default=None),
+        process=max((one.process for one in tried if one.process is not None), default=None),
+        gpu=max((one.gpu for one in tried if one.gpu is not None), default=None),
         works=tuple(works),
         states=states.said,
         forwards=before + count * sum(len(work.batches) for work in known) if len(known) == len(works) else None,
-        seconds=seconds,
+        seconds=sum(one.seconds for one in tried),
+        trial=time.perf_counter() - start,
         tried=tuple(work.task for work in known),
     )
 
 
-def _tried(loaded: Loaded, work: Work, states: States, options: Options) -> tuple[float, int]:
-    """Seconds of a task in all states, and bytes at the peak of its largest batch."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Of a task: seconds in all states, bytes of its largest batch, and of the process and a GPU until then."""
+
+    seconds: float
+    batch: int
+    process: int | None
+    gpu: int | None
+
+
+def _tried(loaded: Loaded, work: Work, states: States, options: Options) -> _Found:
+    """Run the largest batch of a task: as it will be, once more for its time if that is short, and counted."""
     assert work.largest is not None
     marks: list[float] = []
 
@@ -118,19 +138,21 @@ def _tried(loaded: Loaded, work: Work, states: States, options: Options) -> tupl
         marks.append(time.perf_counter())
 
     run = _trial(loaded, work.largest, states, options, on_part)
-    devices = {one.device for one in loaded.model.parameters()}
-    peak = peak_of(run, devices)
-    marks.clear()
     start = time.perf_counter()
     run()
+    process, gpu = process_peak(), gpu_peak()  # before tensors are counted, which takes memory of its own
+    if marks[-1] - start < LONG:
+        marks.clear()
+        start = time.perf_counter()
+        run()
     took = [after - before for before, after in zip([start, *marks], marks, strict=False)]
-    share = sum(work.batches) / work.batches[0]
     if states.reuse and work.unit == "windows":  # the mark of the first state has the trial of what can be reused in it
         start = time.perf_counter()
         work.largest.run(loaded, options)
         took[0] = (time.perf_counter() - start) * (1 + states.passes)
-    first, attacked = took[0], _of_states(took[1:], states)
-    return share * (first + attacked), peak
+    peak = peak_of(run, {one.device for one in loaded.model.parameters()})
+    share = sum(work.batches) / work.batches[0]
+    return _Found(share * (took[0] + _of_states(took[1:], states)), peak, process, gpu)
 
 
 def _trial(
@@ -196,10 +218,17 @@ def _stored(loaded: Loaded) -> int | None:
     return None if found is None else sum((source.folder / name).stat().st_size for name in found.shards)
 
 
-def document_of(found: Sequence[Forecast], command: str | None = None) -> dict[str, Any]:
-    """The document of schema mwtool.forecast/1; the first keys are about the first model."""
+def document_of(
+    found: Sequence[Forecast], command: str | None = None, *, before: float | None = None
+) -> dict[str, Any]:
+    """The document of schema mwtool.forecast/1; the first keys are about the first model.
+
+    before: seconds from the start of the process, without the trials: those of loading, and of whatever comes first.
+    """
     head = {**found[0].head, "command": command}
-    return {**head, "models": [_entry(one) for one in found]}
+    known = before is not None and all(one.tried for one in found)
+    total = before + sum(one.seconds for one in found) if known and before is not None else None
+    return {**head, "before_seconds": before, "total_seconds": total, "models": [_entry(one) for one in found]}
 
 
 def _head(loaded: Loaded) -> dict[str, Any]:
@@ -237,6 +266,8 @@ def _entry(found: Forecast) -> dict[str, Any]:
             "batch": found.batch,
             "total": found.memory,
             "offloaded": found.offloaded,
+            "process": found.process,
+            "gpu": found.gpu,
         },
         "seconds": found.seconds if found.tried else None,
         "untried": list(found.untried),
@@ -245,7 +276,7 @@ def _entry(found: Forecast) -> dict[str, Any]:
 
 def lines_of(found: Forecast) -> list[str]:
     """The forecast as lines for people."""
-    read = "" if found.read is None else f", {_size(found.read)} of weight files"
+    read = "" if found.read is None else f", {size(found.read)} of weight files"
     lines = [f"model     {found.model}, {found.parameters:,} parameters{read}"]
     for one in found.works:
         units = f"{one.unit}: as many as the harness has" if one.units is None else f"{one.units:,} {one.unit}"
@@ -255,23 +286,19 @@ def lines_of(found: Forecast) -> list[str]:
     if found.forwards is not None:
         lines.append(f"forwards  {found.forwards:,}")
     parts = {"weights": found.weights, "kept beside them": found.held, "a batch": found.batch}
-    shown = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
-    lines.append(f"memory    about {_size(found.memory)}: {shown}")
+    shown = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+    lines.append(f"memory    about {size(found.memory)}: {shown}")
+    if found.process is not None:
+        lines.append(f"process   {size(found.process)} resident at most, with libraries and mapped files, as measured")
+    if found.gpu is not None:
+        lines.append(f"GPU       {size(found.gpu)} of tensors at most, as its allocator counted")
     if found.offloaded:
-        lines.append(f"offloaded {_size(found.offloaded)} of weights, which are loaded where they run")
+        lines.append(f"offloaded {size(found.offloaded)} of weights, which are loaded where they run")
     if found.tried:
-        lines.append(f"time      about {_duration(found.seconds)}, from a trial of the largest batch")
+        lines.append(f"time      about {duration(found.seconds)}, from a trial of the largest batch")
     if found.untried:
         lines.append(f"not told  time and memory of {', '.join(found.untried)}: known only once they run")
     return lines
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"  # noqa: PLR2004 # two digits at least
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:,.2g} s" if seconds < 120 else f"{seconds / 60:,.3g} minutes"  # noqa: PLR2004 # two minutes
 
 
 class _Tried(Exception):

@@ -121,7 +121,7 @@ def _trial(model: Any, batch: dict[str, Any], recipe: Recipe, *, checkpointing: 
     precision = torch.autocast(device.type, getattr(torch, recipe.dtype)) if lower else nullcontext()
     head = trained_head(model)
     if checkpointing:
-        _recomputing(model, "enable")({"use_reentrant": False})
+        recomputing(model, "enable")({"use_reentrant": False})
     model.train()
     try:
         if head is not None:
@@ -139,10 +139,10 @@ def _trial(model: Any, batch: dict[str, Any], recipe: Recipe, *, checkpointing: 
         model.zero_grad(set_to_none=True)
         model.train(training)
         if checkpointing:
-            _recomputing(model, "disable")()
+            recomputing(model, "disable")()
 
 
-def _recomputing(model: Any, switch: str) -> Callable[..., None]:
+def recomputing(model: Any, switch: str) -> Callable[..., None]:
     """transformers' switch of activation checkpointing, under its new name where it has that."""
     inner: Any = unwrapped(model)
     old = getattr(inner, f"gradient_checkpointing_{switch}")

@@ -13,6 +13,7 @@ from mwtool.finetune.config import SCHEMA
 from mwtool.finetune.memory import Footprint
 from mwtool.finetune.plan import Plan, few_steps
 from mwtool.finetune.trainer import Trained
+from mwtool.finetune.trial import Trial
 from mwtool.massive import MassiveWeights, RankedRows
 
 PLAN = "mwtool.finetune.plan/1"
@@ -72,14 +73,16 @@ def read_record(path: Path) -> dict[str, Any]:
         raise BadValue(f"{fault}; remove it, and --resume finishes the run once more") from fault
 
 
-def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
-    """What `--dry-run --json` prints."""
+def plan_document(
+    plan: Plan, needed: Footprint, trial: Trial | None = None, *, before: float = 0.0, device: str = "meta"
+) -> dict[str, Any]:
+    """What `--dry-run --json` prints. before: seconds from the start of the process to the trial."""
     from mwtool.files.schema import checked
     from mwtool.finetune.schema import PlanDocument
 
     values = () if not plan.places else plan.recipe.curriculum.values(plan.steps, plan.per_epoch)
     document = {
-        **_beginning(PLAN, plan, device="meta"),
+        **_beginning(PLAN, plan, device=device),
         "processes": plan.processes,
         "steps": plan.steps,
         "steps_per_epoch": plan.per_epoch,
@@ -92,10 +95,19 @@ def plan_document(plan: Plan, needed: Footprint) -> dict[str, Any]:
             "activations": needed.activations,
             "rows": needed.kept,
             "total": needed.total,
+            "process": needed.process if trial is None else trial.process,
+            "gpu": _gpu(needed, device) if trial is None else trial.gpu,
         },
+        "step_seconds": None if trial is None else trial.step,
+        "total_seconds": None if trial is None else before + trial.total(plan.steps, plan.per_epoch),
         "notes": [*plan.notes, *few_steps(plan)],
     }
     return checked(PlanDocument, document)
+
+
+def _gpu(needed: Footprint, device: str) -> float | None:
+    """Bytes on the GPU, where there is one and they are known."""
+    return needed.total if device.startswith("cuda") and needed.activations is not None else None
 
 
 def check_plan(plan: Plan) -> None:

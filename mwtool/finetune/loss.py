@@ -47,7 +47,7 @@ class TrainedHead:
             yield
             return
         assert self.head is not None
-        with _only(self.head, _before(labels)):
+        with at_positions(self.head, positions(labels)):
             yield
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ class TrainedHead:
         """
         flat = logits.flatten(0, 1)
         if not self.narrow:
-            flat = flat[_before(labels)]
-        return functional.cross_entropy(flat.float(), _targets(labels), reduction="none")
+            flat = flat[positions(labels)]
+        return functional.cross_entropy(flat.float(), targets(labels), reduction="none")
 
     def token_mean(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of a micro-batch, as `compute_loss_func` of Trainer: a sum over its tokens, as a share of the step.
@@ -95,18 +95,19 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
-def _before(labels: Tensor) -> Tensor:
+def positions(labels: Tensor) -> Tensor:
     """Numbers of the positions, among B * T, in front of the trained tokens: they have their logits. labels: (B, T)."""
     return functional.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
 
 
-def _targets(labels: Tensor) -> Tensor:
+def targets(labels: Tensor) -> Tensor:
+    """The trained tokens themselves, in the order of `positions`, (N,). labels: (B, T)."""
     shifted = labels[:, 1:]
     return shifted[shifted != IGNORED]
 
 
 @contextmanager
-def _only(head: nn.Module, places: Tensor) -> Iterator[None]:
+def at_positions(head: nn.Module, places: Tensor) -> Iterator[None]:
     """Inside the block, the head sees the hidden states of these positions only: (B, T, H) become (1, N, H)."""
 
     def narrowed(_head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -130,7 +131,7 @@ def _same_logits(model: Any, head: nn.Module) -> bool:
     try:
         with torch.no_grad():
             whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[places].float()
-            with _only(head, places):
+            with at_positions(head, places):
                 some = model(input_ids=ids, use_cache=False).logits
     except torch.OutOfMemoryError:
         raise

@@ -1,36 +1,43 @@
-"""How much of a model is trained, and about how much memory training takes, from shapes alone."""
+"""How much of a model is trained, and how much memory training takes, from shapes alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from mwtool.files.units import size
 from mwtool.finetune.trainer import adapted
+from mwtool.models.peak_memory import process_peak, resident
+from mwtool.models.weight_files import find_weights
 
 if TYPE_CHECKING:
     from mwtool.finetune.plan import Plan
 
 FOUR_BIT = 0.516
 """Bytes a weight packed in 4 bits takes, with the scales of its blocks (NF4, double quantization)."""
+MOMENTS = 8
+"""Bytes of Adam's two moments for each trained parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Parameters, and an estimate of bytes on each device, for the longest sequences.
+    """Parameters, and bytes on each device at most.
 
-    weights: the frozen model. adapter: parameters, gradients and Adam's two moments, float32. activations: what the
-    backward needs, and the logits. kept: MacDrop's copy of the rows.
+    weights: the frozen model. adapter: parameters and Adam's two moments. activations: what a micro-batch keeps for its
+    backward, its logits and the gradients of the adapter; None if it was not asked for, or cannot be known from shapes.
+    kept: MacDrop's copy of the rows. process: what the process is resident with, on a CPU; None elsewhere.
     """
 
     parameters: int
     trainable: int
     weights: float
     adapter: float
-    activations: float
+    activations: float | None
     kept: float
+    process: int | None = None
 
     @property
     def share(self) -> float:
@@ -39,53 +46,67 @@ class Footprint:
 
     @property
     def total(self) -> float:
-        """All of it, in bytes."""
-        return self.weights + self.adapter + self.activations + self.kept
+        """All that is known of it, in bytes."""
+        return self.weights + self.adapter + (self.activations or 0.0) + self.kept
 
     @property
     def parts(self) -> str:
         """In words."""
         named = {"weights": self.weights, "adapter": self.adapter, "activations": self.activations, "rows": self.kept}
-        return ", ".join(f"{name} {value / 1e6:,.1f} MB" for name, value in named.items() if value)
+        return ", ".join(f"{name} {size(value)}" for name, value in named.items() if value)
 
 
-def footprint(plan: Plan) -> Footprint:
-    """Of a run that is planned; its skeleton gets an adapter. Raises BadValue where the target modules do not exist."""
-    model, recipe = plan.skeleton, plan.recipe
-    size = torch.finfo(getattr(torch, recipe.dtype)).bits // 8
+def footprint(plan: Plan, device: str | None = None) -> Footprint:
+    """Of a run that is planned; its skeleton gets an adapter. Raises BadValue where the target modules do not exist.
+
+    device: where it trains, for what a step takes there; None: without, which is known at once.
+    """
+    model, recipe, now = plan.skeleton, plan.recipe, resident()
+    dtype = getattr(torch, recipe.dtype)
+    bytes_each = torch.finfo(dtype).bits // 8
     parameters = sum(p.numel() for p in model.parameters())
     linear = sum(
         m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in name
     )
     packed = linear if recipe.quantize else 0
-    activations, kept = _activations(plan, size), _kept(plan) * size
     with torch.device("meta"):
-        wrapped = adapted(model, plan.source, recipe)
-    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    weights = (parameters - packed) * size + packed * FOUR_BIT
-    return Footprint(
+        wrapped = adapted(model.to(dtype), plan.source, recipe)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in trained)
+    found = Footprint(
         parameters=parameters,
         trainable=trainable,
-        weights=weights,
-        adapter=16.0 * trainable,
-        activations=activations,
-        kept=float(kept),
+        weights=(parameters - packed) * bytes_each + packed * FOUR_BIT,
+        adapter=float(sum(p.numel() * (p.element_size() + MOMENTS) for p in trained)),
+        activations=None,
+        kept=float(_kept(plan) * bytes_each),
     )
+    return found if device is None else _with_step(found, plan, wrapped, device, now)
 
 
-def _activations(plan: Plan, size: int) -> float:
-    """What one micro-batch keeps for its backward: a rule of thumb, within a factor of two.
+def _with_step(found: Footprint, plan: Plan, wrapped: nn.Module, device: str, now: int) -> Footprint:
+    """With what a step takes, and the process on a CPU. now: bytes this process was resident with before."""
+    from mwtool.finetune.fake_step import step_peak
 
-    A layer keeps about 16 states of width H and 4 of width I a token; with checkpointing its input alone, and one
-    layer all of it. Logits are held in float32 with their gradient, and once in the model's precision.
+    try:
+        peak = step_peak(wrapped, plan.train, plan.recipe, steps=plan.steps, device=device)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):  # its forward reads numbers, which are not there
+        return found
+    found = replace(found, activations=float(peak))
+    return found if device != "cpu" else replace(found, process=_process(found, plan, now))
+
+
+def _process(found: Footprint, plan: Plan, now: int) -> int:
+    """Bytes that the process is resident with at most: at the end of loading, or in a step.
+
+    Weights that are trained with as they are stored stay in the file's pages. Others are copied while all pages of the
+    files have been read.
     """
-    config = plan.skeleton.config.get_text_config()
-    longest = max(len(ids) for ids in plan.train.ids)
-    tokens, hidden, layers = plan.recipe.at_once * longest, config.hidden_size, config.num_hidden_layers
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    layer = tokens * (16 * hidden + 4 * wide) * size
-    kept = layer + layers * tokens * hidden * size if plan.recipe.gradient_checkpointing else layers * layer
-    return float(kept + tokens * config.vocab_size * (8 + size))
+    source = plan.source
+    files = None if source.gguf is not None else find_weights(source)
+    stored = 0 if files is None else sum((source.folder / name).stat().st_size for name in files.shards)
+    copied = stored if abs(stored / max(1.0, found.weights) - 1) > 0.1 else 0  # noqa: PLR2004 # buffers and headers
+    return int(max(process_peak() or 0, now + copied + found.weights, now + found.total))
 
 
 def _kept(plan: Plan) -> int:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mwtool.files.units import duration, size
 from mwtool.finetune.config import AUTO
 from mwtool.macdrop.curriculum import Curriculum
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mwtool.finetune.config import Recipe
     from mwtool.finetune.memory import Footprint
     from mwtool.finetune.plan import Plan
+    from mwtool.finetune.trial import Trial
 
 HEIGHT = 10
 """Lines of the drawing of p."""
@@ -38,20 +40,23 @@ def curriculum_chart(curriculum: Curriculum, steps: int, per_epoch: int, width: 
     return Group(Text(f"p of {curriculum} over {over}"), Text("\n".join([*lines, *axis])), _points(values))
 
 
-def plan_report(plan: Plan, footprint: Footprint, width: int = 80) -> RenderableType:
-    """What `--dry-run` shows."""
-    parts: list[RenderableType] = [plan_table(plan, footprint)]
+def plan_report(
+    plan: Plan, footprint: Footprint, width: int = 80, *, trial: Trial | None = None, before: float = 0.0
+) -> RenderableType:
+    """What `--dry-run` shows. before: seconds from the start of the process to the trial."""
+    lines = _process_rows(footprint) if trial is None else _trial_rows(plan, trial, before)
+    parts: list[RenderableType] = [plan_table(plan, footprint, lines)]
     if plan.places:
         parts += [Text(), curriculum_chart(plan.recipe.curriculum, plan.steps, plan.per_epoch, width)]
     return Group(*parts)
 
 
-def plan_table(plan: Plan, footprint: Footprint) -> RenderableType:
-    """What is trained, on what, in how many steps."""
+def plan_table(plan: Plan, footprint: Footprint, more: Sequence[tuple[str, str]] = ()) -> RenderableType:
+    """What is trained, on what, in how many steps. more: lines below."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold")
     table.add_column()
-    for name, value in _plan_rows(plan, footprint):
+    for name, value in (*_plan_rows(plan, footprint), *more):
         table.add_row(name, Text(value))
     return table
 
@@ -85,6 +90,8 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
     lengths = [len(ids) for ids in plan.train.ids]
     tokens, learned = sum(lengths), plan.train.trained_tokens
     about = "about" if recipe.batch_size != AUTO else "with one sequence at once about"
+    if footprint.activations is None:
+        about = "besides activations"
     examples = "one text" if plan.data.stream else f"{records_line(plan.records.counts())} ({plan.data.form})"
     rows = "none: trained without MacDrop"
     if plan.places:
@@ -101,7 +108,24 @@ def _plan_rows(plan: Plan, footprint: Footprint) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,}, {plan.per_epoch:,} an epoch; a batch is {_batch(plan)}"),
         ("adapter", f"{recipe.peft}, rank {recipe.rank}: {footprint.trainable:,} parameters, {footprint.share:.3%}"),
         ("rows", rows),
-        ("memory", f"{about} {_bytes(footprint.total)} a device: {footprint.parts}"),
+        ("memory", f"{about} {size(footprint.total)} a device: {footprint.parts}"),
+    ]
+
+
+def _process_rows(footprint: Footprint) -> list[tuple[str, str]]:
+    if footprint.process is None:
+        return []
+    return [("process", f"about {size(footprint.process)} resident at most, with libraries and mapped files")]
+
+
+def _trial_rows(plan: Plan, trial: Trial, before: float) -> list[tuple[str, str]]:
+    """What a few steps took, and what follows for all."""
+    held = {"process": trial.process, "tensors on the GPU": trial.gpu}
+    shown = ", ".join(f"{name} {size(count)}" for name, count in held.items() if count is not None)
+    whole = before + trial.total(plan.steps, plan.per_epoch)
+    return [
+        ("measured", f"{shown}, in a trial of a few steps"),
+        ("time", f"about {duration(whole)} from start to end, {duration(trial.step)} a step"),
     ]
 
 
@@ -145,7 +169,3 @@ def _points(values: Sequence[float]) -> Text:
 
 def _cell(height: float) -> str:
     return _EIGHTHS[max(0, min(8, round(8 * height)))]
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB"  # noqa: PLR2004 # two digits at least

@@ -182,13 +182,15 @@ class FinetuneDocument(Beginning):
 
 
 class Memory(Strict):
-    """An estimate in bytes for each device."""
+    """Bytes for each device, and of the process."""
 
     weights: Magnitude
     adapter: Magnitude
-    activations: Magnitude
+    activations: Magnitude | None
     rows: Magnitude
     total: Magnitude
+    process: Count | None = None
+    gpu: Magnitude | None = None
 
 
 class PlanDocument(Beginning):
@@ -198,6 +200,8 @@ class PlanDocument(Beginning):
     parameters: Positive
     trainable: Count
     memory: Memory
+    step_seconds: Magnitude | None = None
+    total_seconds: Magnitude | None = None
 
 
 class File(Strict):

@@ -14,6 +14,7 @@ import torch
 
 from mwtool.evaluation.evaluate import PerplexityTask, measure, prepare
 from mwtool.evaluation.tasks import parse_tasks
+from mwtool.files.units import duration, size
 from mwtool.finetune.config import Asked, Peft
 from mwtool.finetune.plan import make_plan
 from mwtool.finetune.trainer import train, with_adapter
@@ -188,9 +189,9 @@ def lines_of(plan: dict[str, Any]) -> list[str]:
         f"left to do     {len(plan['runs'])} fine-tuning runs, {plan['evaluations']} evaluations",
         f"trial          {trial['texts']:.3g} s for the texts once, {trial['tasks']:.3g} s for the tasks once"
         + (f", {per_step}" if per_step else ""),
-        f"time           about {total / 60:.3g} minutes"
+        f"time           about {duration(total)}"
         + (f" if {plan['jobs']} runs side by side do not slow each other" if plan["jobs"] > 1 else ""),
-        f"memory         about {plan['memory'] / 1e9:.3g} GB for each process",
+        f"memory         about {size(plan['memory'])} for each process",
     ]
     if not plan["massive"]:
         lines.append("the scan found no massive weights: attacks and MacDrop are skipped")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mwtool.scan.subject import Subject, streamed
 from mwtool.scan.unread import Unread, unread
 
 if TYPE_CHECKING:
+    from mwtool.architecture.layout import DecoderLayer
     from mwtool.models.streaming import Stream
 
 
@@ -36,10 +37,15 @@ class ScanPlan:
     parts: what comes before the layers, then each layer walked. layers: how many the model has. experts: how many
     routed experts are counted a layer, one token's; None for a dense model. files: the files these tensors are in.
     cached: whether these files are on this machine. whole: bytes of these files' tensors. unread: what a single
-    position does without, which is not among the parts; spared: its bytes.
+    position does without, which is not among the parts; spared: its bytes. computed: bytes that the weights of the
+    largest layer have in `dtype`, the precision of the scan, with zeros for what is not read; as_stored: whether that
+    is how they lie in the files, so that they need not be copied.
     """
 
     model: str
+    revision: str | None
+    model_type: str
+    dtype: str
     parts: tuple[Part, ...]
     layers: int
     experts: int | None
@@ -48,6 +54,8 @@ class ScanPlan:
     whole: int
     unread: tuple[Unread, ...]
     spared: int
+    computed: int
+    as_stored: bool
 
     @property
     def size(self) -> int:
@@ -65,10 +73,13 @@ def plan_scan(
     settings: Settings | None = None,
     *,
     revision: str | None = None,
+    dtype: str = "auto",
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
 ) -> ScanPlan:
     """Plan a scan of bos: of a model on the Hub only the small files and the headers of the others are fetched.
+
+    dtype: as in `scan_checkpoint`.
 
     Raises UnsupportedModel for GGUF and ``.bin`` files, which have no such headers, and what `scan_checkpoint` raises
     over a model that it cannot open.
@@ -77,7 +88,7 @@ def plan_scan(
     found = locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file)
     if found.gguf is not None:
         raise UnsupportedModel(f"{found.name} is a GGUF file; --dry-run reads the headers of safetensors files only")
-    subject = streamed(replace(found, download="ranges"), settings)
+    subject = streamed(replace(found, download="ranges"), settings, dtype)
     check(settings, subject)
     stream = subject.stream
     assert stream is not None
@@ -93,9 +104,18 @@ def plan_scan(
             held = stream.experts[layer.experts.module]
             used = held.count if experts is None else min(experts, held.count)
             reads[f"layer {index}"] |= held.of(range(used))
+    computed = _computed(stream, walked, experts)
+    stored = {
+        name: {**reads[name], **dict.fromkeys(stream.names_left_out(layer.path))}
+        for name, layer in zip(list(reads)[1:], walked, strict=True)
+    }
+    largest = max(_size(stream, part) for part in stored.values())
     files = {stream.checkpoint.files[name] for part in reads.values() for name in part}
     return ScanPlan(
         model=found.name,
+        revision=found.revision,
+        model_type=subject.model.config.model_type,
+        dtype=str(subject.model.dtype).removeprefix("torch."),
         parts=tuple(Part(name, len(part), _size(stream, part)) for name, part in reads.items()),
         layers=len(subject.layers),
         experts=experts,
@@ -104,7 +124,22 @@ def plan_scan(
         whole=_size(stream, {name: None for name, file in stream.checkpoint.files.items() if file in files}),
         unread=unread(stream, walked),
         spared=_size(stream, {name: None for layer in walked for name in stream.names_left_out(layer.path)}),
+        computed=computed,
+        as_stored=computed == largest,
     )
+
+
+def _computed(stream: Stream, walked: Sequence[DecoderLayer], experts: int | None) -> int:
+    """Bytes of the largest layer in the precision of the scan, with the experts of one token."""
+    sizes = []
+    for layer in walked:
+        size = 0
+        for name, weight in stream.model.get_submodule(layer.path).named_parameters(prefix=layer.path):
+            held = next((one for path, one in stream.experts.items() if name.startswith(f"{path}.")), None)
+            part = 1.0 if held is None or experts is None else min(experts, held.count) / held.count
+            size += round(part * weight.numel() * weight.element_size())
+        sizes.append(size)
+    return max(sizes)
 
 
 def _experts_of_a_token(subject: Subject) -> int | None:

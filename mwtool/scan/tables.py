@@ -9,11 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mwtool.files.units import duration, size
 from mwtool.scan.definitions import median
+from mwtool.scan.forecast import ScanForecast, seconds_of
 
 if TYPE_CHECKING:
     from mwtool.scan.capture import LayerState
-    from mwtool.scan.plan import Part, ScanPlan
+    from mwtool.scan.plan import Part
     from mwtool.scan.protect import Protected
     from mwtool.scan.scanner import Scan
 
@@ -28,8 +30,12 @@ LEAST = 3
 """Fewer neighbours than this are not folded."""
 
 
-def plan_table(plan: ScanPlan) -> RenderableType:
-    """What a scan will read: a line a run of layers that are alike, and what it comes to."""
+def plan_table(found: ScanForecast, before: float) -> RenderableType:
+    """What a scan will read and take: a line a run of layers that are alike, and what it comes to.
+
+    before: seconds from the start of the process to the forecast.
+    """
+    plan, seconds = found.plan, seconds_of(found, before)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("part", no_wrap=True)
     for name in ("tensors", "bytes"):
@@ -50,6 +56,13 @@ def plan_table(plan: ScanPlan) -> RenderableType:
         lines.append(f"Not read, since one position does without: {names} ({plan.spared:,} bytes).")
     if plan.experts is not None:
         lines.append(f"Of each layer's routed experts {plan.experts} are counted, those of one token.")
+    measured = "as measured" if seconds is not None else "by shapes"
+    shown = {"the process": found.process, "tensors on the GPU": found.gpu}
+    parts = [f"{name} {size(count)}" for name, count in shown.items() if count is not None]
+    if parts:
+        lines.append(f"Memory at most, {measured}: {', '.join(parts)}.")
+    if seconds is not None:
+        lines.append(f"Time: about {duration(seconds)} from start to end, from a trial of the first layers.")
     return Group(Text(f"{plan.model}: what a scan reads", "bold"), table, *map(Text, lines))
 
 

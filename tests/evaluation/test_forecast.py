@@ -19,9 +19,9 @@ from mwtool.evaluation.config import EvalConfig, Options
 from mwtool.evaluation.evaluate import evaluate
 from mwtool.evaluation.forecast import Forecast
 from mwtool.evaluation.forecast_models import forecast_models
-from mwtool.evaluation.peak_memory import peak_of
 from mwtool.evaluation.tasks import parse_tasks
 from mwtool.models.load import Loaded, load
+from mwtool.models.peak_memory import peak_of
 from mwtool.quantization.check import quantize_check
 from mwtool.quantization.config import QuantizeConfig
 from mwtool.quantization.forecast import forecast_check

@@ -286,9 +286,7 @@ def test_a_dry_run_reads_headers_and_says_what_the_scan_then_asks_for(
     assert (len(asked), sum(asked.values())) == (sum(part.tensors for part in plan.parts), plan.size)
 
 
-@pytest.mark.parametrize(
-    "options", [["--json"], ["-o", "scan.json"], ["--check"], ["--sinks"], ["--push-to-hub", "a/b"]]
-)
+@pytest.mark.parametrize("options", [["-o", "scan.json"], ["--check"], ["--sinks"], ["--push-to-hub", "a/b"]])
 def test_a_dry_run_makes_no_results(options: list[str]) -> None:
     ran = run("scan", "demo", "--dry-run", *options)
     assert ran.code == 2

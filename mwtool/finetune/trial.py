@@ -1,0 +1,105 @@
+"""A few steps of a training run that is planned, for what they take."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mwtool.finetune.batch_size import fitted
+from mwtool.finetune.loss import TrainedHead
+from mwtool.finetune.sequences import collate
+from mwtool.finetune.trainer import Telling, train, with_adapter
+from mwtool.models.peak_memory import gpu_peak, process_peak
+
+if TYPE_CHECKING:
+    from mwtool.finetune.config import Recipe
+    from mwtool.finetune.monitor import Step
+    from mwtool.finetune.plan import Plan
+
+STEPS = 3
+"""Of the trial; the first of them pays for what is made once."""
+CHECKPOINTS = 20
+"""That a run saves by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a few steps took. All times are in seconds.
+
+    recipe: with what the trial found to fit. besides: loading and whatever else a run does once. step: of the
+    optimizer. saving: of one checkpoint. evaluation: of all that is held out, once. process, gpu: bytes at most.
+    took: the trial itself.
+    """
+
+    recipe: Recipe
+    besides: float
+    step: float
+    saving: float
+    evaluation: float
+    process: int | None
+    gpu: int | None
+    took: float
+
+    def total(self, steps: int, per_epoch: int) -> float:
+        """Seconds of a whole run from here. steps, per_epoch: of the optimizer."""
+        saved = math.ceil(steps / math.ceil(steps / CHECKPOINTS))
+        evaluated = 1 + steps // per_epoch if self.evaluation else 0  # once before the first step
+        return self.besides + steps * self.step + saved * self.saving + evaluated * self.evaluation
+
+
+def tried(plan: Plan, device: str) -> Trial:
+    """Load the model and train a few steps, of which nothing stays. Raises MwtoolError where training would."""
+    start, ends, own = time.perf_counter(), list[float](), list[float]()
+    model = with_adapter(plan.source, plan.recipe, device)
+    recipe = fitted(model, plan.train, plan.recipe, processes=plan.processes)
+    few = replace(recipe, max_steps=min(STEPS, plan.steps), eval_share=0.0)
+
+    def on_step(at: Step) -> None:
+        if not at.logged:
+            ends.append(time.perf_counter())
+            own.append(at.seconds)
+
+    with tempfile.TemporaryDirectory() as folder:
+        telling = Telling(save_steps=1, on_step=on_step)
+        train(model, (plan.train, None), plan.places, few, Path(folder), telling=telling, processes=plan.processes)
+        between = [after - before for before, after in pairwise(ends)]
+        saving = statistics.median(one - step for one, step in zip(between, own[1:], strict=True)) if between else 0.0
+    besides = time.perf_counter() - start - sum(own) - len(own) * saving
+    process, gpu = process_peak(), gpu_peak()
+    return Trial(
+        recipe=recipe,
+        besides=besides,
+        step=statistics.median(own[1:] or own),
+        saving=saving,
+        evaluation=_evaluation(model, plan, recipe, device),
+        process=process,
+        gpu=gpu,
+        took=time.perf_counter() - start,
+    )
+
+
+def _evaluation(model: Any, plan: Plan, recipe: Recipe, device: str) -> float:
+    """Seconds of all that is held out, from its first micro-batch."""
+    if plan.held is None or not len(plan.held):
+        return 0.0
+    some = range(min(recipe.at_once, len(plan.held)))
+    batch = {name: value.to(device) for name, value in collate([plan.held[at] for at in some]).items()}
+    labels, head = batch.pop("labels"), TrainedHead(model)
+    lower = recipe.dtype in ("bfloat16", "float16")
+    precision = torch.autocast(torch.device(device).type, getattr(torch, recipe.dtype)) if lower else nullcontext()
+    model.eval()
+    with torch.no_grad(), precision:
+        for _ in range(2):  # the first pays for what is made once
+            start = time.perf_counter()
+            head.sums(model(**batch), labels).cpu()
+            took = time.perf_counter() - start
+    return took * len(plan.held) / len(some)
