@@ -48,7 +48,7 @@ WHOLE = "Whole texts"
 """Panels of `--help`."""
 DEFAULTS = Settings()
 DOWNLOAD: Download = "auto"
-LIMITS, LOADING, CHECKING = DEFAULTS.thresholds, LoadOptions(), CheckConfig()
+LIMITS, TEXTS, LOADING, CHECKING = DEFAULTS.thresholds, DEFAULTS.texts, LoadOptions(), CheckConfig()
 EXAMPLES = """\
 mwtool scan                              # the bundled model
 mwtool scan HuggingFaceTB/SmolLM2-135M -o scan.json
@@ -181,6 +181,20 @@ def scan(
             show_default=False,
         ),
     ] = None,
+    sink_epsilon: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="EPS",
+            help="With --sinks: mean attention to the first token above which a head is a sink.",
+            rich_help_panel=WHOLE,
+        ),
+    ] = TEXTS.eps,
+    sink_length: Annotated[
+        int,
+        typer.Option(min=2, metavar="T", help="With --sinks: tokens in a window.", rich_help_panel=WHOLE),
+    ] = TEXTS.sink_length,
     text: Annotated[
         str | None,
         typer.Option(
@@ -278,7 +292,7 @@ def scan(
         thresholds=Thresholds(magnitude=magnitude, ratio=ratio, sun_ratio=sun_ratio, spike=spike),
         last_layer=last,
         by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
-        texts=_texts(positions, attention, sinks, text, limit, window),
+        texts=_texts(positions, attention, (sinks, sink_epsilon, sink_length), text, limit, window),
     )
     if dry_run:
         _plan(model, settings, (revision, dtype, device, trust_remote_code, gguf_file), trial=trial, json=json)
@@ -387,7 +401,12 @@ def _usable(check: str | None, sinks: str | None, text: str | None) -> str | Non
 
 
 def _texts(
-    positions: str | None, attention: bool, sinks: str | None, text: str | None, limit: int, window: int
+    positions: str | None,
+    attention: bool,
+    sinks: tuple[str | None, float, int],
+    text: str | None,
+    limit: int,
+    window: int,
 ) -> Texts:
     """What to run besides bos; files are opened now, so that a wrong name costs no scan. Raises WrongUsage."""
     from mwtool.scan.given import bundled_or_file, text_or_file
@@ -396,10 +415,22 @@ def _texts(
         raise options.WrongUsage("--attention keeps the attention maps of a text; give one with --positions")
     if positions is not None:
         text_or_file(positions)
-    for file in (sinks, text):
+    of_sinks, eps, length = sinks
+    alone = of_sinks is None and (eps, length) != (TEXTS.eps, TEXTS.sink_length)
+    _refuse(alone, "--sink-epsilon and --sink-length are of --sinks; add that")
+    for file in (of_sinks, text):
         if file is not None:
             bundled_or_file(file)
-    return Texts(positions=positions, attention=attention, sinks=sinks, triggers=text, windows=limit, length=window)
+    return Texts(
+        positions=positions,
+        attention=attention,
+        sinks=of_sinks,
+        eps=eps,
+        sink_length=length,
+        triggers=text,
+        windows=limit,
+        length=window,
+    )
 
 
 def _draw_beside(document: str, plot: Path) -> None:

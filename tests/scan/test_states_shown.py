@@ -104,6 +104,19 @@ def test_the_command_shows_tables_and_writes_a_figure_for_each(tmp_path: Path) -
     assert [one["token"] for one in json.loads(triggers.read_text())["triggers"]["tokens"]] == ["<s>"]
 
 
+def test_threshold_and_window_of_the_sink_rate_are_those_asked_for_and_recorded(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a dark night and the rain fell in torrents. " * 20)
+    found = [
+        run("scan", "--sinks", text, "--sink-length", 32, "--sink-epsilon", eps, "--json").document["sinks"]
+        for eps in (0.3, 0.9, 1)
+    ]
+    assert [(one["eps"], one["length"]) for one in found] == [(0.3, 32), (0.9, 32), (1, 32)]
+    assert found[0]["rate"] > found[1]["rate"] > found[2]["rate"] == 0
+    scores = [[layer["scores"] for layer in one["layers"]] for one in found]
+    assert scores[0] == scores[1] == scores[2]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
@@ -111,6 +124,8 @@ def test_the_command_shows_tables_and_writes_a_figure_for_each(tmp_path: Path) -
         (["--triggers", "t.json"], 2, "add --text FILE"),
         (["--positions", "absent.txt"], 1, "absent.txt does not exist"),
         (["--sinks", "absent"], 1, "absent does not exist"),
+        (["--sink-epsilon", "0.8"], 2, "are of --sinks; add that"),
+        (["--sinks", "demo", "--sink-epsilon", "1.5"], 2, "less than or equal to 1"),
         (["--text", "absent.txt"], 1, "absent.txt does not exist"),
     ],
 )
