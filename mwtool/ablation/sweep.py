@@ -17,7 +17,7 @@ from mwtool.ablation.verdict import Verdict, judge
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue
-from mwtool.evaluation.compiled import compile_lines
+from mwtool.evaluation.compiled import compile_lines, refuse_idle
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import Prepared, prepare
 from mwtool.evaluation.measurement import Measured
@@ -140,6 +140,7 @@ def ablate(
     not fit; what is not finite is reported as such in `Measured`.
     """
     options = options or Options()
+    refuse_idle(tasks, compiled=options.compile)
     ready = prepare(loaded, tasks, options)
     plans = [plan for group in groups for plan in plans_of(loaded, group, sweep)]
     measurements = Measurements() if resumed is None else resumed(plans, ready)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mwtool.errors import MwtoolError
+from mwtool.errors import BadValue, MwtoolError
 from mwtool.evaluation.batches import Batch
 from mwtool.evaluation.chunked_loss import loss_of
 from mwtool.models.compiler import FAULTS, compiler_failed, refuse_uncompilable
 
 if TYPE_CHECKING:
     from mwtool.evaluation.measurement import Measured
+    from mwtool.evaluation.tasks import Task
 
 OPTION = "--compile"
 GRAPHS = 64
@@ -63,6 +64,12 @@ class Speed:
             "pays_after_windows": self.pays,
             "batch_windows": self.windows,
         }
+
+
+def refuse_idle(tasks: Sequence[Task], *, compiled: bool) -> None:
+    """Raise BadValue where the option would do nothing: no task is a perplexity."""
+    if compiled and all(task.kind != "ppl" for task in tasks):
+        raise BadValue(f"{OPTION} is for perplexities and no task is one; add one, such as ppl:FILE, or leave it out")
 
 
 def compile_lines(measured: Iterable[Measured]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mwtool.errors import BadValue
 from mwtool.evaluation.comparison import Entry
+from mwtool.evaluation.compiled import refuse_idle
 from mwtool.evaluation.config import EvalConfig
 from mwtool.evaluation.document import (
     comparison_document,
@@ -116,6 +117,7 @@ def evaluate_models(
         check_writable(output)
     tasks = parse_tasks(config.tasks)
     check(tasks)
+    refuse_idle(tasks, compiled=config.measuring.compile)
     earlier = read_documents(output) if resume and output is not None and output.exists() else []
     saved = {name: read_documents(Path(name)) for name in models if compare and Path(name).is_file()}
     run = _Run(

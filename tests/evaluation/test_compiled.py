@@ -211,3 +211,10 @@ def test_documents_and_notes_say_what_compiling_took_and_a_resumed_run_does_not_
     assert again.code == 1
     assert "was made with options compile True, now it is compile None" in again.err
     assert run("eval", folder, "--compile", "--dry-run").code == 2
+
+
+@pytest.mark.parametrize("command", ["eval", "ablate"])
+def test_without_a_perplexity_the_option_is_refused(command: str) -> None:
+    ran = run(command, "demo", "--task", "mc:demo", "--compile")
+    assert ran.code == 1
+    assert "--compile is for perplexities and no task is one" in ran.err
