@@ -98,19 +98,14 @@ class Compilation:
         refuse_uncompilable(model, OPTION)
         self.speed: Speed | None = None
         self._shape: tuple[int, ...] | None = None
-        self._on = False
+        self._switch = _Switch()
         options: dict[str, Any] = {"backend": backend, "dynamic": False, "mode": mode}
-        self._layers = [_Layer(one, self, options) for one in layers]
+        self._layers = [_Layer(one, self._switch, options) for one in layers]
         self._loss: Any = torch.compile(loss_of, **options)
-
-    @property
-    def on(self) -> bool:
-        """Whether the batch that runs now is one of those that run compiled."""
-        return self._on
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """As `loss_of`: -ln p of the targets, (N, V) and (N,) -> (N,)."""
-        found: Tensor = (self._loss if self._on else loss_of)(logits, targets)
+        found: Tensor = (self._loss if self._switch.on else loss_of)(logits, targets)
         return found
 
     @contextmanager
@@ -142,7 +137,7 @@ class Compilation:
 
     def _compiled(self, sums: Callable[[], Tensor]) -> Tensor:
         """Raises MwtoolError where the compiler fails, which need not be the first time: layers differ in kind."""
-        self._on = True
+        self._switch.on = True
         try:
             return sums()
         except torch.OutOfMemoryError:
@@ -150,7 +145,7 @@ class Compilation:
         except FAULTS as fault:
             raise compiler_failed(OPTION, fault) from fault
         finally:
-            self._on = False
+            self._switch.on = False
 
     def _tried(self, batch: Batch, sums: Callable[[], Tensor]) -> Tensor:
         sums()  # what libraries do once is no part of the time
@@ -166,11 +161,18 @@ class Compilation:
         return found
 
 
+@dataclass(slots=True)
+class _Switch:
+    """Whether the batch that runs now is one of those that run compiled. No circle of references keeps the model."""
+
+    on: bool = False
+
+
 class _Layer:
     """The forward of a decoder layer: compiled for some batches, unless hooks act on the layer's parts."""
 
-    def __init__(self, module: nn.Module, of: Compilation, options: dict[str, Any]) -> None:
-        self.module, self.of = module, of
+    def __init__(self, module: nn.Module, switch: _Switch, options: dict[str, Any]) -> None:
+        self.module, self.switch = module, switch
         self.plain: Callable[..., Any] = module.forward
         self.compiled: Callable[..., Any] = torch.compile(self.plain, **options)
         self.parts = [one for one in module.modules() if one is not module]
@@ -180,7 +182,7 @@ class _Layer:
         return next(self.module.parameters()).dtype
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if self.of.on and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts):  # noqa: SLF001
+        if self.switch.on and not any(one._forward_hooks or one._forward_pre_hooks for one in self.parts):  # noqa: SLF001
             return self.compiled(*args, **options)
         return self.plain(*args, **options)
 

@@ -5,7 +5,9 @@ The backends here trace as inductor does and generate no code, which takes half 
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -136,6 +138,21 @@ def test_where_memory_ends_the_smaller_batch_is_compiled() -> None:
     assert perplexity(model, cut(), batch_size=7, compiled=compiled).nll == pytest.approx(whole.nll, rel=1e-5)
     assert compiled.speed is not None
     assert compiled.speed.windows == 2
+
+
+def test_the_model_is_freed_once_it_is_measured_without_waiting_for_the_collector() -> None:
+    """The next model of a comparison may not fit beside it."""
+    model: Any = tiny.model("llama", num_hidden_layers=2)
+    compiled = compilation(model)
+    gc.collect()
+    gc.disable()
+    try:
+        perplexity(model, cut(), batch_size=3, compiled=compiled)
+        weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+        del model, compiled
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_compiling_pays_once_what_windows_save_is_what_it_took() -> None:
