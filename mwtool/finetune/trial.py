@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mwtool.finetune.monitor import Step
     from mwtool.finetune.plan import Plan
 
-STEPS = 3
+STEPS = 4
 """Of the trial; the first of them pays for what is made once."""
 CHECKPOINTS = 20
 """That a run saves by default."""
@@ -35,9 +35,9 @@ CHECKPOINTS = 20
 class Trial:
     """What a few steps took. All times are in seconds.
 
-    recipe: with what the trial found to fit. besides: loading and whatever else a run does once. step: of the
-    optimizer. saving: of one checkpoint. evaluation: of all that is held out, once. process, gpu: bytes at most.
-    took: the trial itself.
+    recipe: with what the trial found to fit. besides: loading and whatever else a run does once, a checkpoint among it.
+    step: of the optimizer. saving: of one checkpoint. evaluation: of all that is held out, once. process, gpu: bytes
+    at most. took: the trial itself.
     """
 
     recipe: Recipe
@@ -53,33 +53,35 @@ class Trial:
         """Seconds of a whole run from here. steps, per_epoch: of the optimizer."""
         saved = math.ceil(steps / math.ceil(steps / CHECKPOINTS))
         evaluated = 1 + steps // per_epoch if self.evaluation else 0  # once before the first step
-        return self.besides + steps * self.step + saved * self.saving + evaluated * self.evaluation
+        return self.besides + steps * self.step + (saved - 1) * self.saving + evaluated * self.evaluation
 
 
 def tried(plan: Plan, device: str) -> Trial:
     """Load the model and train a few steps, of which nothing stays. Raises MwtoolError where training would."""
-    start, ends, own = time.perf_counter(), list[float](), list[float]()
+    start, ends = time.perf_counter(), list[float]()
     model = with_adapter(plan.source, plan.recipe, device)
     recipe = fitted(model, plan.train, plan.recipe, processes=plan.processes)
     few = replace(recipe, max_steps=min(STEPS, plan.steps), eval_share=0.0)
 
     def on_step(at: Step) -> None:
         if not at.logged:
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()  # what is queued belongs to this step
             ends.append(time.perf_counter())
-            own.append(at.seconds)
+            seconds.append(at.seconds)
 
+    seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        telling = Telling(save_steps=1, on_step=on_step)
+        telling = Telling(save_steps=plan.steps + STEPS, on_step=on_step)  # one checkpoint, after the last step
         train(model, (plan.train, None), plan.places, few, Path(folder), telling=telling, processes=plan.processes)
-        between = [after - before for before, after in pairwise(ends)]
-        saving = statistics.median(one - step for one, step in zip(between, own[1:], strict=True)) if between else 0.0
-    besides = time.perf_counter() - start - sum(own) - len(own) * saving
+        ended = time.perf_counter()
+    step = statistics.median([after - before for before, after in pairwise(ends)] or seconds)
     process, gpu = process_peak(), gpu_peak()
     return Trial(
         recipe=recipe,
-        besides=besides,
-        step=statistics.median(own[1:] or own),
-        saving=saving,
+        besides=max(0.0, ended - start - len(ends) * step),
+        step=step,
+        saving=ended - ends[-1],
         evaluation=_evaluation(model, plan, recipe, device),
         process=process,
         gpu=gpu,

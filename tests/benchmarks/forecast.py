@@ -179,7 +179,7 @@ def compared(shape: str, command: str, arguments: Sequence[str], args: argparse.
     for how, ran in (("by shapes" if apart else "trial", plain), ("trial", told)):
         if ran is not None:
             forecast = figures(json.loads(ran.printed))
-            shown = {name: value for name, value in measured.items() if value and (name in forecast or how == "trial")}
+            shown = {name: value for name, value in measured.items() if value and (name != "time s" or how == "trial")}
             lines += [
                 line(shape, command, how, name, forecast.get(name), value, args.within) for name, value in shown.items()
             ]

@@ -58,8 +58,8 @@ def test_the_time_of_a_run_is_that_of_its_steps_checkpoints_and_evaluations() ->
     trial = Trial(
         recipe=RECIPE, besides=10.0, step=2.0, saving=0.5, evaluation=3.0, process=None, gpu=None, took=1.0
     )  # fmt: skip
-    assert trial.total(40, 15) == 10 + 40 * 2 + 20 * 0.5 + (1 + 2) * 3  # a checkpoint every second step
-    assert replace(trial, evaluation=0.0).total(3, 15) == 10 + 3 * 2 + 3 * 0.5
+    assert trial.total(40, 15) == 10 + 40 * 2 + 19 * 0.5 + (1 + 2) * 3  # a checkpoint every second step
+    assert replace(trial, evaluation=0.0).total(3, 15) == 10 + 3 * 2 + 2 * 0.5
 
 
 def test_a_dry_run_tells_no_time_unless_it_tries_and_a_trial_leaves_nothing(tmp_path: Path) -> None:
