@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,7 +110,9 @@ def _scan(named: str, settings: Settings, dtype: str, device: str, trust: bool) 
         loaded = load(named, on="merged", dtype=dtype, device=device, trust_remote_code=trust)
         return scan_loaded(loaded, settings)
     with layer_progress() as on_layer:
-        return scan_checkpoint(source, settings, dtype=dtype, device=device, on_layer=on_layer)
+        return scan_checkpoint(
+            replace(source, download="auto"), settings, dtype=dtype, device=device, on_layer=on_layer
+        )
 
 
 app = single()

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint
-from mwtool.models.key_mapping import fetch
+from mwtool.models.key_mapping import pieces
 from mwtool.models.packed_formats import Format, Packed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from mwtool.models.remote_tensors import Piece
 
 
 class DequantizedWeight:
@@ -30,11 +32,10 @@ class DequantizedWeight:
         weight = self.packed.weight()
         return (weight.T if self.transposed else weight)[index]
 
-    def fetch(self, rows: Sequence[int] | None = None) -> None:
-        """Have all parts on this machine: rows are not packed one by one."""
+    def pieces(self, rows: Sequence[int] | None = None) -> list[Piece]:
+        """Those of all parts: rows are not packed one by one."""
         del rows
-        for part in self.parts.values():
-            fetch(part)
+        return [piece for part in self.parts.values() for piece in pieces(part)]
 
     def get_shape(self) -> list[int]:
         """Of the weight, not of what is stored."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from mwtool.errors import ModelNotFound, line_of
@@ -130,17 +131,27 @@ def _repeated(ask: Callable[[], T]) -> T:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the client's warnings about each attempt; the outcome is reported in one line."""
+    """Without the client's warnings about each attempt; the outcome is reported in one line. For several threads."""
     import logging as levels
 
     from huggingface_hub.utils import logging
 
-    before = logging.get_verbosity()
-    logging.set_verbosity(levels.ERROR)
+    with _counting:
+        if not _asking:
+            _before[:] = [logging.get_verbosity()]
+            logging.set_verbosity(levels.ERROR)
+        _asking.append(None)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        with _counting:
+            _asking.pop()
+            if not _asking:
+                logging.set_verbosity(_before[0])
+
+
+_counting, _asking, _before = Lock(), list[None](), list[int]()
+"""How many calls are under way, and the level of the client's log before the first of them."""
 
 
 def status_of(fault: BaseException) -> int | None:

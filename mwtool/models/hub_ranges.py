@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -71,7 +72,11 @@ def remote_file(repo: str, file: str, revision: str) -> RemoteFile | None:
     return RemoteFile(repo=repo, file=file, revision=revision, etag=found.etag, size=found.size)
 
 
-def read_range(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> None:
+OnBytes = Callable[[int], None]
+"""Called with how many bytes have arrived since it was called last."""
+
+
+def read_range(remote: RemoteFile, begin: int, end: int, out: BinaryIO, on_bytes: OnBytes | None = None) -> None:
     """Append the bytes from `begin` up to `end` to a file; what breaks off is gone on with.
 
     Raises ModelNotFound where the Hub refuses or stays silent, NoRanges where a server does not give parts,
@@ -79,8 +84,10 @@ def read_range(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> None:
     """
     left = ATTEMPTS
     while begin < end:
+        if on_bytes is not None:
+            on_bytes(0)  # which raises where nobody waits any more
         at = out.tell()
-        fault = asking(remote.repo, remote.revision, partial(_attempt, remote, begin, end, out))
+        fault = asking(remote.repo, remote.revision, partial(_attempt, remote, begin, end, out, on_bytes))
         received = out.tell() - at
         begin, left = begin + received, ATTEMPTS if received else left - 1
         if begin < end and left == 0:
@@ -92,12 +99,12 @@ def read_range(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> None:
             time.sleep(PAUSE)
 
 
-def _attempt(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> Exception | None:
+def _attempt(remote: RemoteFile, begin: int, end: int, out: BinaryIO, on_bytes: OnBytes | None) -> Exception | None:
     """One request; returns what broke the connection, if it was that."""
     from huggingface_hub.errors import HTTPError
 
     try:
-        _receive(remote, begin, end, out)
+        _receive(remote, begin, end, out, on_bytes)
     except HTTPError as broken:
         if status_of(broken) is not None:
             raise
@@ -105,7 +112,7 @@ def _attempt(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> Excepti
     return None
 
 
-def _receive(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> None:
+def _receive(remote: RemoteFile, begin: int, end: int, out: BinaryIO, on_bytes: OnBytes | None) -> None:
     """Write what one request brings, which may be less than was asked for and is never more."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -127,6 +134,8 @@ def _receive(remote: RemoteFile, begin: int, end: int, out: BinaryIO) -> None:
             if room < 0:
                 raise BadCheckpoint(f"{remote.name} came with more bytes than were asked for; use --download whole")
             _write(out, chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
 
 
 def _write(out: BinaryIO, chunk: bytes) -> None:

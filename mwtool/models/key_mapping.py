@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mwtool.models.checkpoint import Checkpoint
+    from mwtool.models.remote_tensors import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,10 @@ class Rows:
         return self.tensor.get_dtype() if hasattr(self.tensor, "get_dtype") else self.tensor.dtype
 
 
-def fetch(tensor: Any) -> None:
-    """Have a lazy tensor on this machine before it is read: of the Hub's, what is not in the cache is fetched."""
-    if isinstance(tensor, Rows):
-        if hasattr(tensor.tensor, "fetch"):
-            tensor.tensor.fetch(list(tensor.rows))
-    elif hasattr(tensor, "fetch"):
-        tensor.fetch()
+def pieces(tensor: Any) -> list[Piece]:
+    """What has to be fetched from the Hub before a lazy tensor is read; nothing of one that is on this machine."""
+    lazy, rows = (tensor.tensor, tensor.rows) if isinstance(tensor, Rows) else (tensor, None)
+    return list(lazy.pieces(rows)) if hasattr(lazy, "pieces") else []
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,23 +10,29 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
 from mwtool.errors import BadCheckpoint, OutputError, line_of
 from mwtool.files.atomic_write import write
-from mwtool.models.hub_ranges import RemoteFile, read_range, remote_file
+from mwtool.models.hub_ranges import OnBytes, RemoteFile, read_range, remote_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIMIT = 64 * 10**9
-"""Bytes that the cache holds at most, beside the tensor read last; those unused for longest are removed."""
+LIMIT, PARTS = 64 * 10**9, 16
+"""Bytes that the cache holds at most, beside the tensor read last; those unused for longest are removed,
+until a part of it is free."""
+WRITING = 600
+"""Seconds after which a part that does not grow is one that was left behind."""
 FIRST = 2**16
 """Bytes that are fetched first of a file: enough for most headers."""
 LONGEST = 10**8
@@ -88,18 +94,20 @@ class RemoteSlice:
         whole = self._read(None, None)
         return whole if index is Ellipsis else whole[index]
 
-    def fetch(self, rows: list[int] | None = None) -> None:
-        """Have the tensor, or these rows, in the cache. Raises what `read_range` raises."""
-        if rows is None:
-            self._cached(None, None)
-        for row in rows or ():
-            self._cached(row, row + 1)
+    def pieces(self, rows: Sequence[int] | None = None) -> list[Piece]:
+        """The tensor, or each of these rows, to be had in the cache."""
+        return [Piece(self)] if rows is None else [Piece(self, row) for row in rows]
+
+    def path(self, first: int | None, last: int | None) -> Path:
+        """Where these rows are kept, or all of the tensor."""
+        key = self.name if first is None else f"{self.name}\0{first}\0{last}"
+        return self.file.folder / f"{sha256(key.encode(errors='surrogatepass')).hexdigest()[:32]}.safetensors"
 
     def _read(self, first: int | None, last: int | None) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
         for _ in range(3):  # another process may remove it before it is open
-            path = self._cached(first, last)
+            path = self.cached(first, last)
             try:
                 with safe_open(path, framework="pt") as handle:
                     tensor: Tensor = handle.get_tensor(self.name)
@@ -111,25 +119,25 @@ class RemoteSlice:
                 raise BadCheckpoint(f"{self.name} in {self.file.remote.name} is damaged: {line_of(fault)}") from fault
         raise OutputError(f"{path} is removed as soon as it is written; clear {self.file.folder}, or use another disk")
 
-    def _cached(self, first: int | None, last: int | None) -> Path:
-        """The file that holds these rows, or all of the tensor, fetched if need be."""
+    def cached(self, first: int | None, last: int | None, on_bytes: OnBytes | None = None) -> Path:
+        """The file that holds these rows, or all of the tensor, fetched if need be. Raises what `read_range` raises."""
         from filelock import FileLock
 
-        key = self.name if first is None else f"{self.name}\0{first}\0{last}"
-        path = self.file.folder / f"{sha256(key.encode(errors='surrogatepass')).hexdigest()[:32]}.safetensors"
+        path = self.path(first, last)
         with suppress(FileNotFoundError):
             os.utime(path)  # used last
             return path
         try:
-            with FileLock(self.file.folder / "lock"):  # of two processes, one fetches and the other waits
+            # of two processes or threads, one fetches and the other waits; one of 256 locks, as they are never removed
+            with FileLock(self.file.folder / f"{path.name[:2]}.lock"):
                 if not path.exists():
-                    self._fetch(path, first, last)
-                    _bound(self.file.folder.parent.parent.parent, path)
+                    self._fetch(path, first, last, on_bytes)
+                    _keep_within(self.file.folder.parent.parent.parent, path)
         except OSError as fault:
             raise OutputError(f"{path} cannot be written: {fault.strerror}; make room, or move HF_HOME") from fault
         return path
 
-    def _fetch(self, path: Path, first: int | None, last: int | None) -> None:
+    def _fetch(self, path: Path, first: int | None, last: int | None, on_bytes: OnBytes | None) -> None:
         """Fetch into a file beside it, going on where an interrupted run left off, and rename that."""
         entry, shape = self.file.header[self.name], self.get_shape()
         start, end = entry["data_offsets"]
@@ -147,8 +155,41 @@ class RemoteSlice:
                 out.write(opening)
                 out.flush()
             done = out.tell() - len(opening)
-            read_range(self.file.remote, self.file.begin + start + done, self.file.begin + end, out)
+            if on_bytes is not None and done:
+                on_bytes(done)
+            read_range(self.file.remote, self.file.begin + start + done, self.file.begin + end, out, on_bytes)
         part.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor on the Hub, or one of its rows, that is to be in the cache."""
+
+    tensor: RemoteSlice
+    row: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it is kept."""
+        return self.tensor.path(self.row, None if self.row is None else self.row + 1)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        start, end = self.tensor.file.header[self.tensor.name]["data_offsets"]
+        return int(end - start) if self.row is None else int(end - start) // self.tensor.get_shape()[0]
+
+    def fetch(self, on_bytes: OnBytes) -> None:
+        """Have it there. What is there already is counted as arrived. Raises what `read_range` raises."""
+        arrived = 0
+
+        def count(more: int) -> None:
+            nonlocal arrived
+            arrived += more
+            on_bytes(more)
+
+        self.tensor.cached(self.row, None if self.row is None else self.row + 1, count)
+        on_bytes(self.size - arrived)
 
 
 def open_remote(repo: str, file: str, revision: str) -> RemoteTensors | None:
@@ -216,18 +257,44 @@ def _end(entry: dict[str, Any]) -> int:
     return int(end)
 
 
-def _bound(root: Path, last: Path) -> None:
-    """Remove the files used longest ago until the cache is within `LIMIT`; `last` stays."""
+def _keep_within(root: Path, last: Path) -> None:
+    """Have the cache stay within `LIMIT` after `last` was added to it; `last` stays.
+
+    The cache is walked only where it may be full by what this process knows, and each time that this process has added
+    a part of the limit: other processes add to it, too.
+    """
+    with _counting:
+        counted = _counted.get(root)
+        if counted is not None:
+            held, added = counted[0], counted[1] + last.stat().st_size
+            if held + added <= LIMIT and added <= LIMIT // PARTS:
+                _counted[root] = (held, added)
+                return
+        _counted[root] = (_cleared(root, last), 0)
+
+
+_counting = Lock()
+_counted: dict[Path, tuple[int, int]] = {}
+"""Bytes in a cache when it was walked last, and those that this process has added since."""
+
+
+def _cleared(root: Path, last: Path) -> int:
+    """What a cache holds, after the files used longest ago are removed if that is too much."""
     found = []
     for path in root.rglob("*"):
         with suppress(OSError):
             if path.suffix in (".safetensors", ".part") and path != last:
                 state = path.stat()
+                if path.suffix == ".part" and state.st_mtime > time.time() - WRITING:
+                    continue  # being written
                 found.append((state.st_mtime, state.st_size, path))
     total = last.stat().st_size + sum(size for _, size, _ in found)
+    if total <= LIMIT:
+        return total
     for _, size, path in sorted(found):
-        if total <= LIMIT:
-            return
+        if total <= LIMIT - LIMIT // PARTS:  # some room, else each addition would have it walked again
+            break
         with suppress(OSError):  # in use on Windows, or removed by another process
             path.unlink()
             total -= size
+    return total

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mwtool.errors import UnsupportedModel
-from mwtool.models.dequantize import DequantizedWeight
+from mwtool.models.fetching import stored_bytes
 from mwtool.models.locate import locate
 from mwtool.scan.scanner import check
 from mwtool.scan.settings import Settings
@@ -167,13 +165,4 @@ def _before(stream: Stream) -> dict[str, list[int] | None]:
 def _size(stream: Stream, reads: Mapping[str, list[int] | None]) -> int:
     """Bytes of these tensors, or of these entries along their first dimension, as they are stored."""
     with stream.checkpoint.tensors(reads) as tensors:
-        return sum(_bytes(tensors[name], rows) for name, rows in reads.items())
-
-
-def _bytes(tensor: Any, rows: list[int] | None) -> int:
-    if isinstance(tensor, DequantizedWeight):  # read whole, all it is stored in
-        return sum(_bytes(part, None) for part in tensor.parts.values())
-    shape = list(tensor.get_shape())
-    bits = re.search("[0-9]+", tensor.get_dtype())  # BF16, F8_E4M3, I32; a BOOL has a byte
-    count = prod(shape if rows is None else [len(rows), *shape[1:]])
-    return count * (8 if bits is None else int(bits[0])) // 8
+        return sum(stored_bytes(tensors[name], rows) for name, rows in reads.items())

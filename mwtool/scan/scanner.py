@@ -270,7 +270,7 @@ def _walked(subject: Subject, settings: Settings, on_layer: OnLayer | None) -> l
         if on_layer is not None:
             on_layer(state.layer + 1, len(layers), 0 if stream is None else stream.bytes_read)
 
-    with subject.running() as running:
+    with subject.running(len(layers)) as running:
         return walk(
             running, layers, subject.bos.id, spike=settings.thresholds.spike, device=subject.device, on_layer=done
         )

@@ -57,7 +57,13 @@ def run(subject: Subject, ids: Tensor, taps: Taps) -> None:
     last = len(subject.layers) - 1 if taps.last is None else taps.last
     eager = nullcontext() if taps.attention is None else _eager(subject.model)
     layers = subject.layers[: last + 1]
-    with eager, subject.running() as model, _tapped(model, layers, ids, taps), torch.no_grad(), suppress(_Stop):
+    with (
+        eager,
+        subject.running(len(layers)) as model,
+        _tapped(model, layers, ids, taps),
+        torch.no_grad(),
+        suppress(_Stop),
+    ):
         model(input_ids=ids.to(subject.device), use_cache=False)
 
 

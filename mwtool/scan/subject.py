@@ -66,13 +66,16 @@ class Subject:
         return self.given if self.source is None else self.source.tokenizer()
 
     @contextmanager
-    def running(self) -> Iterator[PreTrainedModel]:
-        """The model, ready for forwards. Raises BadPlugin, naming the adapter, where it proves wrong."""
+    def running(self, walked: int | None = None) -> Iterator[PreTrainedModel]:
+        """The model, ready for forwards. Raises BadPlugin, naming the adapter, where it proves wrong.
+
+        walked: how many layers they run; None for all.
+        """
         try:
             if self.stream is None:
                 yield self.model
             else:
-                with self.stream.flowing() as model:
+                with self.stream.flowing(walked) as model:
                     yield model
         except BadPlugin as fault:
             if str(fault).startswith(self.adapter):  # already named: one of its own callables failed

@@ -225,7 +225,7 @@ def _refuse_other(so_far: Track, stage: Stage, scan: Scan) -> None:
 
 
 def _located(stage: Stage, *, trust: bool) -> Source:
-    source = locate(stage.model, stage.revision, trust_remote_code=trust)
+    source = replace(locate(stage.model, stage.revision, trust_remote_code=trust), download="auto")
     local = source.revision is None if source.adapter is None else Path(stage.model).is_dir()
     if stage.revision is not None and local:
         raise BadValue(f"{stage.model} is local and has no revisions; --revisions are those of a model on the Hub")

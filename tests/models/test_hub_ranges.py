@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import active_count
 from typing import Any
 
 import hub
@@ -18,7 +19,7 @@ from command import run
 from huggingface_hub import constants, utils
 from safetensors import safe_open
 
-from mwtool.models import remote_tensors
+from mwtool.models import fetching, remote_tensors
 from mwtool.scan.plan import plan_scan
 from mwtool.scan.settings import Settings
 
@@ -127,7 +128,8 @@ def test_what_breaks_off_is_gone_on_with(models: hub.Hub, folder: Path, mood: hu
     assert models.moods == []
 
 
-def test_bytes_that_arrived_are_not_asked_for_again(models: hub.Hub) -> None:
+def test_bytes_that_arrived_are_not_asked_for_again(models: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "CONNECTIONS", 1)
     scanned("some/single", "--layers", "0-0")
     models.parts.clear()
     models.moods = ["drop"]
@@ -136,7 +138,10 @@ def test_bytes_that_arrived_are_not_asked_for_again(models: hub.Hub) -> None:
     assert first < again < end == stop
 
 
-def test_an_interrupted_range_is_gone_on_with_by_the_next_run(models: hub.Hub, folder: Path) -> None:
+def test_an_interrupted_range_is_gone_on_with_by_the_next_run(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "CONNECTIONS", 1)
     scanned("some/single", "--layers", "0-0")
     models.parts.clear()
     models.moods = ["drop", 403]
@@ -248,6 +253,60 @@ def test_several_readers_at_once_fetch_a_tensor_once(models: hub.Hub, single: Pa
         found = list(pool.map(one, range(8)))
     assert all(torch.equal(each, expected) for each in found)
     assert len([part for part in models.parts if part[1] > 0]) == 1
+
+
+def test_ranges_of_a_layer_and_of_the_next_are_fetched_at_once_over_so_many_connections(
+    models: hub.Hub, folder: Path
+) -> None:
+    models.delay = 0.02
+    before = active_count()
+    assert scanned("some/single") == scanned(folder)
+    assert 4 < models.most_at_once <= fetching.CONNECTIONS
+    assert active_count() <= before + 8  # the server's own, one a connection: those that fetched have ended
+    order = [first for _, first, _ in models.parts]
+    assert order != sorted(order)
+
+
+def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    scanned("some/single", "--layers", "0-0")
+    models.moods = [429, 429]
+    assert scanned("some/single") == scanned(folder)
+    assert slept == [8.0, 8.0]  # Retry-After: 7, and one for rounding
+
+
+def test_the_cache_is_walked_only_where_it_may_be_full(
+    models: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[Path] = []
+    real = remote_tensors._cleared
+    monkeypatch.setattr(remote_tensors, "_cleared", lambda root, last: walks.append(root) or real(root, last))
+    assert scanned("some/single") == scanned(folder)
+    assert len(walks) == 1  # the first time, to know what is there
+    assert len(list(Path(constants.HF_ASSETS_CACHE).rglob("*.safetensors"))) > 50
+    held = sum(path.stat().st_size for path in walks[0].rglob("*.safetensors"))
+    assert sum(remote_tensors._counted[walks[0]]) == held
+
+
+def test_what_other_processes_add_to_the_cache_is_noticed_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tensors, "LIMIT", 16_000)
+
+    def add(name: str, size: int) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(bytes(size))
+        return path
+
+    remote_tensors._keep_within(tmp_path, add("ours", 100))
+    for number in range(40):
+        add(f"theirs{number}", 1000)
+    for number in range(12):
+        remote_tensors._keep_within(tmp_path, add(f"more{number}", 100))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 16_000 + 100 * 12
 
 
 def test_rows_by_range_are_the_rows(models: hub.Hub, single: Path) -> None:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, Literal
+from threading import Event, Lock, Thread
+from typing import Any, BinaryIO, Literal
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -46,10 +47,31 @@ class Hub:
     """What becomes of requests for ranges, in order, each once; afterwards they are answered well."""
     elsewhere: str | None = None
     """Where requests for weights are redirected to: another host, as a CDN."""
+    delay: float = 0.0
+    """Seconds before each range is answered."""
+    rate: float | None = None
+    """Bytes a second of each range's body; as fast as can be where it is None."""
     tokens: list[str] = field(default_factory=list)
     """Every Authorization header that arrived."""
     versions: dict[str, tuple[str, Path]] = field(default_factory=dict)
     """Revision -> its commit and folder, for those that differ from the repository's own."""
+
+    at_once: int = 0
+    most_at_once: int = 0
+    """Requests for ranges that wait for their answer, and the most that ever did."""
+    _counting: Lock = field(default_factory=Lock)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """While a request for a range waits for its answer."""
+        with self._counting:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self.at_once -= 1
 
     def part(
         self, path: str, wanted: str, answer: tuple[int, dict[str, str], bytes]
@@ -60,7 +82,7 @@ class Hub:
         self.parts.append((path.rpartition("/")[2], first, last + 1))
         mood = self.moods.pop(0) if self.moods else None
         if isinstance(mood, int):
-            return mood, {}, b"", 0
+            return mood, {"Retry-After": "7"} if mood == 429 else {}, b"", 0
         if mood == "slow":
             Event().wait(0.5)
         if mood == "ignore":
@@ -114,12 +136,28 @@ class Hub:
         path = folder / name
         if len(name) > 255 or not path.is_file():  # more is no file name here
             return _refusal(404, "EntryNotFound", "Entry not found")
-        content = path.read_bytes()
-        etag = hashlib.sha1(content).hexdigest()
+        state = path.stat()
+        content, etag = _content(path, state.st_mtime_ns, state.st_size)
         if self.elsewhere is not None and path.suffix == ".safetensors":
             there = {"Location": f"{self.elsewhere}/{repo}/resolve/{commit}/{name}", "X-Linked-Size": str(len(content))}
             return 302, {**there, "X-Linked-ETag": f'"{etag}"', "X-Repo-Commit": commit}, b""
         return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, content
+
+
+def _send(out: BinaryIO, content: bytes, rate: float | None) -> None:
+    """Send so many bytes a second; all at once where no rate is given."""
+    step = max(1, len(content) if rate is None else int(rate / 50))
+    for at in range(0, len(content), step):
+        if at:
+            Event().wait(0.02)
+        out.write(content[at : at + step])
+
+
+@lru_cache(maxsize=16)
+def _content(path: Path, _changed: int, _size: int) -> tuple[bytes, str]:
+    """A file and its hash, which would take longer than to answer."""
+    content = path.read_bytes()
+    return content, hashlib.sha1(content).hexdigest()
 
 
 def _refusal(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
@@ -143,6 +181,7 @@ def serving() -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits 40 ms between its headers and its body
 
         def do_GET(self) -> None:
             self._respond(body=True)
@@ -155,7 +194,11 @@ def serving() -> Iterator[Hub]:
             hub.tokens += self.headers.get_all("Authorization", [])
             sent = len(content)
             if body and status == 200 and "Range" in self.headers:
-                status, headers, content, sent = hub.part(self.path, self.headers["Range"], (status, headers, content))
+                with hub.counted():
+                    Event().wait(hub.delay)
+                    status, headers, content, sent = hub.part(
+                        self.path, self.headers["Range"], (status, headers, content)
+                    )
             if body and status == 200 and "/resolve/" in self.path:
                 hub.sent.append(self.path.rpartition("/")[2])
             self.send_response(status)
@@ -163,7 +206,7 @@ def serving() -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if body:
-                self.wfile.write(content[:sent])
+                _send(self.wfile, content[:sent], hub.rate if status == 206 else None)
                 self.close_connection = self.close_connection or sent < len(content)
 
         def log_message(self, *_: object) -> None:
