@@ -152,6 +152,18 @@ def test_commands_in_the_documentation_run_and_print_what_is_shown(
     assert ran or name == "scan.md"
 
 
+def test_every_benchmark_is_documented_with_options_that_it_has() -> None:
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests/benchmarks").glob("*.py")}
+    named = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, options in re.findall(r"tests/benchmarks/(\w+\.py)([^`|\n)]*)", text):
+            named.add(script)
+            for option in re.findall(r"--[a-z][a-z-]*", options):
+                assert f'"{option}"' in scripts[script], f"{page.name}: {script} {option}"
+    assert named == set(scripts)
+
+
 def test_every_command_is_in_the_readme() -> None:
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined] # Typer gives a group
     assert [name for name in commands if f"`mwtool {name}" not in README] == []

@@ -2,9 +2,11 @@
 
     python tests/benchmarks/prefix_reuse.py MODEL [--pairs 5] [--windows 4] [--length 128] [--dtype float32]
 
-Prints medians over interleaved pairs: f, the head's share of a forward; the time of all single-layer attacks with reuse
-over that of as many separate evaluations, beside the limit 1.1 (f + (1 - f)(L + 1)/2L); and the time of a check in
-evaluations of the unchanged model on the same windows.
+Prints each of the interleaved pairs, and medians with the least and the most: f, the head's share of a forward; the
+time of all single-layer attacks with reuse over that of as many separate evaluations, beside the limit
+1.1 (f + (1 - f)(L + 1)/2L); and the time of a check in evaluations of the unchanged model on the same windows. Times
+are those of the processor, since a pair takes minutes, in which the load of a machine changes; the ratios of wall times
+stand beside them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,10 +28,24 @@ from mwtool.scan.loaded import scan_loaded
 from mwtool.surgery.attack import Attack, Edit, edited_together
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """Of the processor and of the clock."""
+    start = time.process_time(), time.perf_counter()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def ratio(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return one[0] / other[0], one[1] / other[1]
+
+
+def spread(ratios: Sequence[tuple[float, float]]) -> str:
+    cpu, wall = ([one[kind] for one in ratios] for kind in (0, 1))
+    return f"{_spread(cpu)} (wall {_spread(wall)})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def main() -> None:
@@ -67,19 +83,20 @@ def main() -> None:
     with everything.capturing():
         whole()
     shares, reused, checks = [], [], []
-    for _ in range(options.pairs):
+    for pair in range(options.pairs):
         full = seconds(whole)
-        shares.append(seconds(head_alone) / full)
+        shares.append(ratio(seconds(head_alone), full))
         separate = seconds(apart)
-        reused.append(seconds(lambda: perplexities(loaded.model, layers, cut, variants)) / separate)
+        reused.append(ratio(seconds(lambda: perplexities(loaded.model, layers, cut, variants)), separate))
         clean = seconds(lambda: perplexity(loaded.model, cut))
         small = {"limit": options.windows, "window": options.length}
-        checks.append(seconds(lambda small=small: check_scan(loaded, scan, **small)) / clean)
-    f = statistics.median(shares)
+        checks.append(ratio(seconds(lambda small=small: check_scan(loaded, scan, **small)), clean))
+        print(f"pair {pair + 1}: {spread(reused[-1:])}, check {spread(checks[-1:])}", flush=True)
+    f = statistics.median(cpu for cpu, _ in shares)
     limit = 1.1 * (f + (1 - f) * (total + 1) / (2 * total))
-    print(f"f, the head's share of a forward: {f:.2f}")
-    print(f"each layer: {statistics.median(reused):.3f} of separate evaluations; limit {limit:.3f}")
-    print(f"check: {statistics.median(checks):.1f} clean passes, of {2 * len(scan.events) + 3} runs; limit 16")
+    print(f"f, the head's share of a forward: {spread(shares)}")
+    print(f"each layer: {spread(reused)} of separate evaluations; limit {limit:.3f}")
+    print(f"check: {spread(checks)} clean passes, of {2 * len(scan.events) + 3} runs; limit 16")
 
 
 if __name__ == "__main__":
