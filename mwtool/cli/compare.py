@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mwtool.cli import dry_run as dry_runs
 from mwtool.cli import options
 from mwtool.cli.command import Command
 from mwtool.cli.commands import single
@@ -44,6 +45,8 @@ def compare(
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
+    dry_run: dry_runs.DryScans = False,
+    trial: dry_runs.Trial = False,
     json: options.Json = False,
     output: options.Output = None,
     report: options.Page = None,
@@ -58,9 +61,15 @@ def compare(
     from mwtool.scan.comparison.compare import compare_documents
     from mwtool.scan.comparison.document import compare_document
 
-    outputs = Outputs(output, plot, report, table)
+    dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
+    outputs, settings = Outputs(output, plot, report, table), Settings(k=k, bos=bos)
+    if dry_run:
+        dry_runs.refuse_beside(plot=plot, report=report, table=table, output=output)
+        models = [(named, None) for named in (a, b) if not named.endswith(".json")]
+        loading = LoadOptions(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        dry_runs.show_scans(_some(models), settings, loading, trial=trial, json=json)
+        return
     outputs.check()
-    settings = Settings(k=k, bos=bos)
     one, other = (_opened(named, settings, dtype, device, trust_remote_code) for named in (a, b))
     found = compare_documents(one, other, names=(a, b))
     note_all(found.notes)
@@ -71,6 +80,13 @@ def compare(
     else:
         _show(found, every=every)
     outputs.draw(document)
+
+
+def _some(models: list[tuple[str, None]]) -> list[tuple[str, None]]:
+    """Models to scan. Raises WrongUsage where there is none."""
+    if not models:
+        raise options.WrongUsage("--dry-run tells what scans take, and both are saved scans; leave it out")
+    return models
 
 
 def _show(found: Comparison, *, every: bool) -> None:

@@ -14,6 +14,8 @@ from mwtool.cli.command import OUTPUT
 
 if TYPE_CHECKING:
     from mwtool.evaluation.forecast import Forecast
+    from mwtool.models.load_options import LoadOptions
+    from mwtool.scan.settings import Settings
 
 DryRun = Annotated[
     bool,
@@ -31,6 +33,36 @@ Trial = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+DryScans = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what the scans would read, and memory, and stop.", rich_help_panel=OUTPUT),
+]
+
+
+def show_scans(
+    models: Sequence[tuple[str, str | None]], settings: Settings, loading: LoadOptions, *, trial: bool, json: bool
+) -> None:
+    """Print what scans of these models take, or its document. models: each with its revision, None if it has none."""
+    from mwtool.cli.terminal import command_line, report_console
+    from mwtool.files.document import text_of
+    from mwtool.scan.forecast import document_of_series, forecast_series
+    from mwtool.scan.tables import series_table
+
+    before = since_start()
+    found = forecast_series(
+        models,
+        settings,
+        dtype=loading.dtype,
+        device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+        trial=trial,
+    )
+    if json:
+        sys.stdout.write(text_of(document_of_series(found, command_line(), before=before)))
+    else:
+        report_console().print(series_table(found, before))
 
 
 def refuse_alone(*, trial: bool, dry_run: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mwtool.cli import dry_run as dry_runs
 from mwtool.cli import options
 from mwtool.cli.command import OUTPUT, Command
 from mwtool.cli.commands import single
@@ -57,6 +58,8 @@ def track(
     dtype: options.Precision = LOADING.dtype,
     device: options.Device = LOADING.device,
     trust_remote_code: options.Trust = False,
+    dry_run: dry_runs.DryScans = False,
+    trial: dry_runs.Trial = False,
     json: options.Json = False,
     output: Annotated[
         Path | None,
@@ -81,9 +84,16 @@ def track(
     from mwtool.scan.track_report import HEADING, track_line
 
     name, stages = _stages(models or [], checkpoints, revisions)
+    dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
     outputs = Outputs(output, plot, report)
-    outputs.check()
     settings = Settings(k=k, bos=bos, thresholds=Thresholds(magnitude=magnitude, ratio=ratio))
+    if dry_run:
+        dry_runs.refuse_beside(plot=plot, report=report, output=output)
+        loading = LoadOptions(dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        every = [(one.model, one.revision) for one in stages]
+        dry_runs.show_scans(every, settings, loading, trial=trial, json=json)
+        return
+    outputs.check()
     earlier = None if output is None else earlier_in(output, name, settings, dtype)
     command = command_line()
     headed: list[str] = []

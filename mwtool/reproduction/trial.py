@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped] # its stubs are a package of their own
 import torch
 
 from mwtool.evaluation.evaluate import PerplexityTask, measure, prepare
@@ -20,6 +19,7 @@ from mwtool.finetune.plan import make_plan
 from mwtool.finetune.trainer import train, with_adapter
 from mwtool.models.load import load
 from mwtool.models.locate import locate
+from mwtool.models.peak_memory import process_peak, resident
 from mwtool.reproduction import steps
 from mwtool.reproduction.commands import SCAN, SWEEPS, sweep_ks, tasks_of
 from mwtool.reproduction.config import PAPER, PLAIN, StudyConfig
@@ -37,7 +37,7 @@ class Costs:
     """Seconds, as the trial took them.
 
     scan: with its check. load: opening the model once. texts, tasks: all of them once. step: of a training step, by
-    type of adapter. memory: peak bytes on the GPU, or held by the process on a CPU. steps: of one training run.
+    type of adapter. memory: peak bytes on the GPU, or of the process on a CPU. steps: of one training run.
     """
 
     scan: float
@@ -130,7 +130,7 @@ def _tried(config: StudyConfig, *, needs_training: bool) -> tuple[Costs, bool]:
     del loaded
     steps.free()
     step, count = _trained(config, massive=massive) if needs_training else ({}, 0)
-    memory = int(torch.cuda.max_memory_allocated()) if cuda else int(psutil.Process().memory_info().rss)
+    memory = int(torch.cuda.max_memory_allocated()) if cuda else process_peak() or resident()
     costs = Costs(scan=scan, load=load_seconds, texts=texts, tasks=tasks, step=step, steps=count, memory=memory)
     return costs, massive
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers
+from mwtool.errors import UnsupportedModel
 from mwtool.files.document import envelope
 from mwtool.models.locate import locate
 from mwtool.models.peak_memory import gpu_peak, process_peak, resident
@@ -17,6 +18,9 @@ from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import ByHand, Settings
 
 SCHEMA = "mwtool.scan.plan/1"
+SERIES = "mwtool.scans.plan/1"
+TRIED_MODELS = 2
+"""Of a series: the first pays for imports, the second shows what each of the others takes."""
 TRIED = 3
 """Layers that a trial walks: the first of them pays for what is made once, the others show what a byte takes."""
 
@@ -101,6 +105,99 @@ def _by_shapes(plan: ScanPlan, device: str) -> tuple[int | None, int | None]:
     if peak is None:
         return None, None
     return max(peak, now + plan.largest + (0 if plan.as_stored else plan.computed)), None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeriesForecast:
+    """Scans one after the other, in one process. scans: at least one; trials are those of the first two."""
+
+    scans: tuple[ScanForecast, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes read."""
+        return sum(one.plan.size for one in self.scans)
+
+    @property
+    def process(self) -> int | None:
+        """Bytes that the process is resident with at most."""
+        return max((one.process for one in self.scans if one.process is not None), default=None)
+
+    @property
+    def gpu(self) -> int | None:
+        """Bytes of tensors on the GPU at most."""
+        return max((one.gpu for one in self.scans if one.gpu is not None), default=None)
+
+    def seconds(self, before: float) -> float | None:
+        """From the start of the process, which `before` says; None without trials.
+
+        Scans that were not tried go by the bytes of the last that was: the first pays for imports too.
+        """
+        tried = [(one, seconds_of(one, 0.0)) for one in self.scans]
+        known = [(one, seconds) for one, seconds in tried if seconds is not None]
+        if not known:
+            return None
+        last, took = known[-1]
+        left = sum(one.plan.size for one, seconds in tried if seconds is None)
+        return before + sum(seconds for _, seconds in known) + took * left / max(1, last.plan.size)
+
+
+def forecast_series(
+    models: Sequence[tuple[str, str | None]],
+    settings: Settings,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    trial: bool = False,
+) -> SeriesForecast:
+    """What scans of these take, one after the other. models: each with its revision, None where it has none.
+
+    Raises UnsupportedModel for a PEFT adapter, which is merged in memory, and what `forecast_scan` raises.
+    """
+    for model, revision in models:
+        if locate(model, revision, trust_remote_code=trust_remote_code).adapter is not None:
+            raise UnsupportedModel(
+                f"{model} is a PEFT adapter, which is merged into its base model in memory; --dry-run tells scans that "
+                f"read a checkpoint layer by layer"
+            )
+    return SeriesForecast(
+        scans=tuple(
+            forecast_scan(
+                model,
+                settings,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                trial=trial and at < TRIED_MODELS,
+            )
+            for at, (model, revision) in enumerate(models)
+        )
+    )
+
+
+def document_of_series(found: SeriesForecast, command: str | None = None, *, before: float = 0.0) -> dict[str, Any]:
+    """The document of schema mwtool.scans.plan/1; its first keys are about the first model."""
+    first = found.scans[0]
+    head = envelope(
+        SERIES,
+        model=first.plan.model,
+        revision=first.plan.revision,
+        model_type=first.plan.model_type,
+        dtype=first.plan.dtype,
+        device=first.device,
+        command=command,
+    )
+    kept = ("model", "revision", "layers", "walked", "bytes_read", "files", "cached", "bytes_of_files", "memory")
+    scans = [{name: value for name, value in document_of(one).items() if name in kept} for one in found.scans]
+    return {
+        **head,
+        "scans": scans,
+        "bytes_read": found.size,
+        "memory": {"process": found.process, "gpu": found.gpu},
+        "total_seconds": found.seconds(before),
+    }
 
 
 def document_of(found: ScanForecast, command: str | None = None, *, before: float = 0.0) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mwtool.files.units import duration, size
 from mwtool.scan.definitions import median
-from mwtool.scan.forecast import ScanForecast, seconds_of
+from mwtool.scan.forecast import ScanForecast, SeriesForecast, seconds_of
 
 if TYPE_CHECKING:
     from mwtool.scan.capture import LayerState
@@ -56,14 +56,32 @@ def plan_table(found: ScanForecast, before: float) -> RenderableType:
         lines.append(f"Not read, since one position does without: {names} ({plan.spared:,} bytes).")
     if plan.experts is not None:
         lines.append(f"Of each layer's routed experts {plan.experts} are counted, those of one token.")
+    lines += _taken(found, seconds)
+    return Group(Text(f"{plan.model}: what a scan reads", "bold"), table, *map(Text, lines))
+
+
+def series_table(found: SeriesForecast, before: float) -> RenderableType:
+    """What scans one after the other will read and take. before: as in `plan_table`."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("scan")
+    for name in ("layers", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found.scans:
+        revision = "" if one.plan.revision is None else f" {one.plan.revision}"
+        table.add_row(f"{one.plan.model}{revision}", f"{len(one.plan.parts) - 1:,}", f"{one.plan.size:,}")
+    table.add_row("in all", "", f"{found.size:,}", style="bold")
+    return Group(table, *map(Text, _taken(found, found.seconds(before))))
+
+
+def _taken(found: ScanForecast | SeriesForecast, seconds: float | None) -> list[str]:
+    """Memory and time in words. seconds: None without a trial."""
     measured = "as measured" if seconds is not None else "by shapes"
     shown = {"the process": found.process, "tensors on the GPU": found.gpu}
     parts = [f"{name} {size(count)}" for name, count in shown.items() if count is not None]
-    if parts:
-        lines.append(f"Memory at most, {measured}: {', '.join(parts)}.")
+    lines = [f"Memory at most, {measured}: {', '.join(parts)}."] if parts else []
     if seconds is not None:
         lines.append(f"Time: about {duration(seconds)} from start to end, from a trial of the first layers.")
-    return Group(Text(f"{plan.model}: what a scan reads", "bold"), table, *map(Text, lines))
+    return lines
 
 
 def _alike(parts: Sequence[Part]) -> list[list[Part]]:

@@ -47,7 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """The bundled model's, and those of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B."""
-COMMANDS = ("scan", "eval", "ablate", "quantize-check", "finetune", "finetune-auto")
+COMMANDS = ("scan", "compare", "eval", "ablate", "quantize-check", "finetune", "finetune-auto")
 """The last with the batch size that trial steps find on a GPU, of which shapes alone tell nothing."""
 
 
@@ -131,6 +131,7 @@ def given(command: str, model: Path, aside: Path, args: argparse.Namespace) -> l
     measuring = ["--task", "ppl:demo", "--limit", str(args.windows), "--window", str(args.window)]
     found = {
         "scan": [],
+        "compare": ["demo"],
         "eval": [*measuring, "--attack", "none", "--attack", "zero:5"],
         "ablate": [*measuring, "--mode", "zero", "--mode", "retain", "-k", "5", "--draws", "1"],
         "quantize-check": [*measuring, "--bits", "4", "-k", "5"],
@@ -156,7 +157,9 @@ def records() -> list[dict[str, str]]:
 
 def compared(shape: str, command: str, arguments: Sequence[str], args: argparse.Namespace) -> list[str]:
     """The lines of the table."""
-    apart = command == "scan" or command.startswith("finetune")  # which run nothing unless a trial is asked for
+    apart = command in ("scan", "compare") or command.startswith(
+        "finetune"
+    )  # which run nothing unless a trial is asked for
     plain, told = child([*arguments, "--dry-run"]), None
     if apart and not args.no_trial:
         told = child([*arguments, "--dry-run", "--trial"])

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from command import run
 
-from mwtool.scan.forecast import rest_of
+from mwtool.scan.forecast import ScanForecast, SeriesForecast, rest_of
 from mwtool.scan.plan import Part, plan_scan
 
 MEASURED = """
@@ -48,3 +48,24 @@ def test_a_dry_run_tells_no_time_unless_it_tries() -> None:
     same = ("parts", "bytes_read", "layers", "walked", "files", "bytes_of_files")
     assert [plan[name] for name in same] == [tried[name] for name in same]
     assert run("scan", "demo", "--trial").code == 2
+
+
+def test_scans_that_were_not_tried_go_by_the_bytes_of_the_last_that_was() -> None:
+    plan = replace(plan_scan("demo"), parts=(Part("before", 1, 0), Part("layer 0", 1, 100)))
+    one = ScanForecast(plan=plan, device="cpu", process=7, gpu=None, trial=5.0, rest=1.0)
+    other = replace(one, trial=2.0, rest=2.0)
+    left = replace(one, plan=replace(plan, parts=(Part("layer 0", 1, 250),)), process=9, trial=None, rest=None)
+    series = SeriesForecast(scans=(one, other, left))
+    assert series.seconds(10.0) == 10 + 6 + 4 + 4 * 250 / 100
+    assert (series.size, series.process, series.gpu) == (450, 9, None)
+    assert SeriesForecast(scans=(left,)).seconds(10.0) is None
+
+
+def test_compare_and_track_tell_the_scans_they_will_make() -> None:
+    single = run("scan", "demo", "--dry-run", "--json").document
+    for command in ("compare", "track"):
+        found = run(command, "demo", "demo", "--dry-run", "--json").document
+        assert [one["bytes_read"] for one in found["scans"]] == [single["bytes_read"]] * 2
+        assert (found["schema"], found["total_seconds"]) == ("mwtool.scans.plan/1", None)
+        assert run(command, "demo", "demo", "--trial").code == 2
+    assert run("compare", "a.json", "b.json", "--dry-run").code == 2
