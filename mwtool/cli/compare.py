@@ -125,9 +125,10 @@ def _scan(named: str, settings: Settings, dtype: str, device: str, trust: bool) 
         say_once()
         loaded = load(named, on="merged", dtype=dtype, device=device, trust_remote_code=trust)
         return scan_loaded(loaded, settings)
-    with layer_progress() as on_layer:
+    source = replace(source, download="auto")
+    with layer_progress() as bar:
         return scan_checkpoint(
-            replace(source, download="auto"), settings, dtype=dtype, device=device, on_layer=on_layer
+            source, settings, dtype=dtype, device=device, on_layer=bar.on_layer, on_bytes=bar.on_bytes
         )
 
 

@@ -227,8 +227,8 @@ def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.finetune.plan import make_plan
 
     note_all(source.notes)
-    with layer_progress() as on_layer:
-        plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=on_layer)
+    with layer_progress() as bar:
+        plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=bar.on_layer)
     check_plan(plan)
     note_all(plan.notes)
     return plan

@@ -471,7 +471,7 @@ def _scan(
     from mwtool.cli.terminal import layer_progress
     from mwtool.scan.scanner import scan_checkpoint
 
-    with layer_progress() as on_layer:
+    with layer_progress() as bar:
         return scan_checkpoint(
             model,
             settings,
@@ -482,7 +482,8 @@ def _scan(
             gguf_file=gguf_file,
             download=download,
             on=on,
-            on_layer=on_layer,
+            on_layer=bar.on_layer,
+            on_bytes=bar.on_bytes,
         )
 
 

@@ -9,14 +9,22 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from mwtool.cli import formats, process, waiting
-from mwtool.files.units import size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -113,24 +121,46 @@ def command_line() -> str:
     return shlex.join(["mwtool", *sys.argv[1:]])
 
 
+@dataclass(frozen=True, slots=True)
+class ScanBar:
+    """What a scan calls as it goes: after a layer, and as bytes of weights are read or arrive."""
+
+    on_layer: Callable[[int, int, int], None]
+    on_bytes: Callable[[int, int], None]
+
+
 @contextmanager
-def layer_progress() -> Iterator[Callable[[int, int, int], None]]:
-    """A bar over layers with the bytes read; nothing where stderr is not a terminal."""
+def layer_progress() -> Iterator[ScanBar]:
+    """A bar over the bytes of weights, with layers, speed and time left; nothing where stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers, {task.fields[read]} read"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[layers]}"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     waiting.clear()
+    told: list[int] = []
     with Progress(*columns, console=_stderr, transient=True, disable=not progressing()) as progress:
-        task = progress.add_task("scanning", total=None, read=size(0))
+        task = progress.add_task("scanning", total=None, layers="")
+
+        def on_bytes(done: int, total: int) -> None:
+            if done > total or not told or abs(total - told[0]) > DIFFERENT * total:  # a new total restarts the speed
+                told[:] = [total]
+            progress.update(task, completed=done, total=told[0])
 
         def on_layer(done: int, total: int, read: int) -> None:
-            progress.update(task, completed=done, total=total, read=size(read))
+            progress.update(task, layers=f"layer {done} of {total},")
+            if not told:  # nobody counts bytes
+                progress.update(task, completed=read, total=read * total // max(done, 1))
 
-        yield on_layer
+        yield ScanBar(on_layer, on_bytes)
+
+
+DIFFERENT = 0.02
+"""Part by which a total has to change to be shown anew."""
 
 
 @contextmanager

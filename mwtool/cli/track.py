@@ -105,7 +105,7 @@ def track(
             headed.extend(lines)
             typer.echo("\n".join(lines))
 
-    with layer_progress() as on_layer:
+    with layer_progress() as bar:
         found = follow(
             name,
             stages,
@@ -114,7 +114,8 @@ def track(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
-            on_layer=on_layer,
+            on_layer=bar.on_layer,
+            on_bytes=bar.on_bytes,
             on_checkpoint=done,
         )
     note_all(found.notes)

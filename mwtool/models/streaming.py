@@ -301,7 +301,7 @@ class Stream:
 
     def _have(self, tensors: list[Any], ahead: str | None, *, layer: bool) -> None:
         """Fetch what is on the Hub, here, where it can be interrupted and its errors are not those of a conversion."""
-        size = sum(map(stored_bytes, tensors))
+        size = 0 if self._meter is None else sum(map(stored_bytes, tensors))
         if self._meter is not None:
             self._meter.begin(size, layer=layer)
         wanted = [piece for tensor in tensors for piece in pieces(tensor)]

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 OnLayer = Callable[[int, int, int], None]
 """Called after each layer with: layers done, layers in all, bytes of weights read."""
+OnBytes = Callable[[int, int], None]
+"""Called with the bytes of weights that have been read or have arrived, and with about how many there are in all; of
+the Hub's from several threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -145,6 +148,7 @@ def scan_checkpoint(
     download: Download = "auto",
     on: On = "base",
     on_layer: OnLayer | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> Scan:
     """Scan a checkpoint without ever loading the whole model: one decoder layer is in memory at a time.
 
@@ -164,7 +168,10 @@ def scan_checkpoint(
             locate(model, revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file), download=download
         )
     )
-    return _scan(streamed(source, settings, dtype, device, on), settings, on_layer)
+    subject = streamed(source, settings, dtype, device, on)
+    assert subject.stream is not None
+    subject.stream.on_progress = on_bytes
+    return _scan(subject, settings, on_layer)
 
 
 def scan_model(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mwtool.scan.capture import LayerState
-    from mwtool.scan.scanner import OnLayer
+    from mwtool.scan.scanner import OnBytes, OnLayer
 
 NUMBERED = re.compile(r"(?:checkpoint|step|iter|global_step)[-_]?(\d+)", re.IGNORECASE)
 
@@ -157,6 +157,7 @@ def track(
     device: str = "cpu",
     trust_remote_code: bool = False,
     on_layer: OnLayer | None = None,
+    on_bytes: OnBytes | None = None,
     on_checkpoint: Callable[[Track, Checkpoint], None] | None = None,
 ) -> Track:
     """Scan every checkpoint, one decoder layer in memory at a time, and keep what changes over training.
@@ -185,7 +186,9 @@ def track(
             point = old
         else:
             on: On = "base" if source.adapter is None else "merged"
-            scan = scan_checkpoint(source, settings, dtype=dtype, device=device, on=on, on_layer=on_layer)
+            scan = scan_checkpoint(
+                source, settings, dtype=dtype, device=device, on=on, on_layer=on_layer, on_bytes=on_bytes
+            )
             so_far = so_far or _begun(name, settings, scan)
             _refuse_other(so_far, stage, scan)
             so_far = replace(so_far, notes=tuple(dict.fromkeys((*so_far.notes, *scan.notes))))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -266,8 +266,11 @@ def test_an_interrupted_scan_exits_with_130_and_leaves_nothing(
     """SIGINT in the middle of the walk, from where the progress bar is drawn."""
 
     @contextmanager
-    def pressing() -> Iterator[Callable[[int, int, int], None]]:
-        yield lambda done, _total, _read: signal.raise_signal(signal.SIGINT) if done == 3 else None
+    def pressing() -> Iterator[terminal.ScanBar]:
+        yield terminal.ScanBar(
+            lambda done, _total, _read: signal.raise_signal(signal.SIGINT) if done == 3 else None,
+            lambda _done, _total: None,
+        )
 
     monkeypatch.setattr(terminal, "layer_progress", pressing)
     ran = run("scan", model, "--json", "-o", tmp_path / "x.json")

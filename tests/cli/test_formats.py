@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,21 @@ def test_every_command_that_answers_in_json_has_the_option() -> None:
     for name in SUMMARIES:
         text = run(name, "--help").out
         assert "--json" not in text or "--format" in text or name == "adapters", name
+
+
+def test_a_scan_shows_bytes_speed_and_time_left_on_a_terminal_and_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run("scan", "demo").err == ""
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "_stderr", console)
+    with terminal.layer_progress() as bar:
+        bar.on_bytes(1_000_000, 4_000_000)
+        bar.on_layer(1, 4, 1_000_000)
+        bar.on_bytes(2_000_000, 4_010_000)  # about as many: what is shown stays
+        bar.on_bytes(4_010_000, 4_010_000)
+    lines = shown.getvalue()
+    assert "layer 1 of 4," in lines
+    assert "4.0/4.0 MB" in lines
+    assert "left" in lines

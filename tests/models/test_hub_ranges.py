@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from mwtool.models import fetching, remote_tensors
 from mwtool.scan.plan import plan_scan
+from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 
 SHARD = "model-00002-of-00009.safetensors"
@@ -265,6 +266,25 @@ def test_ranges_of_a_layer_and_of_the_next_are_fetched_at_once_over_so_many_conn
     assert active_count() <= before + 8  # the server's own, one a connection: those that fetched have ended
     order = [first for _, first, _ in models.parts]
     assert order != sorted(order)
+
+
+@pytest.mark.parametrize("mood", [None, "drop"])
+@pytest.mark.parametrize("where", ["Hub", "Hub again", "folder"])
+def test_bytes_told_of_as_they_arrive_come_to_those_that_are_planned(
+    models: hub.Hub, tmp_path: Path, where: str, mood: hub.Mood | None
+) -> None:
+    models.repos["some/mixture"] = tiny.saved(tmp_path / "mixture", tiny.model("mixtral", torch.bfloat16))
+    name = str(models.repos["some/mixture"]) if where == "folder" else "some/mixture"
+    plan = plan_scan(name)
+    models.moods = [] if mood is None else [mood] * 3
+    for _ in range(2 if where == "Hub again" else 1):
+        told: list[tuple[int, int]] = []
+        scan_checkpoint(name, download="auto", on_bytes=lambda done, total, told=told: told.append((done, total)))
+    row = plan.parts[0].size
+    assert told[-1] == (plan.size - row, plan.size - row)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert all(done <= total for done, total in told)
+    assert len(told) >= tiny.LAYERS
 
 
 def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(
