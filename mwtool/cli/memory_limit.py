@@ -33,8 +33,16 @@ def told(fault: BaseException) -> str | None:
 
 
 def watch() -> None:
-    """Have what nothing catches told in one line where memory is limited."""
+    """Have what nothing catches told in one line where memory is limited; what libraries lack at exit, not at all."""
     sys.excepthook = _told_or_shown
+    if limit() is not None and not os.environ.get("MWTOOL_DEBUG"):
+        sys.unraisablehook = _not_shown
+
+
+def _not_shown(fault: sys.UnraisableHookArgs) -> None:
+    """Such as of torch, which imports a library to say how long it compiled."""
+    if not isinstance(fault.exc_value, MemoryError):
+        sys.__unraisablehook__(fault)
 
 
 def _told_or_shown(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:

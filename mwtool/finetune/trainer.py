@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
@@ -204,9 +205,12 @@ def adapted(model: Any, source: Source, recipe: Recipe) -> PeftModel:
         revision=source.revision,
     )
     try:
-        wrapped: PeftModel = get_peft_model(model, chosen)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed", UserWarning)
+            wrapped: PeftModel = get_peft_model(model, chosen)
     except ValueError as fault:
         raise BadValue(f"no adapter can be put on {source.name}: {line_of(fault, whole=True)}") from fault
+    wrapped.peft_config["default"].base_model_name_or_path = source.reference  # PEFT takes a path as it was typed
     return wrapped
 
 

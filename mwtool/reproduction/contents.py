@@ -172,16 +172,28 @@ def _table(
 
 
 def state_of(part: Part, config: StudyConfig, *, massive: bool) -> str:
-    """Whether all that a part needs is measured, or some of it."""
+    """Whether all that a part needs is measured, or some of it; skipped, too, where nothing can be."""
+    done = _done(part, config, massive=massive)
+    return "skipped" if not any(done) else "complete" if all(done) else "partial"
+
+
+def is_whole(part: Part, config: StudyConfig, *, massive: bool) -> bool:
+    """Whether all of a part is measured that can be. massive: whether there are massive rows to attack."""
+    return all(_done(part, config, massive=massive))
+
+
+def _done(part: Part, config: StudyConfig, *, massive: bool) -> list[bool]:
+    """Of each evaluation that a part needs and that can be made, whether it has been."""
     asked = replace(config, only=(part,))
-    needed: list[tuple[Run | None, Evaluation]] = [(None, one) for one in model_evaluations(part, config)]
+    needed: list[tuple[Run | None, Evaluation]] = [
+        (None, one if massive else replace(one, attacks=("none",))) for one in model_evaluations(part, config)
+    ]
     needed += [
         (run, one)
         for run, evaluations in possible(wanted(asked), massive=massive).items()
         for one in with_tasks(evaluations, config)
     ]
-    done = [is_measured(config, run, one) for run, one in needed]
-    return "skipped" if not any(done) else "complete" if all(done) and massive else "partial"
+    return [is_measured(config, run, one) for run, one in needed]
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mwtool.files.document import envelope
 from mwtool.reproduction.config import SCHEMA, Part, StudyConfig
-from mwtool.reproduction.contents import tables_of
+from mwtool.reproduction.contents import is_whole, tables_of
 from mwtool.reproduction.measurements import Measurements
 
 DOCUMENT, PAGE = "reproduction.json", "reproduction.md"
@@ -52,7 +52,9 @@ def document_of(
         "scan": None if scan is None else {name: scan[name] for name in SCANNED},
         "tables": tables,
         "failures": list(failures),
-        "complete": scan is not None and not failures and all(one["state"] == "complete" for one in tables),
+        "complete": scan is not None
+        and not failures
+        and all(is_whole(one["name"], config, massive=massive) for one in tables),
         "notes": [*_notes(config), *_environments(measured)],
     }
     return checked(ReproductionDocument, document)

@@ -183,6 +183,20 @@ def test_too_little_memory_ends_with_one_line(allowed: int) -> None:
         assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_what_libraries_lack_memory_for_at_exit_is_not_shown() -> None:
+    late = (
+        "import atexit; atexit.register(lambda: [0] * 2**40); from mwtool.cli import memory_limit; memory_limit.watch()"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"ulimit -v 4000000; exec {sys.executable} -c '{late}'"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("can't start\nnew thread"), SystemError(), MemoryError()])
 def test_a_failure_no_code_foresees_is_told_by_the_memory_limit_where_there_is_one(
     fault: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -74,6 +74,16 @@ def test_the_adapter_is_trained_the_model_is_not_and_peft_alone_can_load_it(
     assert not (tmp_path / "training_args.bin").exists()
 
 
+def test_an_adapter_of_a_model_named_from_here_is_found_from_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    source = locate(folder.name)
+    with_adapter(source, QUICK, "cpu").save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert load("adapter").source.folder == folder.resolve()
+
+
 def test_macdrop_changes_what_is_learned_and_none_is_plain_lora(folder: Path, tmp_path: Path) -> None:
     found = {}
     for name, curriculum in (("none", "none"), ("step", "step:0.8"), ("again", "step:0.8")):

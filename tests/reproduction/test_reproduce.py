@@ -173,6 +173,8 @@ def test_a_model_without_massive_weights_gives_a_page_that_says_so(tmp_path: Pat
     assert "The scan found no massive weights" in page
     labels = [one["label"] for table in document_in(tmp_path / "study")["tables"] for one in table["lines"]]
     assert set(labels) == {"original", "LoRA, without MacDrop", "DoRA, without MacDrop"}
+    assert document_in(tmp_path / "study")["complete"] is True  # nothing is left that could be measured
+    assert "not complete" not in page
 
 
 def test_a_run_that_fails_is_named_with_its_command_and_the_others_go_on(
