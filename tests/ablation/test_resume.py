@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from command import Ran, run
+from forks import forked
 from questions import CHOICES, rows
 from words import planted_folder, with_tokenizer
 
@@ -115,9 +115,8 @@ def test_stopped_between_other_tasks_it_goes_on_with_the_next(
 
 
 KILLER = """
-import os, signal, sys
+import os, signal
 from mwtool.ablation import measuring
-from mwtool.cli import main
 from mwtool.evaluation import prefix_reuse, questions
 measuring.EVERY, calls, original = 0.0, [], prefix_reuse.batch_sums
 def killing(*found):
@@ -126,15 +125,13 @@ def killing(*found):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*found)
 prefix_reuse.batch_sums = killing
-sys.argv[0] = "mwtool"
-main()
 """
 
 
 def test_killed_without_warning_it_goes_on(folder: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    command = [sys.executable, "-c", KILLER, *map(str, arguments(folder, path))]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    status, _, err = forked(*arguments(folder, path), before=KILLER).end()
+    assert status == -signal.SIGKILL, err
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
     assert ablate(folder, path, "--resume").code == 0
     assert kept(path) == whole

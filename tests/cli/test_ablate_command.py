@@ -7,9 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,13 @@ import pytest
 import tiny
 import torch
 from command import run
+from forks import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer import BadParameter
-from words import planted_folder, with_tokenizer
+from words import LAYERS, planted_folder, with_tokenizer
 
 from mwtool.cli.options import numbers
 from mwtool.files.document import text_of
@@ -93,9 +91,7 @@ def test_continuations_stand_side_by_side(folder: Path) -> None:
 
 def test_each_layer_is_one_line_without_controls(folder: Path) -> None:
     document = ablate(folder, "--each-layer", "--mode", "zero", "-k", "1", "--json").document
-    assert [(one["layer"], one["control"]) for one in document["runs"]] == [
-        (layer, None) for layer in range(tiny.LAYERS)
-    ]
+    assert [(one["layer"], one["control"]) for one in document["runs"]] == [(layer, None) for layer in range(LAYERS)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "SVG", "pdf"])
@@ -159,7 +155,7 @@ def test_the_document_of_an_ablation_gives_the_rows_it_attacked(folder: Path, tm
     ("arguments", "message"),
     [
         (["--indices", "64"], "row 64 does not exist"),
-        (["--layer", "8"], "layer 8 does not exist; the model has layers 0 to 7"),
+        (["--layer", "4"], "layer 4 does not exist; the model has layers 0 to 3"),
         (["--mode", "drop"], "unknown mode 'drop'; expected zero, retain, mean or scale:X"),
         (["--mode", "scale:nan"], "unknown mode 'scale:nan'"),
         (["-k", "99"], "k is 99"),
@@ -276,16 +272,12 @@ def test_a_full_disk_while_saving_leaves_nothing(folder: Path, tmp_path: Path) -
 def test_ctrl_c_ends_with_130(folder: Path, tmp_path: Path) -> None:
     """Sent once the sweep has begun, which its notes on stderr show."""
     (tmp_path / "long.txt").write_text("w1 w2 w3 " * 20_000)
-    command = [sys.executable, "-m", "mwtool", "ablate", str(folder), "--task", f"ppl:{tmp_path / 'long.txt'}"]
-    process = subprocess.Popen(
-        [*command, "--window", "16", "--revision", "noted"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    while "--revision noted is ignored" not in process.stderr.readline():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
-    assert (process.returncode, out) == (130, "")
+    process = forked("ablate", folder, "--task", f"ppl:{tmp_path / 'long.txt'}", "--window", 16, "--revision", "noted")
+    while "--revision noted is ignored" not in (line := process.err.readline()):
+        assert line, "it ended before"
+    process.signal(signal.SIGINT)
+    status, out, _ = process.end()
+    assert (status, out) == (130, "")
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, unique=True))

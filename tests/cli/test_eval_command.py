@@ -8,8 +8,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import tiny
 import torch
 from command import run, run_apart
+from forks import forked
 from peft import LoraConfig, get_peft_model
 from questions import CHOICES, CLOZE, rows
 from rich.console import Console
@@ -125,15 +124,14 @@ def test_a_killed_run_loses_the_task_in_hand_and_resume_does_the_rest(folder: Pa
         tasks += ["--task", f"ppl:{tmp_path / f'{number}.txt'}"]
     output = tmp_path / "out.json"
     arguments = ["eval", folder, *tasks, "--window", "4", "--batch-size", "1", "-o", output]
-    command = [sys.executable, "-m", "mwtool", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        until = time.monotonic() + 120
-        while not output.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = forked(*arguments)
+    while not output.exists():
+        process.signal(0)  # fails once it has ended
+        time.sleep(0.01)
+    process.signal(signal.SIGKILL)
+    status, _, err = process.end()
     killed = json.loads(output.read_text())
-    assert process.returncode == -signal.SIGKILL
+    assert status == -signal.SIGKILL, err
     assert not killed["complete"]
     assert 1 <= len(killed["results"]) < 5
     ran = run(*arguments, "--resume", "--json")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from command import run, run_apart
 from finetuning import arguments, finetune, weights
+from forks import forked
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from words import planted_folder
@@ -151,33 +152,20 @@ def test_options_come_from_a_file_and_flags_win(folder: Path, tmp_path: Path) ->
 
 
 KILLER = """
-import os, signal, sys
-import torch, mwtool.cli, mwtool.finetune.artifacts, mwtool.finetune.monitor
-homes = {"save": (torch, "save"), "mark": (mwtool.finetune.monitor, "mark"), "step": (torch.optim.AdamW, "step"),
-         "figure": (mwtool.finetune.artifacts, "plot_training")}
-
-def command(where, count, log):
-    home, name = homes[where]
-    original, seen = getattr(home, name), []
-    def killing(*args, **options):
-        seen.append(1)
-        if len(seen) < count:
-            return original(*args, **options)
-        if where == "save":
-            open(args[1], "wb").write(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    setattr(home, name, killing)
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    mwtool.cli.main()
-
-sys.argv, kills = ["mwtool", *sys.argv[2:]], sys.argv[1]
-for number, kill in enumerate(kills.split()):
-    where, count = kill.split(":")
-    child = os.fork()  # a process of its own that need not import everything once more
-    if child == 0:
-        command(where, int(count), f"{sys.argv[sys.argv.index('-o') + 1]}.{number}.log")
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (kill, status)
+import os, signal
+import torch, mwtool.finetune.artifacts, mwtool.finetune.monitor
+homes = {{"save": (torch, "save"), "mark": (mwtool.finetune.monitor, "mark"), "step": (torch.optim.AdamW, "step"),
+          "figure": (mwtool.finetune.artifacts, "plot_training")}}
+home, name = homes["{where}"]
+original, seen = getattr(home, name), []
+def killing(*args, **options):
+    seen.append(1)
+    if len(seen) < {count}:
+        return original(*args, **options)
+    if "{where}" == "save":
+        open(args[1], "wb").write(b"half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(home, name, killing)
 """
 
 
@@ -201,12 +189,12 @@ def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_
     options = ("--save-steps", 1, "--logging-steps", 1, "--peft", "dora")
     assert finetune(folder, "-o", tmp_path / "whole", *options).code == 0
     command = [*arguments(folder, "-o", tmp_path / "cut", *options), "--resume"]
-    kills = "step:3 save:5 mark:1 figure:1"
-    killed = [sys.executable, "-W", "error::RuntimeWarning", "-c", KILLER, kills, *map(str, command)]
-    done = subprocess.run(killed, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    said = []
+    for where, count in (("step", 3), ("save", 5), ("mark", 1), ("figure", 1)):
+        status, _, err = forked(*command, before=KILLER.format(where=where, count=count)).end()
+        assert status == -signal.SIGKILL, f"{where}: {err}"
+        said.append(err)
     assert not (tmp_path / "cut" / "macdrop.json").exists()
-    said = [(tmp_path / f"cut.{number}.log").read_text() for number in range(4)]
     assert "has no complete checkpoint; starting at step 1" in said[0]
     assert "resuming from" in said[1]
     assert re.search(r"checkpoint-\d is incomplete or damaged and is not used", said[2])
@@ -224,19 +212,16 @@ def test_a_run_killed_again_and_again_ends_with_the_adapter_of_the_run_that_was_
 
 def stopped(command: list[object], number: signal.Signals) -> tuple[int, str]:
     """Exit status and stderr of the command, to which the signal is sent once it has logged two steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mwtool", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
+    process = forked(*command)
     steps = 0
     while steps < 2:
-        line = process.stderr.readline()
+        line = process.err.readline()
         assert line, "it ended before"
         steps += line.startswith("step ")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    process.signal(number)
+    status, out, err = process.end()
     assert out == ""
-    return process.returncode, err
+    return status, err
 
 
 def test_signals_save_at_the_end_of_the_step_and_say_how_to_go_on(folder: Path, tmp_path: Path) -> None:
