@@ -16,7 +16,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from rich.console import Console
 from sweeps import measured, swept
-from words import opened, planted, with_tokenizer
+from words import LAYERS, opened, planted, with_tokenizer
 
 from mwtool.ablation.document import ablate_document
 from mwtool.ablation.head import head_of
@@ -118,7 +118,7 @@ def test_several_layers_are_points_over_the_layers_that_no_line_joins(loaded: Lo
     for k in (1, 2):
         values = [run.measured[0].value for run in found.runs if (run.attack.k, run.control) == (k, None)]
         expected = [value / found.baseline[0].value for value in values]
-        assert [round(x) for x in lines[f"zero {k}"].get_xdata()] == list(range(tiny.LAYERS))
+        assert [round(x) for x in lines[f"zero {k}"].get_xdata()] == list(range(LAYERS))
         assert list(lines[f"zero {k}"].get_ydata()) == pytest.approx(expected, rel=1e-9)
     assert {line.get_linestyle() for line in lines.values()} == {"None"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from sweeps import swept
-from words import opened, planted, with_tokenizer
+from words import LAYERS, opened, planted, with_tokenizer
 
 import mwtool
 from mwtool.ablation.controls import norm_rows, random_rows
@@ -78,11 +78,11 @@ def test_rows_of_largest_norm_are_those_of_up_and_gate_together(loaded: Loaded) 
 
 def test_each_layer_has_a_line_with_its_own_top_rows(loaded: Loaded) -> None:
     targets, _ = find_targets(loaded, Choice(each_layer=True), 2)
-    assert [target.layer for (target,) in targets] == list(range(tiny.LAYERS))
+    assert [target.layer for (target,) in targets] == list(range(LAYERS))
     state = mwtool.scan_model(loaded.base).states[3]
     assert targets[3][0].indices == tuple(state.intermediate.abs().topk(2).indices.tolist())
     found = swept(loaded, Sweep((Attack("zero"),), (2,), draws=0), Choice(each_layer=True))
-    assert [run.targets[0].layer for run in found.runs] == list(range(tiny.LAYERS))
+    assert [run.targets[0].layer for run in found.runs] == list(range(LAYERS))
 
 
 def test_a_layer_an_expert_and_rows_can_be_chosen(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def _refused(loaded: Loaded, choice: Choice) -> bool:
 @pytest.mark.parametrize(
     ("choice", "k", "message"),
     [
-        (Choice(layers=(8,)), 1, "layer 8 does not exist; the model has layers 0 to 7"),
+        (Choice(layers=(4,)), 1, "layer 4 does not exist; the model has layers 0 to 3"),
         (Choice(layers=(1,), expert=2), 1, r"layer 1 has one dense .*; there is no expert 2"),
         (
             Choice(layers=(1,), indices=(64,)),
@@ -137,7 +137,7 @@ def test_a_model_without_massive_weights_is_told_what_to_name(tmp_path: Path) ->
 def test_rows_that_are_offloaded_are_attacked_as_those_in_memory(tmp_path: Path) -> None:
     here = planted(tmp_path)
     places = {name: "cpu" for name, _ in here.base.named_modules() if re.fullmatch(r"model\.\w+|lm_head", name)}
-    places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(tiny.LAYERS)}
+    places |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(LAYERS)}
     del places["model.layers"]
     options = {"device_map": places, "offload_folder": str(tmp_path / "off")}
     loaded = replace(load(str(tmp_path), model_options=options), tokenizer=here.tokenizer)
@@ -177,7 +177,7 @@ def test_layers_and_events_are_attacked_together(loaded: Loaded) -> None:
     [
         ({"events": (7,)}, "there is no event 7; the scan of .* has event 0"),
         ({"events": "down"}, "--event down: the scan of .* has no such event"),
-        ({"layers": (1, 8)}, "layer 8 does not exist"),
+        ({"layers": (1, 4)}, "layer 4 does not exist"),
     ],
 )
 def test_places_that_do_not_exist_are_refused(loaded: Loaded, choice: Any, fault: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import Ran, run, run_apart
+from command import run
 from words import planted_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="limits, umasks and /proc are those of POSIX")
@@ -80,21 +81,35 @@ def test_every_file_has_the_permissions_that_the_umask_leaves(folder: Path, tmp_
     assert wrong == []
 
 
-def without_a_place(command: list[object]) -> Ran:
+IN_TURN = """
+import json, sys
+from mwtool.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["mwtool", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, arguments
+"""
+
+
+def without_a_place(*commands: list[object]) -> None:
     """HOME and the caches of libraries where nobody can write, not even root; no folder for temporary files."""
     nowhere = "/proc/nowhere"
-    return run_apart(*command, HOME=nowhere, HF_HOME=f"{nowhere}/hf", TMPDIR=nowhere, XDG_CACHE_HOME=nowhere)
+    environment = {"HOME": nowhere, "HF_HOME": f"{nowhere}/hf", "TMPDIR": nowhere, "XDG_CACHE_HOME": nowhere}
+    command = [sys.executable, "-c", IN_TURN, json.dumps(commands, default=str)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is there on Linux")
 def test_no_home_no_cache_and_no_temporary_folder_are_needed(folder: Path, tmp_path: Path) -> None:
-    plain = [*commands(folder)["ablate"], "--save", tmp_path / "saved", "--plot", tmp_path / "p.svg", "--json"]
-    ran = without_a_place(plain)
-    assert ran.code == 0, ran.err
-    assert ran.document["schema"] == "mwtool.ablate/1"
-    assert (tmp_path / "saved" / "model.safetensors").exists()
+    made = ["--save", tmp_path / "saved", "--plot", tmp_path / "p.svg", "-o", tmp_path / "out.json"]
     (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "w3", "output": "w4 w5"}) + "\n")
     training = ["--data", tmp_path / "d.jsonl", "--batch-size", 1, "--effective-batch", 1, "--max-steps", 1]
-    ran = without_a_place(["finetune", folder, *training, "-o", tmp_path / "tuned", "--eval-share", 0])
-    assert ran.code == 0, ran.err
+    tuning = ["finetune", folder, *training, "-o", tmp_path / "tuned", "--eval-share", 0]
+    without_a_place([*commands(folder)["ablate"], *made], tuning)
+    assert json.loads((tmp_path / "out.json").read_text())["schema"] == "mwtool.ablate/1"
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+    assert (tmp_path / "p.svg").exists()
     assert (tmp_path / "tuned" / "macdrop.json").exists()

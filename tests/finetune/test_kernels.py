@@ -35,7 +35,7 @@ QUICK = Recipe(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted_folder(tmp_path_factory.mktemp("model"))
+    return planted_folder(tmp_path_factory.mktemp("model"), num_hidden_layers=3)  # as few as possible to compile
 
 
 @pytest.fixture(scope="module")

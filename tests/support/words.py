@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from mwtool.models.load import Loaded, load
 
 WORDS = [f"w{number}" for number in range(40)]
+LAYERS = 4
+"""Of a planted model: one layer before the row, and one between it and the last."""
 
 
 def with_tokenizer(folder: Path, model: PreTrainedModel) -> Path:
@@ -38,7 +40,7 @@ def adding_bos(tokenizer: Any) -> Any:
 
 def planted_folder(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
     """Such a model with a massive row, saved."""
-    model = tiny.model(model_type, **changes)
+    model = tiny.model(model_type, **{"num_hidden_layers": LAYERS, **changes})
     tiny.plant(model)
     return with_tokenizer(folder, model)
 
