@@ -64,6 +64,7 @@ def footprint(plan: Plan, device: str | None = None) -> Footprint:
     model, recipe, now = plan.skeleton, plan.recipe, resident()
     dtype = getattr(torch, recipe.dtype)
     bytes_each = torch.finfo(dtype).bits // 8
+    model.tie_weights()  # a model without weights has not been tied yet: its head would count once more
     parameters = sum(p.numel() for p in model.parameters())
     linear = sum(
         m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear) and "head" not in name

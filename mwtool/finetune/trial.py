@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 STEPS = 4
 """Of the trial; the first of them pays for what is made once."""
+SAVED = 2
+"""Steps from one checkpoint of the trial to the next; the last step is one that ends with a checkpoint."""
 CHECKPOINTS = 20
 """That a run saves by default."""
 
@@ -72,21 +75,33 @@ def tried(plan: Plan, device: str) -> Trial:
 
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        telling = Telling(save_steps=plan.steps + STEPS, on_step=on_step)  # one checkpoint, after the last step
+        telling = Telling(save_steps=SAVED, on_step=on_step)
         train(model, (plan.train, None), plan.places, few, Path(folder), telling=telling, processes=plan.processes)
         ended = time.perf_counter()
-    step = statistics.median([after - before for before, after in pairwise(ends)] or seconds)
+    step, saving = step_and_saving(ends, seconds)
     process, gpu = process_peak(), gpu_peak()
     return Trial(
         recipe=recipe,
-        besides=max(0.0, ended - start - len(ends) * step),
+        besides=max(0.0, ended - start - len(ends) * step - (len(ends) // SAVED - 1) * saving),
         step=step,
-        saving=ended - ends[-1],
+        saving=saving,
         evaluation=_evaluation(model, plan, recipe, device),
         process=process,
         gpu=gpu,
         took=time.perf_counter() - start,
     )
+
+
+def step_and_saving(ends: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds of a step, and of a checkpoint. ends: when each step ended; seconds: its own, without what lies between.
+
+    From one end to the next it takes a step, and a checkpoint where one is saved between them: after each `SAVED`.
+    """
+    between = list(pairwise(ends))
+    with_saving = [after - before for at, (before, after) in enumerate(between, 1) if at % SAVED == 0]
+    without = [after - before for at, (before, after) in enumerate(between, 1) if at % SAVED]
+    step = statistics.median(without or seconds)
+    return step, max(0.0, statistics.median(with_saving) - step) if with_saving else 0.0
 
 
 def _evaluation(model: Any, plan: Plan, recipe: Recipe, device: str) -> float:

@@ -18,7 +18,8 @@ from mwtool.finetune.config import Recipe
 from mwtool.finetune.fake_step import largest_batch, step_peak
 from mwtool.finetune.loss import TrainedHead
 from mwtool.finetune.sequences import IGNORED
-from mwtool.finetune.trial import Trial
+from mwtool.finetune.trial import Trial, step_and_saving
+from mwtool.models.load import load
 from mwtool.models.peak_memory import LiveTensors
 
 RECIPE = Recipe(rank=4, batch_size=2, effective_batch=4, dtype="float32", gradient_checkpointing=False)
@@ -60,6 +61,18 @@ def test_the_time_of_a_run_is_that_of_its_steps_checkpoints_and_evaluations() ->
     )  # fmt: skip
     assert trial.total(40, 15) == 10 + 40 * 2 + 19 * 0.5 + (1 + 2) * 3  # a checkpoint every second step
     assert replace(trial, evaluation=0.0).total(3, 15) == 10 + 3 * 2 + 2 * 0.5
+
+
+def test_a_step_and_a_checkpoint_are_told_apart_by_where_checkpoints_are_saved() -> None:
+    assert step_and_saving([10.0, 12.0, 15.0, 17.2], [9.0, 2.0, 2.0, 2.0]) == pytest.approx((2.1, 0.9))
+    assert step_and_saving([10.0], [9.0]) == (9.0, 0.0)
+
+
+def test_tied_weights_count_once(tmp_path: Path) -> None:
+    folder = planted_folder(tmp_path / "model", tie_word_embeddings=True)
+    given = ("finetune", folder, "--data", folder / "text.txt", "--max-length", 16, "--batch-size", 2)
+    plan = run(*given, "--effective-batch", 2, "--dry-run", "--json").document
+    assert plan["parameters"] == load(str(folder)).model.num_parameters()
 
 
 def test_a_dry_run_tells_no_time_unless_it_tries_and_a_trial_leaves_nothing(tmp_path: Path) -> None:
