@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import struct
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import active_count
+from threading import Event, active_count
 from typing import Any
 
 import hub
@@ -266,6 +271,46 @@ def test_ranges_of_a_layer_and_of_the_next_are_fetched_at_once_over_so_many_conn
     assert active_count() <= before + 8  # the server's own, one a connection: those that fetched have ended
     order = [first for _, first, _ in models.parts]
     assert order != sorted(order)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
+def test_processes_that_are_killed_leave_nothing_that_is_read_wrongly(
+    models: hub.Hub, single: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tensors, "FIRST", 8)
+    scanned("some/single", "--layers", "0-0")
+    models.delay, models.rate = 0.02, 40_000
+    draw = random.Random(0)
+    with safe_open(single / "model.safetensors", framework="pt") as handle:
+        held = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+    seen = []
+    for _ in range(8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, here the server's
+            child = os.fork()
+        if child == 0:
+            try:
+                scan_checkpoint("some/single", download="ranges")
+            finally:
+                os._exit(0)
+        begun = len(models.parts)
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while len(models.parts) == begun and os.waitid(os.P_PID, child, ended) is None:
+            Event().wait(0.01)
+        Event().wait(draw.uniform(0.0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = list(Path(constants.HF_ASSETS_CACHE).rglob("*.safetensors"))
+        for path in kept:
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 - likewise
+                    rows = slice(tiny.BOS, tiny.BOS + 1) if "embed_tokens" in name else slice(None)
+                    assert torch.equal(handle.get_tensor(name), held[name][rows])
+        seen.append(len(kept))
+    assert seen == sorted(seen)
+    assert seen[0] < seen[-1]
+    models.rate = None
+    assert scanned("some/single") == scanned(folder)
 
 
 @pytest.mark.parametrize("mood", [None, "drop"])
