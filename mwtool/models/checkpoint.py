@@ -24,7 +24,15 @@ from mwtool.models.hub_ranges import NoRanges
 from mwtool.models.load_options import Download
 from mwtool.models.remote_tensors import RemoteTensors, open_remote
 from mwtool.models.source import Source
-from mwtool.models.weight_files import LEGACY, LEGACY_INDEX, SAFETENSORS, SAFETENSORS_INDEX, WeightFiles, find_weights
+from mwtool.models.weight_files import (
+    LEGACY,
+    LEGACY_INDEX,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    WeightFiles,
+    check_count,
+    find_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +206,7 @@ def _single(source: Source, found: WeightFiles) -> Checkpoint:
         raise BadCheckpoint(f"{source.name} has no {file}; get it again")
     with handle:
         files = dict.fromkeys(handle.keys(), file)
+    check_count(file, len(files))
     return Checkpoint(source=source, files=files, shards=found.shards, notes=list(found.notes))
 
 

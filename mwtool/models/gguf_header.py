@@ -28,6 +28,9 @@ LFS_POINTER = b"version https://git-lfs"
 ALIGNMENT = 32
 """Of the tensors' data, where the metadata states none."""
 MAX_DIMENSIONS = 4
+MOST = {"tensors": 100_000, "metadata entries": 100_000}
+MOST_ENTRIES = 10_000_000
+"""Of an array. Ten times what models have that are released, so that no file takes seconds or gigabytes to refuse."""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
@@ -153,6 +156,7 @@ class _Parser:
             (tensor_count, _LEAST_TENSOR, "tensors"),
         ):
             self._check_room(count, least, what)
+            self._check_most(count, MOST[what], what)
         return tensor_count, pair_count
 
     def _check_room(self, count: int, least: int, what: str) -> None:
@@ -161,6 +165,10 @@ class _Parser:
                 f"{self.path} announces {count:,} {what}, which do not fit into its {self.size:,} bytes; "
                 f"it is truncated or damaged: get it again"
             )
+
+    def _check_most(self, count: int, most: int, what: str) -> None:
+        if count > most:
+            raise BadCheckpoint(f"{self.path} announces {count:,} {what}; expected {most:,} at most: it is no model's")
 
     def _number(self, code: str, what: str) -> int:
         width = struct.calcsize(code)
@@ -201,6 +209,7 @@ class _Parser:
         of, count = self._number("<I", key), self._number("<Q", key)
         if of == _STRING:
             self._check_room(count, 8, f"strings in {key}")
+            self._check_most(count, MOST_ENTRIES, f"strings in {key}")
             begin = self.at
             for _ in range(count):
                 self.skip_string()
@@ -211,6 +220,7 @@ class _Parser:
             )
         code = _SCALARS[of]
         self._check_room(count, struct.calcsize(code), f"numbers in {key}")
+        self._check_most(count, MOST_ENTRIES, f"numbers in {key}")
         values = list(struct.unpack_from(f"<{count}{code[1:]}", self.data, self.at))
         self.at += count * struct.calcsize(code)
         return values

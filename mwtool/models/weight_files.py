@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 LEGACY, LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MOST_TENSORS = 500_000
+"""Names in a checkpoint: twice what the largest mixtures of experts have; 5 s of processor time and 0.6 GB."""
+LONGEST_INDEX = 10**8
+"""Bytes of an index, as of a header of safetensors."""
 WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, LEGACY, LEGACY_INDEX)
 
 
@@ -63,6 +67,12 @@ def find_weights(source: Source) -> WeightFiles | None:
     return _indexed(source, LEGACY_INDEX, legacy=True) if has_index else None
 
 
+def check_count(name: str, tensors: int) -> None:
+    """Raise BadCheckpoint for more tensors than a model can have."""
+    if tensors > MOST_TENSORS:
+        raise BadCheckpoint(f"{name} names {tensors:,} tensors; expected {MOST_TENSORS:,} at most: it is no model's")
+
+
 def present(folder: Path, name: str) -> bool:
     """Whether a folder has this file. Raises BadCheckpoint for a link that leads nowhere, and for a folder."""
     path = folder / name
@@ -100,10 +110,15 @@ def _named_in_config(source: Source) -> WeightFiles | None:
 
 def _indexed(source: Source, index: str, *, legacy: bool = False) -> WeightFiles:
     path = source.folder / index
+    if path.is_file() and path.stat().st_size > LONGEST_INDEX:
+        raise BadCheckpoint(
+            f"{path} has {path.stat().st_size:,} bytes; expected {LONGEST_INDEX:,} at most: it is no index of a model's"
+        )
     content = read_json(path)
     files = content.get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise BadCheckpoint(f"{path} has no usable weight_map; expected tensor names and files")
+    check_count(str(path), len(files))
     beside = Path(index).parent  # shards lie where their index does
     weight_map = files if beside == Path() else {name: str(beside / file) for name, file in files.items()}
     shards = tuple(sorted(set(weight_map.values())))

@@ -22,6 +22,31 @@ from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
 
 WHOLE = Settings(k=1)
+TENSORS, KEYS, ARRAY = 100_001, 100_001, 10_000_001
+
+
+def announcing(path: Path, *, tensors: int = 0, keys: int = 0, entries: int = 0) -> Path:
+    """A file with as much room as it announces, and nothing in it."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, keys or 1)
+    if entries:
+        head += struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 4, entries)
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 13 * keys + 32 * tensors + 4 * entries + 13)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"tensors": TENSORS}, "announces 100,001 tensors; expected 100,000 at most"),
+        ({"keys": KEYS}, "announces 100,001 metadata entries; expected 100,000 at most"),
+        ({"entries": ARRAY}, "announces 10,000,001 numbers in a; expected 10,000,000 at most"),
+    ],
+)
+def test_more_than_a_model_has_is_refused_before_it_is_read(counts: dict[str, int], words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=words):
+        read_header(announcing(tmp_path / "x.gguf", **counts))
 
 
 @pytest.fixture(scope="module")

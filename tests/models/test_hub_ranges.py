@@ -24,7 +24,7 @@ from command import run
 from huggingface_hub import constants, utils
 from safetensors import safe_open
 
-from mwtool.models import fetching, remote_tensors
+from mwtool.models import fetching, remote_tensors, weight_files
 from mwtool.scan.plan import plan_scan
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
@@ -231,6 +231,19 @@ def test_files_that_are_no_safetensors_are_refused(models: hub.Hub, folder: Path
     ):
         (copy / SHARD).write_bytes(bad)
         assert words in run("scan", "some/model").fault
+
+
+@pytest.mark.parametrize("name", ["some/model", "some/single"])
+def test_more_names_than_a_model_has_are_refused(models: hub.Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "MOST_TENSORS", 50)
+    monkeypatch.setattr(remote_tensors, "FIRST", 8)
+    assert "names 75 tensors; expected 50 at most" in run("scan", name).fault
+    assert read(models, models.repos[name]) == {}
+
+
+def test_an_index_that_is_too_long_is_refused(models: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "LONGEST_INDEX", 1000)
+    assert "it is no index of a model's" in run("scan", "some/model").fault
 
 
 def test_a_slow_server_is_waited_for_and_asked_again(
