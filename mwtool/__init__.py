@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mwtool.scan.scanner import Scan, scan_checkpoint, scan_model
     from mwtool.scan.settings import Settings, Texts, Thresholds
     from mwtool.scan.states_plot import plot_attention, plot_positions, plot_router, plot_sinks
-    from mwtool.scan.track_plot import plot_track
+    from mwtool.scan.tracking.plot import plot_track
 
 # Where each public name lives; imported when first used, so that `mwtool --help` loads no torch.
 _HOMES = {
@@ -60,7 +60,7 @@ _HOMES = {
     "plot_router": "mwtool.scan.states_plot",
     "plot_scan": "mwtool.scan.plot",
     "plot_sinks": "mwtool.scan.states_plot",
-    "plot_track": "mwtool.scan.track_plot",
+    "plot_track": "mwtool.scan.tracking.plot",
     "plot_training": "mwtool.finetune.plot",
     "read_curriculum": "mwtool.macdrop.curriculum_yaml",
     "scan_checkpoint": "mwtool.scan.scanner",

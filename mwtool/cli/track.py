@@ -16,7 +16,7 @@ from mwtool.models.load_options import LoadOptions
 from mwtool.scan.settings import Settings, Thresholds
 
 if TYPE_CHECKING:
-    from mwtool.scan.track import Stage
+    from mwtool.scan.tracking.track import Stage
 
 DEFAULTS, LOADING = Settings(), LoadOptions()
 EXAMPLES = """\
@@ -78,10 +78,10 @@ def track(
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, layer_progress, note_all
     from mwtool.files.document import text_of
-    from mwtool.scan.track import Checkpoint, Track
-    from mwtool.scan.track import track as follow
-    from mwtool.scan.track_document import earlier_in, track_document
-    from mwtool.scan.track_report import HEADING, track_line
+    from mwtool.scan.tracking.document import earlier_in, track_document
+    from mwtool.scan.tracking.report import HEADING, track_line
+    from mwtool.scan.tracking.track import Checkpoint, Track
+    from mwtool.scan.tracking.track import track as follow
 
     name, stages = _stages(models or [], checkpoints, revisions)
     dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
@@ -127,7 +127,7 @@ def track(
 
 def _stages(models: list[str], checkpoints: Path | None, revisions: str | None) -> tuple[str, tuple[Stage, ...]]:
     """What the checkpoints are called together, and each of them. Raises WrongUsage."""
-    from mwtool.scan.track import stages_in, stages_of
+    from mwtool.scan.tracking.track import stages_in, stages_of
 
     if checkpoints is not None and (models or revisions):
         raise options.WrongUsage("--checkpoints names a folder of checkpoints; leave out MODEL and --revisions")

@@ -146,10 +146,10 @@ def models() -> dict[str, type[Envelope]]:
     from mwtool.ablation.schema import AblateDocument
     from mwtool.evaluation.schema import ComparisonDocument, EvalDocument
     from mwtool.files.scan_schema import ScanDocument
-    from mwtool.files.track_schema import TrackDocument
     from mwtool.finetune.schema import FinetuneDocument
     from mwtool.quantization.schema import QuantizeDocument
     from mwtool.scan.comparison.schema import CompareDocument
+    from mwtool.scan.tracking.schema import TrackDocument
 
     known = (
         ScanDocument,

@@ -19,8 +19,8 @@ from mwtool.quantization.plot import plot_quantization
 from mwtool.scan.comparison.document import SCHEMA as SCANS
 from mwtool.scan.comparison.plot import plot_comparison
 from mwtool.scan.plot import plot_scan
-from mwtool.scan.track_document import SCHEMA as TRACK
-from mwtool.scan.track_plot import plot_track
+from mwtool.scan.tracking.document import SCHEMA as TRACK
+from mwtool.scan.tracking.plot import plot_track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

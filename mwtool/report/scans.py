@@ -11,7 +11,7 @@ from mwtool.report.section import Document, Section, Table
 from mwtool.scan.comparison.plot import plot_comparison
 from mwtool.scan.plot import plot_scan
 from mwtool.scan.states_plot import WHERE, figures_of
-from mwtool.scan.track_plot import plot_track
+from mwtool.scan.tracking.plot import plot_track
 
 TOKENS = 12
 """Triggers that are listed; the document has more."""

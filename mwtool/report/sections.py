@@ -20,7 +20,7 @@ from mwtool.report.measured import evaluation_section, quantization_section
 from mwtool.report.scans import comparison_section, scan_section, track_section
 from mwtool.report.section import Document, Section
 from mwtool.scan.comparison.document import SCHEMA as SCANS
-from mwtool.scan.track_document import SCHEMA as TRACK
+from mwtool.scan.tracking.document import SCHEMA as TRACK
 
 
 def section_of(document: Document) -> Section:

@@ -21,12 +21,12 @@ import mwtool
 from mwtool.errors import BadValue
 from mwtool.files.document import text_of
 from mwtool.report.page import page_of
-from mwtool.scan import track as tracking
 from mwtool.scan.scanner import scan_checkpoint, scan_model
 from mwtool.scan.settings import Settings
-from mwtool.scan.track import Track, kurtosis, stages_in, stages_of, track
-from mwtool.scan.track_document import earlier_in, track_document
-from mwtool.scan.track_report import HEADING, track_line
+from mwtool.scan.tracking import track as tracking
+from mwtool.scan.tracking.document import earlier_in, track_document
+from mwtool.scan.tracking.report import HEADING, track_line
+from mwtool.scan.tracking.track import Track, kurtosis, stages_in, stages_of, track
 
 SETTINGS = Settings(bos="1")
 

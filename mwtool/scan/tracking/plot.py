@@ -18,7 +18,7 @@ from mwtool.files.figure import (
     plain_numbers,
     styled,
 )
-from mwtool.scan.track_document import SCHEMA
+from mwtool.scan.tracking.document import SCHEMA
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mwtool.scan.track import Checkpoint
+from mwtool.scan.tracking.track import Checkpoint
 
 HEADING = (
     f"{'checkpoint':>16}  layer  {'rows':<18} {'max |z|':>9} {'layer':>5} {'max |h|':>9} {'layer':>5} {'kurtosis':>8}"

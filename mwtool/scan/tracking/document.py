@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from mwtool.errors import BadValue
 from mwtool.files.document import envelope
 from mwtool.massive import Identity
-from mwtool.scan.track import Checkpoint, LayerPeak, Peak, Stage, Track, TrackedMassive
+from mwtool.scan.tracking.track import Checkpoint, LayerPeak, Peak, Stage, Track, TrackedMassive
 
 if TYPE_CHECKING:
-    from mwtool.files.track_schema import TrackedCheckpoint
     from mwtool.scan.settings import Settings
+    from mwtool.scan.tracking.schema import TrackedCheckpoint
 
 SCHEMA = "mwtool.track/1"
 
@@ -21,7 +21,7 @@ SCHEMA = "mwtool.track/1"
 def track_document(found: Track, command: str | None = None) -> dict[str, Any]:
     """The document of a track, with all checkpoints scanned so far."""
     from mwtool.files.schema import checked
-    from mwtool.files.track_schema import TrackDocument
+    from mwtool.scan.tracking.schema import TrackDocument
 
     document = {
         **envelope(
@@ -47,7 +47,7 @@ def earlier_in(path: Path, name: str, settings: Settings, dtype: str = "auto") -
     Raises BadValue for a file that is something else, or was made of other checkpoints or with other settings.
     """
     from mwtool.files.schema import read_document
-    from mwtool.files.track_schema import TrackDocument
+    from mwtool.scan.tracking.schema import TrackDocument
 
     if not path.exists():
         return None

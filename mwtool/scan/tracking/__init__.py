@@ -1,0 +1,1 @@
+"""Follow the massive weights over the checkpoints of a training run."""
