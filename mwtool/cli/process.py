@@ -50,7 +50,7 @@ def training_device(asked: str) -> str:
     return usable(card)
 
 
-def training_precision(asked: DType, device: str) -> str:
+def training_precision(asked: DType, device: str) -> DType:
     """The requested precision; for `auto` bfloat16 where the hardware supports it without emulation, else float32."""
     if asked != "auto":
         return asked

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,14 +14,10 @@ from mwtool.cli import options
 from mwtool.cli.command import MODEL, Command
 from mwtool.cli.commands import single
 from mwtool.cli.options import numbers
+from mwtool.cli.scan_run import Measured, draw_beside, push, run_check, run_scan, show, show_plan, write_triggers
 from mwtool.cli.startup import rarely_collecting, without_scipy
-from mwtool.models.load_options import Download, DType, LoadOptions, On
+from mwtool.models.load_options import Download, LoadOptions, On
 from mwtool.scan.settings import ByHand, Settings, Texts, Thresholds
-
-if TYPE_CHECKING:
-    from mwtool.ablation.check import Check
-    from mwtool.models.hub_upload import Destination
-    from mwtool.scan.scanner import Scan
 
 
 class ScanCommand(Command):
@@ -294,38 +289,36 @@ def scan(
         by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
         texts=_texts(positions, attention, (sinks, sink_epsilon, sink_length), text, limit, window),
     )
+    opening = LoadOptions(
+        on=on,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        gguf_file=gguf_file,
+    )
     if dry_run:
-        _plan(model, settings, (revision, dtype, device, trust_remote_code, gguf_file), trial=trial, json=json)
+        show_plan(model, settings, opening, trial=trial, json=json)
         return
     download = "whole" if check is not None and download == "auto" else download  # the model is loaded afterwards
-    found = _scan(model, settings, revision, dtype, device, trust_remote_code, gguf_file, download, on)
+    found = run_scan(model, settings, opening, download)
     from mwtool.scan.document import scan_document  # with torch, whose import is part of the scan's time
 
     note_all(found.notes)
-    opening = {"device": device, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file, "on": on}
-    checked = None if check is None else _checked(found, check, limit, window, dtype, (model, revision), opening)
+    checked = None if check is None else run_check(model, found, opening, Measured(check, limit, window))
     document = text_of(scan_document(found, command_line(), None if checked is None else checked.document()))
     outputs.keep(document)
     if triggers is not None:
-        _write_triggers(found, triggers)
+        write_triggers(found, triggers)
     if json:
         typer.echo(document, nl=False)
     else:
-        _show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
+        show(found, checked, states=states, super_weights=super_weights, protect=protect, every=every)
     outputs.draw(document)
     if plot is not None:
-        _draw_beside(document, plot)
+        draw_beside(document, plot)
     if destination is not None:
-        _push(document, destination)
-
-
-def _write_triggers(found: Scan, triggers: Path) -> None:
-    from mwtool.cli.terminal import command_line
-    from mwtool.files.atomic_write import write
-    from mwtool.files.document import text_of
-    from mwtool.scan.states_document import trigger_document
-
-    write(triggers, text_of(trigger_document(found, command_line())))
+        push(document, destination)
 
 
 PLAN_ALONE = "--dry-run shows what a scan of bos reads and makes no results; leave out texts, --check and files"
@@ -335,46 +328,6 @@ def _check_plan(others: tuple[Any, ...], *, dry_run: bool, trial: bool) -> None:
     """Raise WrongUsage for a plan beside results, and for a trial without one. others: None where not given."""
     _refuse(dry_run and any(one is not None for one in others), PLAN_ALONE)
     dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
-
-
-def _plan(
-    model: str, settings: Settings, opening: tuple[str | None, str, str, bool, str | None], *, trial: bool, json: bool
-) -> None:
-    """Show what would be read. opening: revision, dtype, device, trust_remote_code and gguf_file."""
-    from mwtool.cli.terminal import command_line, report_console
-    from mwtool.files.document import text_of
-    from mwtool.scan.forecast import document_of, forecast_scan
-    from mwtool.scan.tables import plan_table
-
-    before = dry_runs.since_start()
-    revision, dtype, device, trust, gguf_file = opening
-    found = forecast_scan(
-        model,
-        settings,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust,
-        gguf_file=gguf_file,
-        trial=trial,
-    )
-    if json:
-        typer.echo(text_of(document_of(found, command_line(), before=before)), nl=False)
-    else:
-        report_console().print(plan_table(found, before))
-
-
-def _push(document: str, destination: Destination) -> None:
-    """Upload the document and its card."""
-    from mwtool.cli.terminal import note
-    from mwtool.files.document import text_of
-    from mwtool.models.hub_upload import upload_files
-    from mwtool.scan.card import DOCUMENT, published_scan, scan_card
-
-    published = published_scan(loads(document))
-    files = {DOCUMENT: text_of(published), "README.md": scan_card(published)}
-    upload_files(destination, files, f"Scan of {published['model']} by mwtool")
-    note(f"the scan is at {destination.url}")
 
 
 def _refuse(wrong: bool, message: str) -> None:
@@ -433,20 +386,6 @@ def _texts(
     )
 
 
-def _draw_beside(document: str, plot: Path) -> None:
-    """Figures of whole texts and of a router, beside that over the layers."""
-    from json import loads
-
-    from mwtool.cli.terminal import note
-    from mwtool.files.figure import save_figure
-    from mwtool.scan.states_plot import figures_of
-
-    for name, figure in figures_of(loads(document)):
-        beside = plot.with_stem(f"{plot.stem}-{name}")
-        save_figure(figure, beside)
-        note(f"the figure of {name} is in {beside}")
-
-
 def _last(layers: str) -> int:
     """The end of a range such as 0-15; raises WrongUsage."""
     found = re.fullmatch(r"\s*0\s*-\s*(\d{1,9})\s*", layers, flags=re.ASCII)
@@ -455,94 +394,6 @@ def _last(layers: str) -> int:
             f"--layers {layers!r} is not a range that begins at layer 0; expected one such as 0-15"
         )
     return int(found[1])
-
-
-def _scan(
-    model: str,
-    settings: Settings,
-    revision: str | None,
-    dtype: str,
-    device: str,
-    trust: bool,
-    gguf_file: str | None,
-    download: Download,
-    on: On,
-) -> Scan:
-    from mwtool.cli.terminal import layer_progress
-    from mwtool.scan.scanner import scan_checkpoint
-
-    with layer_progress() as bar:
-        return scan_checkpoint(
-            model,
-            settings,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust,
-            gguf_file=gguf_file,
-            download=download,
-            on=on,
-            on_layer=bar.on_layer,
-            on_bytes=bar.on_bytes,
-        )
-
-
-def _checked(
-    found: Scan,
-    text: str,
-    limit: int,
-    window: int,
-    dtype: DType,
-    place: tuple[str, str | None],
-    opening: dict[str, Any],
-) -> Check:
-    """Load the scanned model whole and measure on it; on a device that emulates bfloat16, in float32 by default."""
-    from mwtool.ablation.check import check_scan
-    from mwtool.cli.process import training_precision
-    from mwtool.cli.terminal import note_all, run_progress, say_once
-    from mwtool.models.load import load
-
-    say_once()
-    stored = training_precision(dtype, opening["device"])
-    wanted = "auto" if dtype == "auto" and (stored == "bfloat16" or found.dtype != "bfloat16") else stored
-    model, revision = place if opening["on"] == "merged" else (found.identity.model, found.identity.revision)
-    if revision is None:  # a local file or folder, which the name of what was scanned says
-        opening = {**opening, "gguf_file": None}
-    loaded = load(model, revision=revision, dtype=wanted, **opening)
-    with run_progress() as on_run:
-        checked = check_scan(loaded, found, text, limit=limit, window=window, on_progress=on_run(0, 1, "check"))
-    note_all(checked.notes)
-    return checked
-
-
-def _show(found: Scan, checked: Check | None, *, states: bool, super_weights: bool, protect: bool, every: bool) -> None:
-    """The report, or in its place the tables asked for."""
-    from mwtool.cli.terminal import report_console
-    from mwtool.scan.report import Checked, scan_report
-    from mwtool.scan.states_tables import positions_table, sinks_table, triggers_table
-    from mwtool.scan.tables import protect_table, states_table, super_weights_table
-
-    console = report_console()
-    texts = (found.positions, found.sinks, found.triggers)
-    if not (states or super_weights or protect) and (checked is not None or texts == (None, None, None)):
-        made = None
-        if checked is not None:
-            from mwtool.ablation.check import cells_of, lines_of
-
-            made = Checked(checked.k, cells_of(checked), lines_of(checked))
-        console.print(scan_report(found, console.width, every=every or made is not None, check=made))
-    if states:
-        console.print(states_table(found, console.width, every=every))
-    if super_weights:
-        console.print(super_weights_table(found))
-    if protect:
-        console.print(protect_table(found))
-    if found.positions is not None:
-        console.print(positions_table(found.positions))
-    if found.sinks is not None:
-        console.print(sinks_table(found.sinks, None if found.massive is None else found.massive.layer))
-    if found.triggers is not None:
-        console.print(triggers_table(found.triggers))
 
 
 app = single()
