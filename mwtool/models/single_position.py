@@ -194,13 +194,20 @@ class _Trial:
         return None
 
     def _matrix(self, like: Tensor, scale: float) -> Tensor:
-        """Random numbers whose products with inputs of deviation 1 have deviation `scale`."""
-        if scale == 0:
-            return torch.zeros(like.shape, dtype=like.dtype, device=self.device)
-        return self._random(like.shape, like.dtype, scale / max(like.shape[-1] if like.dim() > 1 else 1, 1) ** 0.5)
+        """Random numbers whose products with inputs of deviation 1 have deviation `scale`.
 
-    def _random(self, shape: Sequence[int], dtype: torch.dtype, deviation: float = 1.0) -> Tensor:
-        made = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        They take the place of those that are there: with new ones for each run, memory grows to several times theirs.
+        """
+        made = torch.empty(like.shape, dtype=like.dtype, device=self.device) if like.is_meta else like.detach()
+        if scale == 0:
+            return made.zero_()
+        return self._filled(made, scale / max(like.shape[-1] if like.dim() > 1 else 1, 1) ** 0.5)
+
+    def _random(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._filled(torch.empty(tuple(shape), dtype=dtype, device=self.device), 1.0)
+
+    def _filled(self, made: Tensor, deviation: float) -> Tensor:
+        dtype = made.dtype
         block = (torch.randn(min(made.numel(), BLOCK), generator=self.noise) * deviation).to(self.device, dtype)
         flat = made.view(-1)
         for begin in range(0, flat.numel(), BLOCK):

@@ -66,6 +66,7 @@ class Stream:
     _next: dict[str, str] = field(default_factory=dict)
     _ahead: dict[str, Future[None]] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _zeros: dict[Any, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def flowing(self, walked: int | None = None) -> Iterator[PreTrainedModel]:
@@ -95,6 +96,7 @@ class Stream:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._zeros.clear()
             for path in self.experts:
                 self._resize(path, None)
             _drop(self.model)  # an interrupted forward leaves a layer in memory
@@ -270,11 +272,18 @@ class Stream:
         for name in out:
             parent, _, leaf = name.rpartition(".")
             owner, like = self.model.get_submodule(parent), self.model.get_parameter(name)
-            zeros = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
-            owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)  # noqa: SLF001 - replaced in place, as in _drop
+            zeros = nn.Parameter(self._zeros_like(like), requires_grad=False)
+            owner._parameters[leaf] = zeros  # noqa: SLF001 - replaced in place, as in _drop
         self._check(module, path, out)
         if self.merging is not None:
             self.merging.into(path, module, without=frozenset(out))
+
+    def _zeros_like(self, like: Tensor) -> Tensor:
+        """The same for all layers: a new one for each leaves holes in the heap that the next one does not fit into."""
+        key = (tuple(like.shape), like.dtype)
+        if key not in self._zeros:
+            self._zeros[key] = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
+        return self._zeros[key]
 
     def _convert(
         self, sources: Mapping[str, list[int] | None], ahead: str | None = None, *, layer: bool = False

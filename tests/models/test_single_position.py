@@ -140,3 +140,20 @@ def test_a_model_is_left_as_it_was() -> None:
     assert sum(len(one._forward_pre_hooks) + len(one._forward_hooks) for one in meta.modules()) == hooks
     assert torch.equal(state, torch.get_rng_state())
     assert tiny.digest(tiny.model("gemma3_text")) == before
+
+
+def test_trials_and_layers_do_without_memory_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = tiny.saved(tmp_path, tiny.model("llama", torch.bfloat16)), list[torch.Tensor]()
+    whole = LlamaAttention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.q_proj.weight.detach())  # held, so that its memory is not given to another
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    layers = len(scan_checkpoint(str(folder)).states)
+    trials, read = seen[:-layers], seen[-layers:]
+    assert len(trials) > 1
+    assert len({one.data_ptr() for one in trials}) == 1
+    assert len({one.data_ptr() for one in read}) == 1
+    assert not any(one.any() for one in read)
