@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +21,14 @@ from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.errors import BadCheckpoint
 from mwtool.models.checkpoint import Checkpoint, open_checkpoint
 from mwtool.models.dequantize import DequantizedCheckpoint
-from mwtool.models.fetching import Fetcher, Meter, Progress, quietly, small_enough, stored_bytes
-from mwtool.models.key_mapping import ExpertTensors, Rows, absent, pieces, tensor_map
+from mwtool.models.fetching import Progress
+from mwtool.models.key_mapping import ExpertTensors, Rows, absent, tensor_map
 from mwtool.models.load_options import On
 from mwtool.models.merging import Merging, open_merging
 from mwtool.models.meta_model import build
 from mwtool.models.quantization import as_plain, refuse_unscaled
 from mwtool.models.single_position import sources, unneeded
+from mwtool.models.supply import Supply, have_alone, supply
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,6 +46,7 @@ class Stream:
         None until `leave_out` has found them. They are then zeros.
     merging: the adapter that is added to the weights when they have been read.
     bytes_read: bytes read from the checkpoint so far, counted in the dtype of the computation.
+    on_progress: told how far each forward is, in bytes as they are stored.
     """
 
     model: PreTrainedModel
@@ -61,10 +61,7 @@ class Stream:
     merging: Merging | None = None
     bytes_read: int = 0
     on_progress: Progress | None = None
-    fetcher: Fetcher = field(default_factory=Fetcher)
-    _meter: Meter | None = None
-    _next: dict[str, str] = field(default_factory=dict)
-    _ahead: dict[str, Future[None]] = field(default_factory=dict)
+    _supply: Supply | None = None
     _handles: list[Any] = field(default_factory=list)
     _zeros: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -74,7 +71,8 @@ class Stream:
 
         walked: how many layers the forward runs; None for all.
         """
-        self._begin([layer.path for layer in self.layers[:walked]])
+        paths = [layer.path for layer in self.layers[:walked]]
+        self._supply = supply(self.checkpoint, paths, self.tensors_of, self.on_progress)
         layers = {layer.path for layer in self.layers}
         inside = tuple(f"{path}." for path in layers)
         for name, module in self.model.named_modules():
@@ -91,8 +89,8 @@ class Stream:
         try:
             yield self.model
         finally:
-            self.fetcher.stop()
-            self._meter = None
+            self._supply.fetcher.stop()
+            self._supply = None
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
@@ -100,12 +98,6 @@ class Stream:
             for path in self.experts:
                 self._resize(path, None)
             _drop(self.model)  # an interrupted forward leaves a layer in memory
-
-    def _begin(self, paths: list[str]) -> None:
-        """Before a forward over these layers."""
-        self._meter = None if self.on_progress is None else Meter(layers=len(paths), report=self.on_progress)
-        self.fetcher = Fetcher() if self._meter is None else Fetcher(on_bytes=self._meter.add)
-        self._next, self._ahead = dict(pairwise(paths)), {}
 
     def leave_out(self) -> None:
         """From now on leave out what a single position does without: no text may be run. docs/scan.md says when."""
@@ -172,21 +164,9 @@ class Stream:
 
     def _enter_layer(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, _args: Any) -> None:
-            self._load(path, module, ahead=self._next.get(path))
+            self._load(path, module)
 
         return enter
-
-    def _fetch_ahead(self, path: str) -> None:
-        """Have the next layer fetched while this one is read and computed, from the Hub only. Its experts are not."""
-        names = self.tensors_of(path)
-
-        def begin() -> None:
-            with self.checkpoint.tensors(names) as tensors:
-                found = [piece for name in names for piece in pieces(tensors[name])]
-            if small_enough(found):
-                self.fetcher.begin(found)
-
-        self._ahead[path] = self.fetcher.submit(quietly(begin))
 
     def _enter_other(self, name: str) -> Callable[..., None]:
         """For modules outside the decoder layers: norms after an embedding, projections."""
@@ -263,11 +243,8 @@ class Stream:
         module.num_experts = shape[0]  # the kernels count tokens for each expert
         return module  # type: ignore[no-any-return] # an nn.Module whose attributes mypy does not know
 
-    def _load(self, path: str, module: nn.Module, ahead: str | None = None) -> None:
-        """The weights of a layer. ahead: the layer that comes after it in a forward."""
-        if path in self._ahead:
-            self.fetcher.wait([self._ahead.pop(path)])
-        self._convert(dict.fromkeys(self.tensors_of(path)), ahead, layer=True)
+    def _load(self, path: str, module: nn.Module) -> None:
+        self._convert(dict.fromkeys(self.tensors_of(path)), path)
         out = (self.left_out or {}).get(path, {})
         for name in out:
             parent, _, leaf = name.rpartition(".")
@@ -285,12 +262,11 @@ class Stream:
             self._zeros[key] = torch.zeros(like.shape, dtype=like.dtype, device=self.device)
         return self._zeros[key]
 
-    def _convert(
-        self, sources: Mapping[str, list[int] | None], ahead: str | None = None, *, layer: bool = False
-    ) -> None:
+    def _convert(self, sources: Mapping[str, list[int] | None], layer: str | None = None) -> None:
         """Let transformers read, rename, convert, cast and assign these tensors.
 
         sources: checkpoint name -> the entries to read along its first dimension, None for all.
+        layer: the path of the layer they are all of.
         """
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
@@ -301,26 +277,15 @@ class Stream:
                 name: tensors[name] if rows is None else Rows(name, tensors[name], rows)
                 for name, rows in sources.items()
             }
-            self._have(list(lazy.values()), ahead, layer=layer)
+            if self._supply is None:
+                have_alone(list(lazy.values()))
+            else:
+                self._supply.have(list(lazy.values()), layer)
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, self.load_config)
         for name, found, expected in sorted(info.mismatched_keys):
             raise BadCheckpoint(f"tensor {name} has shape {tuple(found)}; the configuration expects {tuple(expected)}")
         for name, fault in info.conversion_errors.items():
             raise BadCheckpoint(f"tensor {name} cannot be converted: {str(fault).strip().splitlines()[-1]}")
-
-    def _have(self, tensors: list[Any], ahead: str | None, *, layer: bool) -> None:
-        """Fetch what is on the Hub, here, where it can be interrupted and its errors are not those of a conversion."""
-        size = 0 if self._meter is None else sum(map(stored_bytes, tensors))
-        if self._meter is not None:
-            self._meter.begin(size, layer=layer)
-        wanted = [piece for tensor in tensors for piece in pieces(tensor)]
-        if wanted:
-            self.fetcher.begin(wanted)
-            if ahead is not None:
-                self._fetch_ahead(ahead)
-            self.fetcher.fetch(wanted)
-        elif self._meter is not None:
-            self._meter.add(size)
 
     def _check(self, module: nn.Module, path: str, left_out: Collection[str] = ()) -> None:
         """Raises BadCheckpoint if a weight is absent or not finite. A sum is 100 times faster than `isfinite`."""

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, active_count
 from typing import Any
@@ -25,9 +26,11 @@ from huggingface_hub import constants, utils
 from safetensors import safe_open
 
 from mwtool.models import fetching, remote_tensors, weight_files
+from mwtool.models.locate import locate
 from mwtool.scan.plan import plan_scan
 from mwtool.scan.scanner import scan_checkpoint
 from mwtool.scan.settings import Settings
+from mwtool.scan.subject import streamed
 
 SHARD = "model-00002-of-00009.safetensors"
 
@@ -345,6 +348,24 @@ def test_bytes_told_of_as_they_arrive_come_to_those_that_are_planned(
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert all(done <= total for done, total in told)
     assert len(told) >= tiny.LAYERS
+
+
+def test_what_is_read_after_a_forward_is_fetched_without_its_threads(models: hub.Hub, tmp_path: Path) -> None:
+    """As an expert is whose row was not kept."""
+    mixture = tiny.saved(tmp_path / "mixture", tiny.model("mixtral", torch.bfloat16))
+    models.repos["some/mixture"] = mixture
+    found = []
+    for name in ("some/mixture", str(mixture)):
+        subject = streamed(replace(locate(name), download="ranges"), Settings())
+        assert subject.stream is not None
+        with subject.running() as model, torch.no_grad():
+            model(input_ids=torch.tensor([[tiny.BOS]]), use_cache=False)
+        held = [subject.stream.holding(subject.layers[2], ffn) for ffn in subject.layers[2].ffns]
+        for one in held:
+            with one as ffn:
+                found.append(ffn.down.read(subject.model).clone())
+    half = len(found) // 2
+    assert all(map(torch.equal, found[:half], found[half:]))
 
 
 def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(
