@@ -10,6 +10,7 @@ from mwtool.errors import nearest
 
 SAME = {
     "--attacks": "--attack",
+    "--curriculum": "--macdrop",
     "--dataset": "--data",
     "--dataset-name": "--data",
     "--lora-target-modules": "--target-modules",
@@ -26,7 +27,7 @@ SAME = {
     "--top-k": "--k",
     "--torch-dtype": "--dtype",
 }
-"""Spelling of another tool: ours."""
+"""Spelling of another tool, or of what an option is about: ours."""
 LISTS = ("--attacks", "--modes", "--tasks")
 """Spellings whose value is a comma-separated list of what ours is given one by one."""
 TOGETHER = {

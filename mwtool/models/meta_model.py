@@ -43,6 +43,7 @@ def empty_model(source: Source, config: PretrainedConfig | None = None) -> PreTr
 
     with torch.device("meta"), no_init_weights(), _building(source):
         made: PreTrainedModel = model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+    made.tie_weights()  # not done without initial values, and a tied head would be counted as one of its own
     return made
 
 

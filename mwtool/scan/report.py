@@ -197,7 +197,7 @@ def _verdict(scan: Scan, massive: MassiveWeights) -> Text:
     text = Text.assemble(
         (f"{title} {massive.layer}", "bold"),
         f" ({massive.module}, the paper's layer {massive.layer + 1})",
-        "." if scan.settings.by_hand else ": largest |z| of the writes up.",
+        "." if scan.settings.by_hand else ": the largest |z| of all writes.",
     )
     verb = "carries" if massive.count == 1 else "carry"
     text.append(f"\n{massive.count} of {_width(scan, massive):,} rows {verb} it", "bold")

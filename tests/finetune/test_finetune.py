@@ -74,6 +74,15 @@ def test_the_adapter_is_trained_the_model_is_not_and_peft_alone_can_load_it(
     assert not (tmp_path / "training_args.bin").exists()
 
 
+def test_a_tied_head_is_counted_once(tmp_path: Path) -> None:
+    tied = tiny.model("llama", tie_word_embeddings=True)
+    tiny.plant(tied)
+    folder = with_tokenizer(tmp_path, tied)
+    needed = footprint(planned(folder, replace(QUICK, dtype="float32")))
+    assert needed.parameters == tied.num_parameters()
+    assert needed.weights == 4 * tied.num_parameters()
+
+
 def test_an_adapter_of_a_model_named_from_here_is_found_from_elsewhere(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

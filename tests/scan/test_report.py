@@ -63,7 +63,7 @@ def test_the_report_shows_every_event_and_marks_the_massive_one(scan: Scan) -> N
     (marked,) = [line for line in table if line.startswith("▶")]
     assert marked.split()[2:5] == ["4", "rewrite", "5"]
     said = " ".join(" ".join(shown).split())
-    assert "Massive layer 4 (model.layers.4.mlp, the paper's layer 5): largest |z| of the writes up." in said
+    assert "Massive layer 4 (model.layers.4.mlp, the paper's layer 5): the largest |z| of all writes." in said
     assert "is written at layer 1, erased at 2, written again at 4 and removed at 6." in " ".join(
         " ".join(shown).split()
     )
