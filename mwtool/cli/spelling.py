@@ -42,6 +42,7 @@ MODEL = ("--model", "--model-name-or-path", "--pretrained")
 ADVICE = {
     "--gradient-accumulation-steps": "accumulation follows from --effective-batch and --batch-size",
     "--load-in-8bit": "weights can be quantized to 4 bit: --load-in-4bit",
+    "--massive": "ablate, eval and finetune take a saved scan; other commands scan MODEL or take files as arguments",
     "--max-samples": "--limit N measures the first N examples only",
     "--num-fewshot": "tasks run with the number of examples that lm-evaluation-harness defines for them",
     "--resume-from-checkpoint": "--resume continues from the newest complete checkpoint in the output folder",

@@ -19,6 +19,7 @@ from mwtool.evaluation.plot import named_models
 from mwtool.files.figure import model_name, without_caption
 from mwtool.files.schema import Envelope, complaint, encodable
 from mwtool.files.tabular import shown
+from mwtool.models.source import DEMO
 from mwtool.report.section import Document, Section, Table
 from mwtool.report.sections import SECTIONS, section_of
 from mwtool.report.svg import inline_svg
@@ -79,12 +80,22 @@ def page_of(documents: Sequence[Document], names: Sequence[str] = ()) -> str:
     )
 
 
+def _place(model: str) -> str:
+    """A model's name, the same for all names of one folder: a PEFT adapter's configuration has the absolute one."""
+    folder = DEMO if model == "demo" else Path(model)
+    try:
+        return str(folder.resolve()) if folder.is_dir() else normpath(model)
+    except (OSError, ValueError):  # too long, or with a character that no path has
+        return normpath(model)
+
+
 def _one_model(documents: Sequence[Document]) -> str:
     """What the page is headed: the model that all documents have, or the models of a comparison. Raises BadValue."""
-    found = [{normpath(one["model"]): one for one in document.get("models", [document])} for document in documents]
+    found = [{_place(one["model"]): one for one in document.get("models", [document])} for document in documents]
     shared = [model for model in found[0] if all(model in models for models in found)]
     if not shared:
-        names = list(dict.fromkeys(model for models in found for model in models))
+        every = {place: one["model"] for models in reversed(found) for place, one in reversed(models.items())}
+        names = list(reversed(every.values()))
         raise BadValue(f"documents of {len(names)} models were given ({', '.join(names)}); expected those of one")
     if len(documents) == 1 and len(found[0]) > 1:
         return " and ".join(named_models(documents[0]))

@@ -19,6 +19,7 @@ import mwtool
 from mwtool.ablation.sweep import Sweep
 from mwtool.errors import BadValue
 from mwtool.files.tabular import shown
+from mwtool.models.source import DEMO
 from mwtool.report.page import models, page_of, read_for_page
 from mwtool.report.sections import SECTIONS
 
@@ -141,6 +142,19 @@ def test_documents_of_two_models_and_other_files_are_refused(documents: list[dic
 def evaluation() -> dict[str, Any]:
     bits = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     return evaluated("owner/name", none=bits, zero=[0.0] * 6)
+
+
+def test_one_folder_by_several_names_is_one_model(
+    documents: list[dict[str, Any]], evaluation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a study: an adapter's documents name its base model as the adapter does, by the absolute path."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for one, other in (("model", str(tmp_path / "model")), ("demo", str(DEMO)), ("./model/", "model")):
+        page = page_of([{**documents[0], "model": one}, {**evaluation, "model": other}])
+        assert f"<h1>{one.rstrip('/').removeprefix('./')}: massive weights</h1>" in page
+    with pytest.raises(BadValue, match=r"documents of 2 models were given \(model, other\)"):
+        page_of([{**documents[0], "model": one} for one in ("model", str(tmp_path / "model"), "other")])
 
 
 def test_a_comparison_is_on_the_page_of_each_of_its_models(
