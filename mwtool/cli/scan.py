@@ -261,15 +261,12 @@ def scan(
     """Find the massive weights of a model, one decoder layer in memory at a time."""
     from mwtool.cli.outputs import Outputs
     from mwtool.cli.terminal import command_line, note_all
-    from mwtool.files.atomic_write import check_writable
     from mwtool.files.document import text_of
     from mwtool.models.bos import PROMPT
 
-    _refuse(
-        prompt is not None and bos != "never", "--prompt is used with --bos never only; add that, or leave out --prompt"
-    )
+    unused = prompt is not None and bos != "never"
+    _refuse(unused, "--prompt is used with --bos never only; add that, or leave out --prompt")
     _refuse(event is not None and layer is not None, "--event and --layer name a place each; give one of them")
-    _refuse(triggers is not None and text is None, "--triggers writes what --text finds; add --text FILE")
     last = None if layers is None else _last(layers)
     rows = () if indices is None else numbers(indices, "--indices")
     check = _usable(check, sinks, text)
@@ -277,8 +274,7 @@ def scan(
     _check_plan(others, dry_run=dry_run, trial=trial)
     outputs = Outputs(output, plot, report, table)
     outputs.check()
-    if triggers is not None:
-        check_writable(triggers)
+    _check_triggers(triggers, text)
     destination = options.hub_destination(push_to_hub, "dataset", private=hub_private_repo)
     settings = Settings(
         k=k,
@@ -289,14 +285,8 @@ def scan(
         by_hand=ByHand(event=event, layer=layer, expert=expert, indices=rows),
         texts=_texts(positions, attention, (sinks, sink_epsilon, sink_length), text, limit, window),
     )
-    opening = LoadOptions(
-        on=on,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        gguf_file=gguf_file,
-    )
+    place: dict[str, Any] = {"on": on, "revision": revision, "gguf_file": gguf_file}
+    opening = LoadOptions(dtype=dtype, device=device, trust_remote_code=trust_remote_code, **place)
     if dry_run:
         show_plan(model, settings, opening, trial=trial, json=json)
         return
@@ -328,6 +318,15 @@ def _check_plan(others: tuple[Any, ...], *, dry_run: bool, trial: bool) -> None:
     """Raise WrongUsage for a plan beside results, and for a trial without one. others: None where not given."""
     _refuse(dry_run and any(one is not None for one in others), PLAN_ALONE)
     dry_runs.refuse_alone(trial=trial, dry_run=dry_run)
+
+
+def _check_triggers(triggers: Path | None, text: str | None) -> None:
+    """Raise WrongUsage for triggers without a text, OutputError where they cannot be written."""
+    from mwtool.files.atomic_write import check_writable
+
+    if triggers is not None:
+        _refuse(text is None, "--triggers writes what --text finds; add --text FILE")
+        check_writable(triggers)
 
 
 def _refuse(wrong: bool, message: str) -> None:
