@@ -10,9 +10,10 @@ from mwtool.ablation.plans import Plan, distinct_of, plans_of
 from mwtool.ablation.sweep import Sweep
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import prepare
-from mwtool.evaluation.forecast import Forecast, States, forecast
+from mwtool.evaluation.forecast import Forecast, forecast
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import Task
+from mwtool.evaluation.trial import States
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Attack, attacked_rows, edited_together

@@ -8,45 +8,21 @@ the GPU hold at most is therefore measured, and so is the time until here; the t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from mwtool.evaluation.config import Options
-from mwtool.evaluation.evaluate import PerplexityTask, Prepared
-from mwtool.evaluation.measurement import OnProgress
-from mwtool.evaluation.prefix_reuse import Variant
+from mwtool.evaluation.evaluate import Prepared
+from mwtool.evaluation.trial import States, tried_task
 from mwtool.evaluation.workload import Work, work_of
 from mwtool.files.document import envelope
 from mwtool.files.units import duration, size
 from mwtool.models.load import Loaded
-from mwtool.models.peak_memory import gpu_peak, peak_of, process_peak
 from mwtool.models.weight_files import find_weights
 
 SCHEMA = "mwtool.forecast/1"
-TRIED = 3
-LONG = 3.0
-"""Seconds from which on the first run of a trial is timed: what is made once, such as kernels, hardly shows there."""
-"""States of a batch that a trial runs: the first one, and those that change the lowest and the highest layer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class States:
-    """The states of the model that every task is measured in.
-
-    attacked: all but the first, which is the model as it is unless `first` changes it. reuse: whether a perplexity
-    runs only the layers that a state can change. passes: how often the texts are read before, for mean values.
-    held: bytes kept beside the model throughout. said: how many there are of what, for people and documents.
-    """
-
-    attacked: Sequence[Variant]
-    first: Variant
-    reuse: bool = False
-    passes: int = 0
-    held: int = 0
-    said: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +71,7 @@ def forecast(loaded: Loaded, ready: Sequence[Prepared], states: States, options:
     start = time.perf_counter()
     works = [work_of(loaded, one, options) for one in ready]
     known = [work for work in works if work.largest is not None]
-    tried = [_tried(loaded, work, states, options) for work in known]
+    tried = [tried_task(loaded, work, states, options) for work in known]
     count = 1 + len(states.attacked)
     before = states.passes * sum(work.units or 0 for work in known if work.unit == "windows")
     weights, offloaded = _held_by(loaded)
@@ -117,83 +93,6 @@ def forecast(loaded: Loaded, ready: Sequence[Prepared], states: States, options:
         trial=time.perf_counter() - start,
         tried=tuple(work.task for work in known),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Of a task: seconds in all states, bytes of its largest batch, and of the process and a GPU until then."""
-
-    seconds: float
-    batch: int
-    process: int | None
-    gpu: int | None
-
-
-def _tried(loaded: Loaded, work: Work, states: States, options: Options) -> _Found:
-    """Run the largest batch of a task: as it will be, once more for its time if that is short, and counted."""
-    assert work.largest is not None
-    marks: list[float] = []
-
-    def on_part(_done: int, _total: int) -> None:
-        marks.append(time.perf_counter())
-
-    run = _trial(loaded, work.largest, states, options, on_part)
-    start = time.perf_counter()
-    run()
-    process, gpu = process_peak(), gpu_peak()  # before tensors are counted, which takes memory of its own
-    if marks[-1] - start < LONG:
-        marks.clear()
-        start = time.perf_counter()
-        run()
-    took = [after - before for before, after in zip([start, *marks], marks, strict=False)]
-    if states.reuse and work.unit == "windows":  # the mark of the first state has the trial of what can be reused in it
-        start = time.perf_counter()
-        work.largest.run(loaded, options)
-        took[0] = (time.perf_counter() - start) * (1 + states.passes)
-    peak = peak_of(run, {one.device for one in loaded.model.parameters()})
-    share = sum(work.batches) / work.batches[0]
-    return _Found(share * (took[0] + _of_states(took[1:], states)), peak, process, gpu)
-
-
-def _trial(
-    loaded: Loaded, largest: Prepared, states: States, options: Options, on_part: OnProgress
-) -> Callable[[], None]:
-    """Runs the batch in the first state and one or two others; on_part: called after each."""
-    few = _extremes(states.attacked)
-
-    def until_tried(done: int, total: int) -> None:
-        on_part(done, total)
-        if done >= min(TRIED, 1 + len(few)):
-            raise _Tried
-
-    def reusing() -> None:
-        assert isinstance(largest, PerplexityTask)
-        every = sorted(states.attacked, key=lambda one: one.layer)
-        with suppress(_Tried):  # all are given, since the streams into all layers are kept
-            largest.under(loaded, [*few, *every], options, until_tried)
-
-    def one_by_one() -> None:
-        for state in (states.first, *few):
-            with state.apply():
-                largest.run(loaded, options)
-            on_part(1, 1)
-
-    return reusing if states.reuse and isinstance(largest, PerplexityTask) else one_by_one
-
-
-def _extremes(attacked: Sequence[Variant]) -> list[Variant]:
-    """Those that change the lowest and the highest layer."""
-    return [min(attacked, key=lambda one: one.layer), max(attacked, key=lambda one: one.layer)] if attacked else []
-
-
-def _of_states(took: Sequence[float], states: States) -> float:
-    """Seconds of a batch in all attacked states: between the lowest and the highest layer it goes by the layer."""
-    if not states.attacked:
-        return 0.0
-    low, high = (one.layer for one in _extremes(states.attacked))
-    slope = (took[1] - took[0]) / (high - low) if high > low else 0.0
-    level = took[0] if high > low else sum(took) / len(took)
-    return sum(max(0.0, level + slope * (one.layer - low)) for one in states.attacked)
 
 
 def _held_by(loaded: Loaded) -> tuple[int, int]:
@@ -299,7 +198,3 @@ def lines_of(found: Forecast) -> list[str]:
     if found.untried:
         lines.append(f"not told  time and memory of {', '.join(found.untried)}: known only once they run")
     return lines
-
-
-class _Tried(Exception):
-    """Ends a trial after the states that are tried."""

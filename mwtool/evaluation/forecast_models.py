@@ -10,10 +10,11 @@ from pathlib import Path
 from mwtool.errors import BadValue
 from mwtool.evaluation.config import EvalConfig
 from mwtool.evaluation.evaluate import attacking, check, prepare
-from mwtool.evaluation.forecast import Forecast, States, forecast
+from mwtool.evaluation.forecast import Forecast, forecast
 from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.run import check_models, rows_for
 from mwtool.evaluation.tasks import Task, parse_tasks
+from mwtool.evaluation.trial import States
 from mwtool.models.load import load
 from mwtool.surgery.attack import Attack, parse_attack
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from mwtool.evaluation.config import Options
 from mwtool.evaluation.evaluate import prepare
-from mwtool.evaluation.forecast import Forecast, States, forecast
+from mwtool.evaluation.forecast import Forecast, forecast
 from mwtool.evaluation.prefix_reuse import Variant
+from mwtool.evaluation.trial import States
 from mwtool.quantization.check import protections_for
 from mwtool.quantization.config import QuantizeConfig
 from mwtool.quantization.simulation import linear_weights, quantized

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from mwtool.evaluation.config import EvalConfig, Options
 from mwtool.evaluation.evaluate import evaluate
 from mwtool.evaluation.forecast import Forecast
 from mwtool.evaluation.forecast_models import forecast_models
+from mwtool.evaluation.prefix_reuse import Variant
 from mwtool.evaluation.tasks import parse_tasks
+from mwtool.evaluation.trial import Part, States, seconds_of
 from mwtool.models.load import Loaded, load
 from mwtool.models.peak_memory import peak_of
 from mwtool.quantization.check import quantize_check
@@ -175,3 +177,11 @@ def test_tasks_whose_length_is_known_only_once_they_run_are_named(tmp_path: Path
     ran = run("eval", "demo", "--task", f"generate:{tmp_path / 'prompts.jsonl'}", "--dry-run", "--json")
     (entry,) = ran.document["models"]
     assert (entry["forwards"], entry["seconds"], len(entry["untried"])) == (None, None, 1)
+
+
+def test_time_goes_by_batches_but_for_changing_the_model_and_by_the_layer_between_those_tried() -> None:
+    states = States(attacked=[Variant(at, nullcontext) for at in (2, 4, 10)], first=Variant(0, nullcontext), said={})
+    parts = (Part(1.0, 0.5), Part(1.0, 0.2), Part(0.2, 0.2))
+    assert seconds_of(parts, states, 3.0) == pytest.approx(3 * (1 + 1 + 0.8 + 0.2) + 0.5 + 3 * 0.2)
+    alone = States(attacked=(), first=Variant(0, nullcontext), said={})
+    assert seconds_of(parts[:1], alone, 3.0) == 3.5
