@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-GIGA, MEGA = 1e9, 1e6
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 def size(count: float) -> str:
-    """Bytes in GB from a tenth of one on, else in MB."""
-    return f"{count / GIGA:,.2f} GB" if count >= GIGA / 10 else f"{count / MEGA:,.1f} MB"
+    """Bytes in the largest of these units of which there is a tenth; GB with two decimals, others with one."""
+    name, unit = next(((name, unit) for name, unit in UNITS.items() if count >= unit / 10), ("kB", UNITS["kB"]))
+    return f"{count / unit:,.{2 if name == 'GB' else 1}f} {name}"
 
 
 def duration(seconds: float) -> str:

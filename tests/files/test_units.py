@@ -9,9 +9,17 @@ from mwtool.files.units import duration, size
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0.0 MB"), (1_240_000, "1.2 MB"), (99_900_000, "99.9 MB"), (1e8, "0.10 GB"), (1.6e13, "16,000.00 GB")],
+    [
+        (0, "0.0 kB"),
+        (7_680, "7.7 kB"),
+        (1e5, "0.1 MB"),
+        (1_240_000, "1.2 MB"),
+        (99_900_000, "99.9 MB"),
+        (1e8, "0.10 GB"),
+        (1.6e13, "16,000.00 GB"),
+    ],
 )
-def test_bytes_are_in_gigabytes_from_a_tenth_of_one_on(count: float, words: str) -> None:
+def test_bytes_are_in_the_largest_unit_of_which_there_is_a_tenth(count: float, words: str) -> None:
     assert size(count) == words
 
 
