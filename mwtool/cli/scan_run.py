@@ -54,9 +54,10 @@ def show_plan(model: str, settings: Settings, opening: LoadOptions, *, trial: bo
 
 def run_scan(model: str, settings: Settings, opening: LoadOptions, download: Download) -> Scan:
     """Scan a checkpoint, with a bar of layers and bytes."""
-    from mwtool.cli.terminal import layer_progress
+    from mwtool.cli.terminal import layer_progress, say_once
     from mwtool.scan.scanner import scan_checkpoint
 
+    say_once()
     with layer_progress() as bar:
         return scan_checkpoint(
             model,

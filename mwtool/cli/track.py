@@ -76,7 +76,7 @@ def track(
 ) -> None:
     """Follow how massive weights emerge over the checkpoints of a training run."""
     from mwtool.cli.outputs import Outputs
-    from mwtool.cli.terminal import command_line, layer_progress, note_all
+    from mwtool.cli.terminal import command_line, layer_progress, note_all, say_once
     from mwtool.files.document import text_of
     from mwtool.scan.tracking.document import earlier_in, track_document
     from mwtool.scan.tracking.report import HEADING, track_line
@@ -94,6 +94,7 @@ def track(
         dry_runs.show_scans(every, settings, loading, trial=trial, json=json)
         return
     outputs.check()
+    say_once()
     earlier = None if output is None else earlier_in(output, name, settings, dtype)
     command = command_line()
     headed: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from command import run
+from command import run, run_apart
 from peft import LoraConfig, PeftModel, get_peft_model
 from words import planted_folder, with_tokenizer
 
@@ -142,3 +142,5 @@ def test_the_command_scans_and_checks_the_sum_as_if_it_had_been_merged_and_saved
     assert any("was merged into its base model" in note for note in found.document["notes"])
     assert any("--on merged scans the sum" in note for note in below.document["notes"])
     assert "--on merged is ignored" in run("scan", base, "--on", "merged").err
+    alone = run_apart("scan", folder, "--on", "merged", "--json")  # where libraries are imported anew
+    assert [line.partition(" ")[0] for line in alone.err.splitlines()] == ["note:"]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,12 @@ def test_the_command_prints_a_line_a_checkpoint_and_draws_them(
     again = run("track", "--checkpoints", training, "--bos", 1, "-o", file, "--json")
     assert scanned == []
     assert {**again.document, "command": None} == {**json.loads(file.read_text()), "command": None}
+
+
+def test_of_a_long_path_the_end_is_shown(training: Path) -> None:
+    (point,) = track("run", stages_in(training)[:1], SETTINGS).checkpoints
+    named = replace(point, stage=replace(point.stage, name="/a/long/way/to/models/smollm2", step=None))
+    assert track_line(named).startswith("...odels/smollm2  ")
 
 
 def test_every_key_is_described(training: Path) -> None:

@@ -15,7 +15,8 @@ def track_line(point: Checkpoint) -> str:
     name = point.stage.name if point.stage.step is None else f"{point.stage.step:,}"
     found = point.massive
     layer, rows = ("-", "-") if found is None else (str(found.layer), ", ".join(map(str, found.rows)))
-    name, rows = (text if len(text) <= most else f"{text[: most - 3]}..." for text, most in ((name, 16), (rows, 18)))
+    rows = rows if len(rows) <= 18 else f"{rows[:15]}..."  # noqa: PLR2004 - the width of the column
+    name = name if len(name) <= 16 else f"...{name[-13:]}"  # noqa: PLR2004 - likewise; paths differ where they end
     z, h = point.intermediate, point.hidden
     sizes = f"{_short(z.value):>9} {z.layer:>5} {_short(h.value):>9} {h.layer:>5} {point.kurtosis:>8.1f}"
     return f"{name:>16}  {layer:>5}  {rows:<18} {sizes}"
