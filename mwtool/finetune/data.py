@@ -204,5 +204,7 @@ def _detected(name: str, records: Sequence[_Record | Unreadable]) -> Form:
             return form
         forms.update([] if form is None else [form])
     if not forms:
-        raise BadValue(f"{found[0].where}: the keys are {keys_of(found[0].values)}; expected {EXPECTED}")
+        pair = {"prompt", "completion"} <= found[0].values.keys()  # as TRL names them, with or without messages in them
+        advice = "; rename prompt and completion, or join the messages in them under messages" if pair else ""
+        raise BadValue(f"{found[0].where}: the keys are {keys_of(found[0].values)}; expected {EXPECTED}{advice}")
     return forms.most_common(1)[0][0]

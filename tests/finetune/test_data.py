@@ -119,6 +119,7 @@ def test_rows_of_a_json_array_are_named_by_the_line_they_begin_at(tmp_path: Path
         (" \n", "book.txt", "is empty"),
         ("[]", "rows.json", "has no records"),
         ('{"a": 1, "b": 2}', "rows.jsonl", "the keys are a, b; expected instruction and output"),
+        ('{"prompt": "w1", "completion": "w2"}', "rows.jsonl", "rename prompt and completion, or join the messages"),
         ("[1, 2]", "rows.json", "2 of 2 records of .* holds a int"),
         ('[{"text": "a"} {"text": "b"}]', "rows.json", "line 1: found '{' after a record"),
         ('[{"text": "a"}', "rows.json", "line 1: found '' after a record"),
