@@ -40,11 +40,12 @@ def test_the_marker_of_typed_packages_is_among_their_files(package: str) -> None
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_plugins_and_scripts_check_strictly_and_their_mistakes_are_found(tmp_path: Path) -> None:
-    """One run of mypy, since it reads torch's annotations each time."""
+    """One run of mypy, since it reads torch's annotations; the next time they are in its cache."""
     assert run("adapters", "new", "my_type", tmp_path / "plugin").code == 0
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     pebble = ROOT / "docs/examples/mwtool-pebble/mwtool_pebble/adapter.py"
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file="]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache" / "strict")]
     checked = ["plugin/mwtool_my_type", "plugin/tests", str(pebble), "script.py"]
     done = subprocess.run([*command, *checked], cwd=tmp_path, capture_output=True, text=True, check=False)
     found = re.findall(r"^(.+?):\d+: error: .*\[(.+)\]$", done.stdout, flags=re.MULTILINE)

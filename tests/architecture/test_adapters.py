@@ -64,7 +64,7 @@ def test_what_a_layout_cannot_express_is_refused_by_name(model_type: str, option
 
 @pytest.mark.parametrize("model_type", MORE_TYPES)
 def test_a_planted_row_is_found_in_a_streamed_checkpoint(tmp_path: Path, model_type: str) -> None:
-    model = tiny.model(model_type)
+    model = tiny.model(model_type, num_hidden_layers=tiny.few(model_type))
     ffn = tiny.plant(model, layer=1, row=11, dim=5)
     found, whole = scan_checkpoint(str(tiny.saved(tmp_path, model))), scan_model(model)
     assert found.massive is not None
@@ -102,7 +102,7 @@ def test_a_streamed_mixture_routes_as_the_full_model_does(tmp_path: Path, model_
     To 1e-5 of the largest entry in float32, one rounding (2^-7) in bf16: with fewer experts in memory kernels sum in
     another order.
     """
-    folder = tiny.saved(tmp_path, tiny.model(model_type, dtype))
+    folder = tiny.saved(tmp_path, tiny.model(model_type, dtype, num_hidden_layers=tiny.few(model_type)))
     full = scan_model(AutoModelForCausalLM.from_pretrained(folder))
     streamed = scan_checkpoint(str(folder))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
@@ -122,7 +122,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> bool:
 
 @pytest.mark.parametrize("model_type", tiny.MOE_TYPES)
 def test_the_hidden_states_of_a_streamed_mixture_are_those_transformers_gives(tmp_path: Path, model_type: str) -> None:
-    folder = tiny.saved(tmp_path, tiny.model(model_type))
+    folder = tiny.saved(tmp_path, tiny.model(model_type, num_hidden_layers=tiny.few(model_type)))
     streamed = scan_checkpoint(str(folder)).states
     with torch.no_grad():
         full = AutoModelForCausalLM.from_pretrained(folder)

@@ -27,7 +27,7 @@ def full_forward(folder: Path) -> tuple[PreTrainedModel, list[torch.Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("model_type", tiny.DENSE_TYPES)
 def test_streamed_states_equal_the_full_forward(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
-    folder = tiny.saved(tmp_path, tiny.model(model_type, dtype))
+    folder = tiny.saved(tmp_path, tiny.model(model_type, dtype, num_hidden_layers=tiny.few(model_type)))
     full, hidden = full_forward(folder)
     streamed, whole = scan_checkpoint(str(folder)), scan_model(full)
     assert len(streamed.states) == len(whole.states) == len(hidden) + 1
