@@ -32,11 +32,11 @@ from mwtool.massive import Identity, load_massive
 from mwtool.quantization.schema import QuantizeDocument
 from mwtool.report.page import page_of, read_for_page
 
-MUTATIONS = 2000
+MUTATIONS = 1000
 KINDS = ("scan", "eval", "comparison", "ablate", "quantize-check", "plan", "finetune", "mark")
 ALONE: dict[str, type[Strict]] = {"quantize-check": QuantizeDocument, "plan": PlanDocument}
 """What no command reads."""
-DRAWN = 6
+DRAWN = 3
 """How many of the mutated documents of a kind are drawn as a page, which takes most of a second."""
 
 

@@ -62,7 +62,7 @@ def everything(work: Path, model: str) -> list[Ran]:
         run("scan", folder),
         run("eval", folder, *task),
         run("ablate", folder, *task, "--layer", 1, "--indices", 3, "--no-controls"),
-        run("finetune", folder, *training, "--dry-run", "--macdrop", "none"),
+        run("finetune", folder, *training, "--dry-run", "--macdrop", "none", "--target-modules", "q_proj"),
     ]
 
 
