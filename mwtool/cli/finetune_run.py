@@ -225,11 +225,13 @@ def _planned(source: Source, recipe: Recipe, asked: Asked) -> Plan:
     from mwtool.cli.terminal import layer_progress, note_all
     from mwtool.finetune.document import check_plan
     from mwtool.finetune.plan import make_plan
+    from mwtool.models.weight_files import find_weights
 
     note_all(source.notes)
     with layer_progress() as bar:
         plan = make_plan(source, recipe, asked, processes=process.count(), on_layer=bar.on_layer)
     check_plan(plan)
+    find_weights(source)  # files that cannot be are said before anything else
     note_all(plan.notes)
     return plan
 
