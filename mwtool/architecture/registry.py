@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mwtool.architecture.layout import FFN, Adapter, DecoderLayer
 from mwtool.architecture.unsupported import REASONS
-from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel
+from mwtool.errors import BadPlugin, MwtoolError, UnsupportedModel, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,9 +104,11 @@ def adapter_for(model_type: str) -> Installed:
     if not claims and model_type in REASONS:
         raise UnsupportedModel(f"model type {model_type!r} cannot be described by an adapter: {REASONS[model_type]}")
     if not claims:
+        known = [plugin.model_type for plugin in installed()]
+        advice = nearest(model_type, known, f"`mwtool adapters` lists the {len(known)} installed ones;", cutoff=0.7)
         raise UnsupportedModel(
-            f"no adapter for model type {model_type!r}; `mwtool adapters new {model_type} DIR` creates a package to "
-            f"write one in; installed are {_names(p.model_type for p in installed())}"
+            f"no adapter for model type {model_type!r}; {advice} `mwtool adapters new {model_type} DIR` creates a "
+            f"package to write one in"
         )
     if len(claims) > 1:
         named = " and ".join(f"{distribution} ({value})" for value, distribution in sorted(claims, key=lambda c: c[1]))
@@ -164,7 +166,3 @@ def _as_bad_plugin(named: str) -> Iterator[None]:
 def _plugin(entry: EntryPoint) -> Plugin:
     dist = entry.dist
     return Plugin(entry.name, entry.value, dist.name if dist else "unknown", dist.version if dist else "?")
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(set(names))) or "none"

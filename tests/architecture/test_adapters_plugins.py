@@ -64,7 +64,9 @@ def tiny_mixture(tmp_path: Path) -> Path:
 
 def test_an_installed_plugin_serves_its_type(tmp_path: Path, site: Path) -> None:
     folder = saved(tmp_path, CWM)
-    with pytest.raises(MwtoolError, match=r"no adapter for model type 'cwm'; .*; installed are .*llama"):
+    with pytest.raises(
+        MwtoolError, match=r"no adapter for model type 'cwm'; .*installed ones; `mwtool adapters new cwm"
+    ):
         scan_checkpoint(str(folder))
     plugins.distribution(site, "their-cwm", CWM, plugins.source(CWM))
     assert len(scan_checkpoint(str(folder)).states) == 3

@@ -71,15 +71,15 @@ def test_the_adapter_is_found_with_the_distribution_it_came_from(announce: Annou
     assert [plugin.model_type for plugin in installed()] == ["here", "there"]
 
 
-def test_an_unknown_type_lists_what_is_installed_and_how_to_add_one(announce: Announce) -> None:
+def test_an_unknown_type_says_where_those_installed_are_listed_and_how_to_add_one(announce: Announce) -> None:
     announce(beta="x:Y", alpha="x:Y")
-    with pytest.raises(UnsupportedModel, match=r"'gamma'; `mwtool adapters new gamma DIR`.* alpha, beta$"):
+    with pytest.raises(UnsupportedModel, match=r"'gamma'; .* the 2 installed ones; `mwtool adapters new gamma DIR`"):
         adapter_for("gamma")
 
 
 def test_with_nothing_installed_that_is_said(announce: Announce) -> None:
     announce()
-    with pytest.raises(UnsupportedModel, match="installed are none"):
+    with pytest.raises(UnsupportedModel, match="lists the 0 installed ones"):
         adapter_for("llama")
 
 
@@ -182,3 +182,8 @@ def test_what_is_refused_exists_and_is_not_built_in() -> None:
 
 def test_every_built_in_name_is_a_type_transformers_knows() -> None:
     assert [name for name in tiny.ALL_TYPES if name not in CONFIG_MAPPING] == []
+
+
+def test_a_type_that_is_almost_a_known_one_is_answered_with_that() -> None:
+    with pytest.raises(UnsupportedModel, match=r"no adapter for model type 'lama'; did you mean llama\? `mwtool"):
+        adapter_for("lama")

@@ -132,10 +132,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "no layers": (config(num_hidden_layers=0), ["0 decoder layers"]),
     "quantized, no one knows how": (config(quantization_config="yes"), ["config.json cannot be used"]),
     # what kind of model it is
-    "unknown model type": (config(model_type="zeppelin"), ["'zeppelin'", "installed are", "llama", "adapters new"]),
+    "unknown model type": (config(model_type="zeppelin"), ["'zeppelin'", "installed ones", "adapters new"]),
     "known type without adapter": (
         config(model_type="cwm", architectures=["CwmForCausalLM"]),
-        ["'cwm'", "installed are", "llama", "adapters new"],
+        ["'cwm'", "installed ones", "adapters new"],
     ),
     "own code": (config(model_type="mine", auto_map={"AutoConfig": "c.C"}), ["--trust-remote-code"]),
     "a classifier": (
