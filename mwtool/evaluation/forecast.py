@@ -179,7 +179,10 @@ def lines_of(found: Forecast) -> list[str]:
     lines = [f"model     {found.model}, {found.parameters:,} parameters{read}"]
     for one in found.works:
         units = f"{one.unit}: as many as the harness has" if one.units is None else f"{one.units:,} {one.unit}"
-        each = "" if one.forwards is None else f", {one.forwards:,} batches of at most {one.batches[0]:,} tokens"
+        each = ""
+        if one.forwards is not None:
+            batches = f"{one.forwards:,} batches" if one.forwards != 1 else "1 batch"
+            each = f", {batches} of at most {one.batches[0]:,} tokens"
         lines.append(f"task      {one.task}, {units}{each}")
     lines.append(f"states    {', '.join(f'{count:,} {name}' for name, count in found.states.items())}")
     if found.forwards is not None:
