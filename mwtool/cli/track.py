@@ -135,7 +135,9 @@ def _stages(models: list[str], checkpoints: Path | None, revisions: str | None) 
     if checkpoints is not None:
         return str(checkpoints), stages_in(checkpoints)
     if not models:
-        raise options.WrongUsage("nothing to track; give --checkpoints DIR, MODEL with --revisions, or several MODELs")
+        raise options.WrongUsage(
+            "nothing to track; give the folder of a training run, MODEL with --revisions, or several MODELs"
+        )
     named = () if revisions is None else tuple(one.strip() for one in revisions.split(",") if one.strip())
     if revisions is not None and len(models) != 1:
         raise options.WrongUsage(f"--revisions are those of one MODEL; {len(models)} are given")

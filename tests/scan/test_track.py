@@ -76,6 +76,8 @@ def test_checkpoints_come_in_the_order_of_their_steps(training: Path) -> None:
     assert [(one.name, one.step) for one in stages_in(training)] == [
         ("checkpoint-5", 5), ("checkpoint-20", 20), ("checkpoint-100", 100)
     ]  # fmt: skip
+    assert stages_of([str(training)]) == stages_in(training)
+    assert [one.model for one in stages_of([str(training), "other"])] == [str(training), "other"]
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -120,19 +120,29 @@ def stages_in(folder: Path) -> tuple[Stage, ...]:
     """
     if not folder.is_dir():
         raise BadValue(f"{folder} is no folder; expected one with folders named checkpoint-N")
+    found = _numbered(folder)
+    if not found:
+        raise BadValue(f"{folder} has no folders named checkpoint-N; expected those that a trainer saves")
+    return found
+
+
+def _numbered(folder: Path) -> tuple[Stage, ...]:
     found = []
     for path in folder.iterdir():
         number = NUMBERED.fullmatch(path.name)
         if number is not None and path.is_dir():
             found.append(Stage(str(path), path.name, None, int(number[1])))
-    if not found:
-        raise BadValue(f"{folder} has no folders named checkpoint-N; expected those that a trainer saves")
     return tuple(sorted(found, key=lambda one: one.step or 0))
 
 
 def stages_of(models: Sequence[str], revisions: Sequence[str] = ()) -> tuple[Stage, ...]:
-    """Models as they are given, or the revisions of one model. Raises BadValue for several models with revisions."""
+    """Models as they are given, or the revisions of one model; of one folder that holds checkpoints, these.
+
+    Raises BadValue for several models with revisions.
+    """
     if not revisions:
+        if len(models) == 1 and Path(models[0]).is_dir() and (found := _numbered(Path(models[0]))):
+            return found
         return tuple(Stage(model, model, None, _step(Path(model).name)) for model in models)
     if len(models) != 1:
         raise BadValue(f"--revisions are those of one model, and {len(models)} are given; expected one MODEL")
