@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mwtool.architecture.layout import FFN
 from mwtool.errors import BadValue
 from mwtool.evaluation.evaluate import PerplexityTask, Prepared
 from mwtool.evaluation.perplexity import check_vocabulary
+from mwtool.interrupts import restored
 from mwtool.models.load import Loaded
 from mwtool.scan.targets import Group
 from mwtool.surgery.attack import Edit
@@ -75,26 +76,32 @@ def mean_state(model: Any, base: Any, ffn: FFN, layer: str, windows: Iterable[Te
 
     A routed expert's is over the tokens it receives. Raises BadValue where it receives none.
     """
-
-    def stop(_module: Any, _args: Any, _output: Any) -> None:
-        raise _Stop
-
     windows = list(windows)
     check_vocabulary(model, windows)
     device = model.get_input_embeddings().weight.device
-    handle = base.get_submodule(layer).register_forward_hook(stop)
-    try:
-        with averaging(base, ffn) as average, torch.inference_mode():
-            for ids in windows:
-                with suppress(_Stop):
-                    model(input_ids=ids[None].to(device), use_cache=False)
-    finally:
-        handle.remove()
+    with _ending_at(base.get_submodule(layer)), averaging(base, ffn) as average, torch.inference_mode():
+        for ids in windows:
+            with suppress(_Stop):
+                model(input_ids=ids[None].to(device), use_cache=False)
     if average.values is None and ffn.expert is None:
         raise BadValue("mean needs windows=, token ids over which to take the rows' mean values; none were given")
     if average.values is None:
         raise BadValue(f"{ffn.module}: no token of the text is routed to expert {ffn.expert}, so there is no mean")
     return average.values.clone()
+
+
+@restored
+def _ending_at(layer: nn.Module) -> Iterator[None]:
+    """Every forward inside the block ends at the layer."""
+
+    def stop(_module: nn.Module, _args: Any, _output: Any) -> None:
+        raise _Stop
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Stop(Exception):

@@ -9,7 +9,6 @@ logits is tested on a few tokens; if not, the whole model is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mwtool.architecture.validate import unwrapped
+from mwtool.interrupts import restored
 
 MULTIPLE, LEAST, TILE = 8, 2**22, 128
 """The float32 logits of a chunk take at most 8 times the bytes of the hidden states, or 4 MB if that is more. Matrix
@@ -152,7 +152,7 @@ def _same(ours: Tensor, whole: Tensor) -> bool:
     return ours.shape == whole.shape and torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True)
 
 
-@contextmanager
+@restored
 def _captured(body: nn.Module, positions: int | None = None) -> Iterator[list[Any]]:
     """Capture the outputs of the body inside the block, and pass on only the first `positions` of them."""
     outputs: list[Any] = []
@@ -169,7 +169,7 @@ def _captured(body: nn.Module, positions: int | None = None) -> Iterator[list[An
             del body._forward_hooks[key]  # noqa: SLF001
 
 
-@contextmanager
+@restored
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """Make the module return `output` for any input; a forward that accelerate has set is restored afterwards."""
     before = module.__dict__.get("forward")

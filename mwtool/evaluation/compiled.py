@@ -11,7 +11,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from mwtool.errors import BadValue, MwtoolError
 from mwtool.evaluation.batches import Batch
 from mwtool.evaluation.chunked_loss import loss_of
+from mwtool.interrupts import restored
 from mwtool.models.compiler import FAULTS, compiler_failed, refuse_uncompilable
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Compilation:
         found: Tensor = (self._loss if self._switch.on else loss_of)(logits, targets)
         return found
 
-    @contextmanager
+    @restored
     def at_work(self) -> Iterator[None]:
         """Inside the block, the model's layers are those that can run compiled."""
         from torch import _dynamo

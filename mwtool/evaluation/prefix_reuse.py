@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from mwtool.evaluation.perplexity import (
     summarize,
 )
 from mwtool.evaluation.windows import Windows
+from mwtool.interrupts import restored
 
 if TYPE_CHECKING:
     from mwtool.evaluation.compiled import Compilation
@@ -131,7 +132,7 @@ class Recording:
         self.forms: dict[int, Any] = {}
         self.streams: dict[int, Tensor] = {}
 
-    @contextmanager
+    @restored
     def capturing(self) -> Iterator[None]:
         """Record the last forward inside the block."""
         with ExitStack() as hooks:
@@ -139,7 +140,7 @@ class Recording:
                 hooks.callback(layer.register_forward_hook(self._keep(index)).remove)
             yield
 
-    @contextmanager
+    @restored
     def replayed(self, layer: int) -> Iterator[None]:
         """Inside the block, the layers below `layer` return the recorded outputs without computing anything."""
         below = list(enumerate(self.layers[:layer])) if layer in self.streams else []

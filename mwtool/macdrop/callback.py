@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from mwtool.architecture.layout import DecoderLayer
 from mwtool.errors import BadValue
-from mwtool.interrupts import uninterrupted
+from mwtool.interrupts import restored, uninterrupted
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.macdrop.curriculum_yaml import read_curriculum
 from mwtool.macdrop.engine import MacDrop
@@ -111,7 +110,7 @@ class MacDropCallback(TrainerCallback):
         return self.engine
 
 
-@contextmanager
+@restored
 def guard(trainer: Trainer) -> Iterator[Trainer]:
     """Restore the rows of the trainer's MacDrop callbacks when the block ends, also after an exception or Ctrl-C.
 

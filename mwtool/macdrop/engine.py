@@ -28,7 +28,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ from mwtool.architecture.layout import FFN, DecoderLayer
 from mwtool.architecture.registry import adapter_for
 from mwtool.architecture.validate import decoder_layers, ffn_at, unwrapped
 from mwtool.errors import BadValue, UnsupportedModel
-from mwtool.interrupts import uninterrupted
+from mwtool.interrupts import restored, uninterrupted
 from mwtool.macdrop.curriculum import Curriculum
 from mwtool.macdrop.curriculum_yaml import read_curriculum
 from mwtool.macdrop.masked_rows import MatrixRows, RecomputedRows, WrittenRows, masked_rows
@@ -132,7 +131,7 @@ class MacDrop:
                 f"torch.compile"
             )
 
-    @contextmanager
+    @restored
     def step(self, t: int) -> Iterator[MacDrop]:
         """Drop the entries of optimizer step `t`, from 1, inside the block; restore them when it ends.
 

@@ -8,13 +8,13 @@ their layers run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mwtool.errors import UnsupportedModel
+from mwtool.interrupts import restored
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -75,7 +75,7 @@ def with_adapter_over(
     return wrapped
 
 
-@contextmanager
+@restored
 def stood_in(base: PreTrainedModel, device: str = "cpu") -> Iterator[None]:
     """Weights that are absent replaced by zeros without memory, on the device where they run, inside the block.
 

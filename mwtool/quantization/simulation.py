@@ -8,7 +8,6 @@ to: what is put back is the same storage, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from mwtool.architecture.layout import DecoderLayer, WeightSlice
 from mwtool.architecture.packed import is_packed
 from mwtool.errors import UnsupportedModel
+from mwtool.interrupts import restored
 from mwtool.quantization.rounding import Scheme, round_to_nearest
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _refuse(model: nn.Module, path: str, name: str) -> None:
         )
 
 
-@contextmanager
+@restored
 def quantized(
     model: nn.Module, weights: Sequence[Linear], scheme: Scheme, masks: Mapping[str, Tensor]
 ) -> Iterator[None]:

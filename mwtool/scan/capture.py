@@ -7,7 +7,7 @@ module of their own to hook: their states are recomputed from the experts' input
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -19,6 +19,7 @@ from mwtool.architecture.layout import FFN, DecoderLayer, Experts
 from mwtool.architecture.packed import is_packed
 from mwtool.architecture.reference import recompute
 from mwtool.errors import BadCheckpoint, BadPlugin
+from mwtool.interrupts import restored
 
 SUPER_WEIGHT_ROUNDS = 10
 
@@ -112,7 +113,7 @@ def walk(
     return states
 
 
-@contextmanager
+@restored
 def _capturing(
     model: nn.Module, layers: Sequence[DecoderLayer], spike: float, captured: Callable[[LayerState], None]
 ) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mwtool.architecture.layout import FFN, WeightSlice
 from mwtool.architecture.packed import packed_dtype
 from mwtool.errors import BadValue, UnsupportedModel
 from mwtool.files.text import shown
-from mwtool.interrupts import uninterrupted
+from mwtool.interrupts import restored, uninterrupted
 from mwtool.surgery.hooks import (
     is_offloaded,
     owner,
@@ -155,7 +155,7 @@ def edited(
         yield
 
 
-@contextmanager
+@restored
 def edited_together(model: nn.Module, edits: Sequence[Edit], attack: Attack) -> Iterator[None]:
     """The model with rows of several FFNs attacked inside the block; all are restored bit for bit, however it ends.
 
@@ -215,7 +215,7 @@ def _fixed(model: nn.Module, edit: Edit, selected: list[int]) -> AbstractContext
     return with_expert_output_added(model, ffn, selected, edit.means)
 
 
-@contextmanager
+@restored
 def _rewritten(model: nn.Module, written: Sequence[tuple[FFN, list[int]]], factor: float) -> Iterator[None]:
     """Rows of each FFN and their biases times `factor` inside the block, and bit for bit what they were after it."""
     views: list[Tensor] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from mwtool.architecture.layout import FFN, WeightSlice
 from mwtool.architecture.packed import bare_module, packed_dtype
 from mwtool.architecture.reference import recompute
 from mwtool.errors import UnsupportedModel
+from mwtool.interrupts import restored
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class Average:
         return None if self.total is None or not self.count else self.total / self.count
 
 
-@contextmanager
+@restored
 def averaging(model: nn.Module, ffn: FFN) -> Iterator[Average]:
     """Average the intermediate state over every token the model is run on inside the block.
 
@@ -80,7 +81,7 @@ def is_offloaded(model: nn.Module, ffn: FFN) -> bool:
     return any(place.read(model).is_meta for place in ffn.inputs)
 
 
-@contextmanager
+@restored
 def with_loaded_rows_scaled(
     model: nn.Module, ffn: FFN, places: Sequence[WeightSlice], rows: Sequence[int], factor: float
 ) -> Iterator[None]:
@@ -134,7 +135,7 @@ def refuse_unreadable(model: nn.Module, ffn: FFN) -> None:
         )
 
 
-@contextmanager
+@restored
 def with_state_fixed(model: nn.Module, ffn: FFN, rows: Sequence[int], means: Tensor) -> Iterator[None]:
     """Fix entries `rows` of the intermediate state, the input of ``W_down``, at their means.
 
@@ -152,7 +153,7 @@ def with_state_fixed(model: nn.Module, ffn: FFN, rows: Sequence[int], means: Ten
         yield
 
 
-@contextmanager
+@restored
 def with_expert_output_added(model: nn.Module, ffn: FFN, rows: Sequence[int], means: Tensor) -> Iterator[None]:
     """Add ``W_down`` times the means of `rows`, weighted by the router, for tokens routed to this expert.
 
@@ -172,7 +173,7 @@ def with_expert_output_added(model: nn.Module, ffn: FFN, rows: Sequence[int], me
         yield
 
 
-@contextmanager
+@restored
 def with_outputs_scaled(model: nn.Module, ffn: FFN, rows: Sequence[int], factor: float) -> Iterator[None]:
     """Scale the outputs of quantized up and gate modules at `rows`, biases included, by `factor`.
 
@@ -198,7 +199,7 @@ def with_outputs_scaled(model: nn.Module, ffn: FFN, rows: Sequence[int], factor:
         yield
 
 
-@contextmanager
+@restored
 def without_nan(model: nn.Module, ffn: FFN, rows: Sequence[int]) -> Iterator[None]:
     """Keep zeroed rows from giving 0/0 under DoRA, which divides each row by its norm: they output zero instead."""
     hooks = []
@@ -242,7 +243,7 @@ def _times(factor: float, entries: list[int] | Callable[[], list[int]]) -> Calla
     return hook
 
 
-@contextmanager
+@restored
 def _removing(*handles: Any) -> Iterator[None]:
     """Remove the hooks when the block ends."""
     try:

@@ -143,14 +143,15 @@ def test_weights_are_put_back_whenever_ctrl_c_comes(loaded: Loaded) -> None:
     """From outside, at random moments of a sweep that attacks by writing and by hooks."""
     before, ((target,),) = tiny.digest(loaded.model), find_targets(loaded, Choice(), 3)[0]
     sweep = Sweep((Attack("zero"), Attack("retain"), Attack("mean")), (0, 1, 3), draws=1)
-    moments = torch.rand(25, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
-    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    moments = torch.rand(40, generator=torch.Generator().manual_seed(0)) * 0.05 + 1e-3
+    former = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         for moment in moments.tolist():
             with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it comes somewhere inside
-                signal.setitimer(signal.ITIMER_REAL, moment)
+                signal.setitimer(signal.ITIMER_REAL, moment, 1.0)  # again if a destructor has swallowed it
                 while True:
                     ablate(loaded, [(target,)], parse_tasks([text_of(loaded)]), sweep, QUICK)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             assert tiny.digest(loaded.model) == before
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
     finally:
