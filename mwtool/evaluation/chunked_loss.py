@@ -161,12 +161,11 @@ def _captured(body: nn.Module, positions: int | None = None) -> Iterator[list[An
         outputs.append(output)
         return output if positions is None else type(output)(last_hidden_state=output[0][:, :positions])
 
+    handle = body.register_forward_hook(capture)
     try:
-        body.register_forward_hook(capture)
         yield outputs
-    finally:  # by the function, since Ctrl-C may come after it is registered and before that returns
-        for key in [key for key, hook in body._forward_hooks.items() if hook is capture]:  # noqa: SLF001
-            del body._forward_hooks[key]  # noqa: SLF001
+    finally:
+        handle.remove()
 
 
 @restored

@@ -15,9 +15,9 @@ from mwtool.models.load import Loaded
 from mwtool.models.peak_memory import gpu_peak, peak_of, process_peak
 
 TRIED = 3
+"""States of a batch that a trial runs: the first one, and those that change the lowest and the highest layer."""
 LONG = 3.0
 """Seconds from which on the first run of a trial is timed: what is made once, such as kernels, hardly shows there."""
-"""States of a batch that a trial runs: the first one, and those that change the lowest and the highest layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

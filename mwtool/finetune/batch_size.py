@@ -8,7 +8,7 @@ numbers continue where they were. The optimizer's steps do not depend on what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -117,29 +117,46 @@ def tried(recipe: Recipe, candidates: tuple[int, ...], fits: Callable[..., None]
 def _trial(model: Any, batch: dict[str, Any], recipe: Recipe, *, checkpointing: bool) -> None:
     """Forward and backward as Trainer runs them, and everything as it was afterwards."""
     device, training = model.get_input_embeddings().weight.device, model.training
-    lower = recipe.dtype in ("bfloat16", "float16")
-    precision = torch.autocast(device.type, getattr(torch, recipe.dtype)) if lower else nullcontext()
     head = trained_head(model)
-    if checkpointing:
-        recomputing(model, "enable")({"use_reentrant": False})
     model.train()
     try:
         if head is not None:
             head.narrow_if_same()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), precision:
-            given = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            if head is None:
-                loss: Tensor = model(**given).loss
-            else:
-                labels = given.pop("labels")
-                with head.at(labels):
-                    loss = head.token_mean(model(**given), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with recomputed(model, on=checkpointing):
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                in_precision(recipe, device.type),
+            ):
+                given = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                if head is None:
+                    loss: Tensor = model(**given).loss
+                else:
+                    labels = given.pop("labels")
+                    with head.at(labels):
+                        loss = head.token_mean(model(**given), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-        if checkpointing:
-            recomputing(model, "disable")()
+
+
+def in_precision(recipe: Recipe, device_type: str) -> AbstractContextManager[object]:
+    """Autocast as Trainer has it, for recipes in 16 bits."""
+    lower = recipe.dtype in ("bfloat16", "float16")
+    return torch.autocast(device_type, getattr(torch, recipe.dtype)) if lower else nullcontext()
+
+
+@contextmanager
+def recomputed(model: Any, *, on: bool) -> Iterator[None]:
+    """Inside the block, activations are recomputed in the backward pass, if `on`."""
+    if not on:
+        yield
+        return
+    recomputing(model, "enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        recomputing(model, "disable")()
 
 
 def recomputing(model: Any, switch: str) -> Callable[..., None]:

@@ -26,6 +26,8 @@ ADDED = ("group_by_length", "torch_compile", "use_liger_kernel")
 """Settings that were not set in a run of before they existed."""
 PAPER_STEPS = 579
 """Optimizer steps of the paper's runs: 3 epochs of alpaca_gpt4_en, 256 examples at once."""
+CHECKPOINTS = 20
+"""Checkpoints that a run saves by default, at most."""
 KEPT = 2
 """Checkpoints of a run that stay: one is whole while the next is written."""
 FEW = 20

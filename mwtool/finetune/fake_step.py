@@ -7,8 +7,6 @@ architecture is assumed, no weights are needed, and a model of any size takes se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # torch has no other n
 from torch.nn import functional
 
 from mwtool.architecture.validate import unwrapped
-from mwtool.finetune.batch_size import recomputing
+from mwtool.finetune.batch_size import in_precision, recomputed
 from mwtool.finetune.loss import at_positions, positions, targets
 from mwtool.finetune.sequences import IGNORED, collate
 from mwtool.models.peak_memory import LiveTensors
@@ -42,7 +40,7 @@ def step_peak(model: Any, data: Encoded, recipe: Recipe, *, steps: int, device: 
     if recipe.padding_free:
         batch = {"input_ids": torch.zeros(1, int((labels != IGNORED).numel()), dtype=torch.long)}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    lower, kind = recipe.dtype in ("bfloat16", "float16"), torch.device(device).type
+    kind = torch.device(device).type
     with fake:
         model.to_empty(device=device)
         unwrapped(model).tie_weights()
@@ -50,10 +48,9 @@ def step_peak(model: Any, data: Encoded, recipe: Recipe, *, steps: int, device: 
         given = {name: torch.empty_like(values, device=device) for name, values in batch.items()}
         where, answers = (torch.empty_like(one, device=device) for one in (places, wanted))
         counted = LiveTensors(fake=True)
-        with counted, _recomputed(model, recipe):
+        with counted, recomputed(model, on=bool(recipe.gradient_checkpointing)):
             for _ in range(2):
-                precision = torch.autocast(kind, getattr(torch, recipe.dtype)) if lower else nullcontext()
-                with precision, at_positions(head, where):
+                with in_precision(recipe, kind), at_positions(head, where):
                     logits: Tensor = model(**given).logits.flatten(0, 1)
                     loss = functional.cross_entropy(logits.float(), answers, reduction="none").sum()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -93,13 +90,3 @@ def largest_batch(data: Encoded, recipe: Recipe, steps: int) -> dict[str, Tensor
 def _tokens(batch: Tensor, sizes: Tensor) -> int:
     """With padding."""
     return int(len(batch) * sizes[batch].max())
-
-
-@contextmanager
-def _recomputed(model: Any, recipe: Recipe) -> Iterator[None]:
-    """Inside the block activations are recomputed, if the recipe says so."""
-    if recipe.gradient_checkpointing:
-        recomputing(model, "enable")({"use_reentrant": False})
-    yield
-    if recipe.gradient_checkpointing:
-        recomputing(model, "disable")()

@@ -19,7 +19,7 @@ from mwtool.errors import BadValue, UnsupportedModel, line_of
 from mwtool.files.atomic_write import permissions
 from mwtool.finetune.batch_size import fitted
 from mwtool.finetune.checkpointing import Checkpoint, clear
-from mwtool.finetune.config import KEPT, Recipe
+from mwtool.finetune.config import CHECKPOINTS, KEPT, Recipe
 from mwtool.finetune.loss import trained_head
 from mwtool.finetune.monitor import NothingLeft, Step, Watch
 from mwtool.finetune.padding_free import flattened, rows
@@ -284,7 +284,7 @@ def _arguments(
         logging_steps=telling.logging_steps or min(10, max(1, steps // 100)),
         logging_nan_inf_filter=False,  # what is not finite is to be seen
         save_strategy="steps",
-        save_steps=telling.save_steps or math.ceil(steps / 20),
+        save_steps=telling.save_steps or math.ceil(steps / CHECKPOINTS),
         save_total_limit=telling.save_total_limit,
         # by steps and not by epochs: it then comes before a checkpoint is saved, and a resumed run misses none
         eval_strategy="steps" if recipe.eval_share else "no",

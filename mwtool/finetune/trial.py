@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mwtool.finetune.batch_size import fitted
+from mwtool.finetune.batch_size import fitted, in_precision
+from mwtool.finetune.config import CHECKPOINTS
 from mwtool.finetune.loss import TrainedHead
 from mwtool.finetune.sequences import collate
 from mwtool.finetune.trainer import Telling, train, with_adapter
@@ -30,8 +30,6 @@ STEPS = 4
 """Of the trial; the first of them pays for what is made once."""
 SAVED = 2
 """Steps from one checkpoint of the trial to the next; the last step is one that ends with a checkpoint."""
-CHECKPOINTS = 20
-"""That a run saves by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +109,8 @@ def _evaluation(model: Any, plan: Plan, recipe: Recipe, device: str) -> float:
     some = range(min(recipe.at_once, len(plan.held)))
     batch = {name: value.to(device) for name, value in collate([plan.held[at] for at in some]).items()}
     labels, head = batch.pop("labels"), TrainedHead(model)
-    lower = recipe.dtype in ("bfloat16", "float16")
-    precision = torch.autocast(torch.device(device).type, getattr(torch, recipe.dtype)) if lower else nullcontext()
     model.eval()
-    with torch.no_grad(), precision:
+    with torch.no_grad(), in_precision(recipe, torch.device(device).type):
         for _ in range(2):  # the first pays for what is made once
             start = time.perf_counter()
             head.sums(model(**batch), labels).cpu()
